@@ -1,0 +1,1094 @@
+"""Wasserstein distributional adversarial attack and training, in one file.
+
+The method of Bai, He, Jiang, Obłój, *Wasserstein distributional adversarial training for deep neural networks*
+(arXiv 2502.09352), in the paper's order; equation numbers are the paper's. Five lines attack a network of your own:
+
+    from wdat_core import Threat, wpgd
+    attack = wpgd(model, x, y, Threat(p=2, delta=8 / 255))
+    attack.accuracy, attack.distance, attack.x_adv
+
+Conventions, everywhere in this file:
+
+- images `x`: floating point, shape (n, c, h, w) (any shape (n, ...) works), values in [0, 1]; labels `y`: int64, (n,);
+- radii, distances and steps are in the same [0, 1] pixel units; accuracies are fractions;
+- the device and the floating-point type are those of the images and the model, which must agree;
+- the caller's model keeps its mode, `requires_grad` flags and gradients; only `perturb_`, `finetune` and `pretrain`
+  change parameters, which is what they are for;
+- randomness comes from one `torch.Generator` made from a seed; the global generator is left as it was found;
+- what a caller can get wrong raises `WdatError` with one sentence that says what was wrong and what to do.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = [
+    "Attack",
+    "FinetuneConfig",
+    "History",
+    "PretrainConfig",
+    "Scores",
+    "Threat",
+    "WdatError",
+    "ce",
+    "dlr",
+    "evaluate",
+    "finetune",
+    "perturb_",
+    "pretrain",
+    "project",
+    "redlr",
+    "sensitivity",
+    "wpgd",
+    "wpgd_budget",
+]
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+Progress = bool | Callable[[str], None]
+Images = tuple[Tensor, Tensor]
+
+
+class WdatError(ValueError):
+    """Something the caller can put right; the message says what and how."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Section 3: the threat (W_p, l_r) and the losses of the attacker
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Threat:
+    """An adversary who may move the data distribution by `delta` in Wasserstein distance W_p over the pixel norm l_r.
+
+    Args:
+        p: order of the Wasserstein distance, in (1, inf]. inf bounds every image alone, as in ordinary PGD.
+        r: norm between images, in (1, inf].
+        delta: radius, > 0, in [0, 1] pixel units.
+    """
+
+    p: float = 2.0
+    r: float = math.inf
+    delta: float = 8 / 255
+
+    def __post_init__(self) -> None:
+        for name in ("p", "r"):
+            _check_number(name, getattr(self, name), above=1, at_most=math.inf)
+        _check_number("delta", self.delta, above=0)
+
+    @property
+    def q(self) -> float:
+        """The conjugate of p: 1/p + 1/q = 1."""
+        return _conjugate(self.p)
+
+    @property
+    def s(self) -> float:
+        """The conjugate of r: 1/r + 1/s = 1."""
+        return _conjugate(self.r)
+
+
+def ce(logits: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy of each image, (n, m) and (n,) to (n,)."""
+    return F.cross_entropy(logits, y, reduction="none")
+
+
+def dlr(logits: Tensor, y: Tensor) -> Tensor:
+    """Difference of logits ratio of each image (Croce and Hein, 2020), (n, m) and (n,) to (n,); m >= 3."""
+    top, classes = logits.topk(3, dim=1)
+    z_y = logits.gather(1, y[:, None])[:, 0]
+    rival = torch.where(classes[:, 0] == y, top[:, 1], top[:, 0])
+    return -(z_y - rival) / (top[:, 0] - top[:, 2] + 1e-12)
+
+
+def redlr(logits: Tensor, y: Tensor) -> Tensor:
+    """Rectified DLR of each image, -(DLR)^-, (n, m) and (n,) to (n,); m >= 3 (Section 3 of the paper).
+
+    It is 0, with gradient 0, on a misclassified image, so that a distributional attacker spends nothing there.
+    """
+    return torch.where(logits.argmax(1) == y, dlr(logits, y), 0.0)
+
+
+LOSSES: dict[str, Loss] = {"ce": ce, "dlr": dlr, "redlr": redlr}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Section 4: sensitivity and the first-order optimal direction (Theorem 4.1)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def sensitivity(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: Threat,
+    *,
+    loss: str | Loss = "redlr",
+    batch_size: int = 512,
+) -> float:
+    """The sensitivity Upsilon = (E ||grad_x J||_s^q)^(1/q) of Theorem 4.1 over all the images.
+
+    It is the slope of V(delta) = sup E[J] over the Wasserstein ball at delta = 0, so it does not depend on
+    `threat.delta`. It is 0 for ReDLR when no image is classified correctly.
+
+    Raises:
+        WdatError: for the faults of input that `wpgd` names.
+    """
+    loss = _check_attack(model, x, y, loss, batch_size)
+    with _prepared(model):
+        return float(_sensitivity(model, x, y, threat, loss, batch_size))
+
+
+def _sensitivity(
+    model: nn.Module, x: Tensor, y: Tensor, threat: Threat, loss: Loss, batch_size: int
+) -> Tensor:
+    norms = []
+    for xb, yb in zip(x.split(batch_size), y.split(batch_size), strict=True):
+        _, _, gradient, _ = _look(model, xb, yb, loss)
+        norms.append(_norm(gradient, threat.s))
+    upsilon = _mean(torch.cat(norms), threat.q)
+    if not upsilon.isfinite():
+        raise WdatError(NOT_FINITE)
+    return upsilon
+
+
+def _look(model: nn.Module, x: Tensor, y: Tensor, loss: Loss, backward: bool = True) -> tuple[Tensor, ...]:
+    """Correct (b,), loss (b,), gradient of the loss in x (as x; empty without backward), all logits finite ()."""
+    with torch.enable_grad() if backward else torch.no_grad():
+        x = x.detach().requires_grad_(backward)
+        logits = model(x).to(x.dtype)
+        value = loss(logits, y)
+        gradient = x.new_empty(0)
+        if backward:
+            if not value.requires_grad:
+                raise WdatError(
+                    "the model's output carries no gradient to its input: remove no_grad or detach in it"
+                )
+            (gradient,) = torch.autograd.grad(value.sum(), x, allow_unused=True, materialize_grads=True)
+    labels = y if y.ndim == 1 else y.argmax(1)  # soft labels stand for their likeliest class
+    logits = logits.detach()
+    return logits.argmax(1) == labels, value.detach(), gradient, logits.isfinite().all()
+
+
+def _steepest(gradient: Tensor, norm: Tensor, s: float) -> Tensor:
+    """The direction of unit l_r norm along which each loss rises fastest: sgn(g) |g|^(s-1) / ||g||_s^(s-1).
+
+    Images with gradient 0 get direction 0. For l_inf (s = 1) it is the sign, kept in one byte a pixel.
+    """
+    if s == 1:
+        return gradient.sign().to(torch.int8)
+    unit = gradient / _per_image(torch.where(norm > 0, norm, 1.0), gradient)
+    return unit.sign() * unit.abs() ** (s - 1)
+
+
+def _share(norm: Tensor, upsilon: Tensor, q: float) -> Tensor:
+    """How far each image goes: (||g||_s / Upsilon)^(q-1), whose p-th power has mean 1. All 1 for p = inf."""
+    return (norm / upsilon) ** (q - 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Section 5: the projection pj_delta, W-PGD (eq. 5.3) and W-PGD-budget (eq. 5.5)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def project(x_adv: Tensor, x: Tensor, threat: Threat) -> Tensor:
+    """pj_delta: `x_adv` moved back into the Wasserstein ball of radius delta around `x`; both (n, ...).
+
+    Nothing moves when (mean_i d_i^p)^(1/p) <= delta, d_i the distance image i has gone. Otherwise the budget of
+    every image shrinks from d_i to rho d_i, rho = delta / W_p, by clipping (l_inf) or scaling (any other norm). For
+    p = inf, images further away than delta come back to delta and the others stay. The pixel range is not its business.
+    """
+    distance = _norm(x_adv - x, threat.r)
+    budget = _budgets(distance, threat.p, threat.delta)
+    inside = _per_image(distance <= budget, x)
+    return torch.where(inside, x_adv, _shrink(x_adv, x, distance, budget, threat.r))
+
+
+def _budgets(distance: Tensor, p: float, delta: Tensor | float) -> Tensor:
+    """The radius (n,) within which the projection leaves each image."""
+    if p == math.inf:
+        return torch.as_tensor(delta, dtype=distance.dtype, device=distance.device).expand_as(distance)
+    total = _mean(distance, p)
+    return torch.where(total > delta, distance * (delta / total), distance)
+
+
+def _shrink(x_adv: Tensor, x: Tensor, distance: Tensor, budget: Tensor, r: float) -> Tensor:
+    """Each image brought from `distance` down to `budget` (n,): clipped for r = inf, scaled for another r."""
+    move = x_adv - x
+    if r == math.inf:
+        limit = _per_image(budget, x)
+        return x + move.clamp(-limit, limit)
+    return x + move * _per_image(budget / torch.where(distance > 0, distance, 1.0), x)
+
+
+@dataclass(frozen=True)
+class Attack:
+    """What an attack found: its iterate of lowest accuracy.
+
+    Attributes:
+        x_adv: the attacked images, as x.
+        accuracy: fraction classified correctly there, the lowest over the iterates x_1..x_steps.
+        loss: mean attack loss of that iterate.
+        distance: (mean_i ||x_adv_i - x_i||_r^p)^(1/p), at most delta.
+        correct: bool (n,), whether each attacked image is still classified correctly.
+        was_correct: bool (n,), the same before the attack.
+        history: "accuracy" and "loss" of x_0..x_steps, "upsilon" of x_0..x_(steps-1), each a list of floats.
+    """
+
+    x_adv: Tensor
+    accuracy: float
+    loss: float
+    distance: float
+    correct: Tensor
+    was_correct: Tensor
+    history: dict[str, list[float]]
+
+
+def wpgd(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: Threat,
+    *,
+    loss: str | Loss = "redlr",
+    steps: int = 20,
+    step_ratio: float = 1.0,
+    batch_size: int = 512,
+    progress: Progress = False,
+) -> Attack:
+    """W-PGD (Bai et al., 2023; eq. 5.3): projected gradient ascent of the mean loss inside a Wasserstein ball.
+
+    Every step moves image i by alpha (||g_i||_s / Upsilon)^(q-1) along its steepest direction, projects the whole set
+    (`project`) and clamps to [0, 1]; alpha = step_ratio delta / steps, g_i the gradient of its loss, Upsilon that of the
+    current iterate. For p = inf this is PGD. There is no random start. The result does not depend on `batch_size`
+    beyond rounding: it only bounds how many images the model sees at once.
+
+    Args:
+        model: maps images (b, c, h, w) to logits (b, m); run in eval mode and given back as it was.
+        x: images (n, c, h, w), floating point, in [0, 1].
+        y: labels (n,), int64, on the same device.
+        threat: the ball; `Threat()` is (W_2, l_inf) with delta = 8/255.
+        loss: "redlr", "dlr" (both need 3 classes or more), "ce", or a function (logits, labels) to losses (b,).
+        steps: number of steps, >= 1 (20 in the paper).
+        step_ratio: total length of the steps over delta, > 0 (1 in the paper).
+        progress: True for a line on stderr, or a function that shows the line of text it is given.
+
+    Raises:
+        WdatError: names what is wrong with the images, the labels, the model or a parameter.
+    """
+    loss = _check_attack(model, x, y, loss, batch_size)
+    _check_steps(steps, step_ratio)
+    with _prepared(model):
+        return _attack(model, x, y, threat, loss, steps, step_ratio, batch_size, progress=progress)
+
+
+def _attack(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: Threat,
+    loss: Loss,
+    steps: int,
+    step_ratio: float,
+    batch_size: int,
+    *,
+    upsilon: float | None = None,
+    start: Tensor | None = None,
+    last: bool = False,
+    progress: Progress = False,
+) -> Attack:
+    """The one attack loop, on checked input and a prepared model.
+
+    `upsilon` makes delta the share of this batch, eq. 5.5; `start` replaces x_0 = x; `last` gives the last iterate, as
+    training wants it, and saves its forward pass (accuracy, loss and correct are then those of the iterate before).
+
+    An image that a step did not move keeps its loss, its gradient and its prediction, so only the moved ones are looked
+    at again: under ReDLR a misclassified image costs nothing until a projection moves it.
+    """
+    n, p, q, r, s = len(x), threat.p, threat.q, threat.r, threat.s
+    delta: Tensor | float = threat.delta
+    x_adv = (x if start is None else start).clone()
+    direction = torch.zeros_like(x, dtype=torch.int8 if s == 1 else x.dtype)
+    norm, value = x.new_zeros(n), x.new_zeros(n)
+    distance = _norm(x_adv - x, r)
+    correct = torch.zeros(n, dtype=torch.bool, device=x.device)
+    moved = torch.arange(n, device=x.device)
+    history: dict[str, list[float]] = {"accuracy": [], "loss": [], "upsilon": []}
+    best: tuple[Tensor, Tensor, float, float] | None = None
+    name = f"W_{p:g} attack"
+    for k in _track(range(steps if last else steps + 1), name, progress):
+        finite = torch.ones((), dtype=torch.bool, device=x.device)
+        for rows in moved.split(batch_size):
+            correct[rows], value[rows], gradient, good = _look(
+                model, x_adv[rows], y[rows], loss, backward=k < steps
+            )
+            finite &= good
+            if k < steps:
+                norm[rows] = _norm(gradient, s)
+                direction[rows] = _steepest(gradient, norm[rows], s)
+        if not (finite & value.isfinite().all() & norm.isfinite().all()):
+            raise WdatError(NOT_FINITE)
+        history["accuracy"].append(correct.sum().item() / n)
+        history["loss"].append(value.mean().item())
+        if k == 0:
+            was_correct = correct.clone()
+        elif not last and (best is None or history["accuracy"][-1] < best[2]):
+            best = (x_adv.clone(), correct.clone(), history["accuracy"][-1], history["loss"][-1])
+        if k == steps:
+            break
+
+        current = _mean(norm, q)
+        history["upsilon"].append(current.item())
+        if k == 0 and upsilon is not None:
+            delta = threat.delta * (current / upsilon) ** (q - 1) if upsilon > 0 else 0.0
+        share = _share(norm, current, q) * (step_ratio * delta / steps)
+        moved = norm.nonzero()[:, 0]
+        for rows in moved.split(batch_size):
+            step = x_adv[rows] + _per_image(share[rows], x) * direction[rows]
+            distance[rows] = _norm(step - x[rows], r)
+            x_adv[rows] = step
+        budget = _budgets(distance, p, delta)
+        outside = (distance > budget).nonzero()[:, 0]
+        for rows in outside.split(batch_size):
+            x_adv[rows] = _shrink(x_adv[rows], x[rows], distance[rows], budget[rows], r)
+        if len(outside):
+            moved = torch.cat([moved, outside]).unique()
+        for rows in moved.split(batch_size):
+            x_adv[rows] = x_adv[rows].clamp(0, 1)
+            distance[rows] = _norm(x_adv[rows] - x[rows], r)
+
+    if best is None:
+        best = (x_adv, correct, history["accuracy"][-1], history["loss"][-1])
+    found, correct, accuracy, mean_loss = best
+    reached = _mean(
+        torch.cat([_norm(a - b, r) for a, b in zip(found.split(512), x.split(512), strict=True)]), p
+    )
+    return Attack(found, accuracy, mean_loss, reached.item(), correct, was_correct, history)
+
+
+def wpgd_budget(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: Threat,
+    *,
+    upsilon: float,
+    loss: str | Loss = "redlr",
+    steps: int = 20,
+    step_ratio: float = 1.0,
+    batch_size: int = 512,
+    progress: Progress = False,
+) -> Attack:
+    """W-PGD-budget: each batch attacked on its own with the radius delta_B = delta Upsilon_B / Upsilon, eq. 5.5.
+
+    For p other than 2 the radius is delta (Upsilon_B / Upsilon)^(q-1), which is the paper's at p = 2 and keeps the whole
+    set inside the ball of radius delta whenever `upsilon` is the sensitivity of the whole set.
+
+    Args:
+        upsilon: the sensitivity of the whole set or an estimate of it, > 0 (see `sensitivity`).
+
+    The other arguments are those of `wpgd`, except that `batch_size` matters: it is the size of the batches of eq. 5.5.
+
+    Returns:
+        Attack: each batch's iterate of lowest accuracy; the history holds means over the images.
+
+    Raises:
+        WdatError: names what is wrong with the images, the labels, the model or a parameter.
+    """
+    loss = _check_attack(model, x, y, loss, batch_size)
+    _check_steps(steps, step_ratio)
+    _check_number("upsilon", upsilon, above=0)
+    batches = list(zip(x.split(batch_size), y.split(batch_size), strict=True))
+    with _prepared(model):
+        attacks = [
+            _attack(model, xb, yb, threat, loss, steps, step_ratio, batch_size, upsilon=upsilon)
+            for xb, yb in _track(batches, "W-PGD-budget", progress)
+        ]
+    sizes = torch.tensor([len(xb) / len(x) for xb, _ in batches], dtype=torch.float64)
+
+    def pool(values: Sequence[float], order: float) -> float:
+        return _mean(torch.tensor(values, dtype=torch.float64), order, sizes).item()
+
+    def average(values: Sequence[float]) -> float:
+        return float(sizes @ torch.tensor(values, dtype=torch.float64))
+
+    by_iterate = {key: list(zip(*(a.history[key] for a in attacks), strict=True)) for key in attacks[0].history}
+    correct = torch.cat([a.correct for a in attacks])
+    return Attack(
+        x_adv=torch.cat([a.x_adv for a in attacks]),
+        accuracy=correct.sum().item() / len(x),
+        loss=average([a.loss for a in attacks]),
+        distance=pool([a.distance for a in attacks], threat.p),
+        correct=correct,
+        was_correct=torch.cat([a.was_correct for a in attacks]),
+        history={
+            "accuracy": [average(values) for values in by_iterate["accuracy"]],
+            "loss": [average(values) for values in by_iterate["loss"]],
+            "upsilon": [pool(values, threat.q) for values in by_iterate["upsilon"]],
+        },
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Section 6: accuracy, clean and under the two attacks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Accuracies as fractions, and per image, so that two networks can be compared on the same images.
+
+    Attributes:
+        clean, w_inf, w_2: accuracy without attack, under PGD with CE, and under (W_2, l_inf) W-PGD with ReDLR.
+        correct: the same three names to bool (n,).
+    """
+
+    clean: float
+    w_inf: float
+    w_2: float
+    correct: dict[str, Tensor]
+
+
+def evaluate(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    delta: float = 8 / 255,
+    steps: int = 20,
+    batch_size: int = 512,
+    progress: Progress = False,
+) -> Scores:
+    """The three accuracies of the paper's tables (Section 6): clean, W_inf (20 steps, CE) and W_2 (20 steps, ReDLR).
+
+    Arguments, and the errors raised, are those of `wpgd`.
+    """
+    options: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "progress": progress}
+    pointwise = wpgd(model, x, y, Threat(p=math.inf, delta=delta), loss="ce", **options)
+    distributional = wpgd(model, x, y, Threat(p=2, delta=delta), loss="redlr", **options)
+    correct = {"clean": pointwise.was_correct, "w_inf": pointwise.correct, "w_2": distributional.correct}
+    return Scores(**{name: c.sum().item() / len(x) for name, c in correct.items()}, correct=correct)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Section 5, "Training vs Fine-tuning": perturb a pre-trained network, then Algorithm 1
+# ---------------------------------------------------------------------------------------------------------------------
+
+PERTURBATIONS = ("whole", "last_layer")
+CONSISTENCIES = ("ce_detached", "ce", "kl")
+
+
+def perturb_(
+    model: nn.Module,
+    how: str,
+    *,
+    noise: float = 0.01,
+    reinit: str = "default",
+    generator: torch.Generator | None = None,
+) -> list[nn.Parameter]:
+    """Perturb a pre-trained network in place, in one of the paper's two ways, before it is fine-tuned.
+
+    Args:
+        how: "whole" adds Gaussian noise of standard deviation `noise` times its root mean square to every parameter;
+            "last_layer" draws the final linear layer anew.
+        noise: relative size of that noise, >= 0.
+        reinit: "default" calls the layer's own `reset_parameters`, "xavier" draws Xavier-normal weights and zero biases.
+        generator: source of randomness (on the CPU); None is a new one with seed 0.
+
+    Returns:
+        The parameters that are to be trained next: all of them, or those of the last layer.
+
+    Raises:
+        WdatError: for another `how` or `reinit`, a negative noise, or a network without a linear layer.
+    """
+    _check_choice("how", how, PERTURBATIONS)
+    _check_choice("reinit", reinit, ("default", "xavier"))
+    _check_number("noise", noise, at_least=0)
+    generator = generator or torch.Generator().manual_seed(0)
+    if how == "whole":
+        with torch.no_grad():
+            for parameter in model.parameters():
+                rms = parameter.square().mean().sqrt()
+                random = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+                parameter += noise * rms * random.to(parameter.device)
+        return list(model.parameters())
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    if not layers:
+        raise WdatError(
+            'how="last_layer" needs a network with an nn.Linear layer; this one has none: use how="whole"'
+        )
+    with _seeded(model, generator):
+        if reinit == "default":
+            layers[-1].reset_parameters()
+        else:
+            nn.init.xavier_normal_(layers[-1].weight)
+            if layers[-1].bias is not None:
+                nn.init.zeros_(layers[-1].bias)
+    return list(layers[-1].parameters())
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Everything that decides a run of Algorithm 1. Defaults are the paper's; where it is silent, the comment says so.
+
+    Raises:
+        WdatError: when made with a value of the wrong type or outside its range.
+    """
+
+    perturb: str = "whole"  # "whole" or "last_layer", see perturb_
+    tau: float = 0.01  # learning rate of SGD
+    eta: float = 1.0  # update rate of Upsilon, in (0, 1], eq. 5.4
+    beta: float = 6.0  # weight of the distributional term, eq. 5.1
+    gamma: float = 0.0  # weight of the pointwise term, eq. 5.6; 0 is eq. 5.1
+    threat: Threat = field(default_factory=Threat)
+    steps: int = 20
+    step_ratio: float = 1.0
+    epochs: int = 20
+    batch_size: int = 512
+    sample: float = 0.1  # fraction of the training set that estimates Upsilon at every minibatch
+    seed: int = 0
+    # What the paper leaves open:
+    consistency: str = (
+        "ce_detached"  # CE(f(x), f(x')): target softmax(f(x)) held fixed; "ce": not held; "kl": as TRADES
+    )
+    attack_label: str = "true"  # second argument of ReDLR(f(x), f(x')): the true label or the "predicted" one
+    attack_mode: str = "eval"  # mode of the network while it is attacked
+    update_mode: str = "train"  # mode of the trained part of the network during the SGD step
+    random_start: float = 0.0  # attack starts at a random point this fraction of delta away
+    noise: float = 0.01  # "small noise" of perturb="whole", relative to each tensor's root mean square
+    reinit: str = "default"  # how perturb="last_layer" draws the layer
+    augment: bool = True  # pad-4 crop and flip of the minibatch
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    schedule: str = "constant"  # of the learning rate; or "cosine", to 0
+    first_upsilon: str = (
+        "sample"  # Upsilon starts at the first estimate; "full": at that of the whole training set
+    )
+
+    def __post_init__(self) -> None:
+        _check_choice("perturb", self.perturb, PERTURBATIONS)
+        _check_choice("consistency", self.consistency, CONSISTENCIES)
+        _check_choice("attack_label", self.attack_label, ("true", "predicted"))
+        _check_choice("attack_mode", self.attack_mode, ("eval", "train"))
+        _check_choice("update_mode", self.update_mode, ("train", "eval"))
+        _check_choice("reinit", self.reinit, ("default", "xavier"))
+        _check_choice("schedule", self.schedule, ("constant", "cosine"))
+        _check_choice("first_upsilon", self.first_upsilon, ("sample", "full"))
+        if not isinstance(self.threat, Threat):
+            raise WdatError(f"threat must be a Threat, not {self.threat!r}")
+        _check_number("tau", self.tau, above=0)
+        for name in ("eta", "sample"):
+            _check_number(name, getattr(self, name), above=0, at_most=1)
+        for name in ("beta", "gamma", "noise", "weight_decay"):
+            _check_number(name, getattr(self, name), at_least=0)
+        _check_number("momentum", self.momentum, at_least=0, below=1)
+        _check_number("random_start", self.random_start, at_least=0, at_most=1)
+        _check_steps(self.steps, self.step_ratio)
+        for name in ("epochs", "batch_size"):
+            _check_number(name, getattr(self, name), at_least=1, whole=True)
+        _check_number("seed", self.seed, at_least=0, below=2**63, whole=True)
+        if not isinstance(self.augment, bool):
+            raise WdatError(f"augment must be True or False, not {self.augment!r}")
+
+
+@dataclass(frozen=True)
+class History:
+    """What happened along a training run.
+
+    Attributes:
+        epochs: one dict an epoch: "epoch" (from 1), "loss" (mean of the training objective), "seconds" (since the
+            start), "clean", "w_2" or "w_inf" on the validation set if there was one, and what `on_epoch` returned.
+        best: the epoch (from 1) whose weights the model now has: best on validation, the last without one.
+        upsilon: the moving estimate Upsilon at every minibatch (fine-tuning only).
+    """
+
+    epochs: list[dict[str, float]]
+    best: int
+    upsilon: list[float]
+
+
+def finetune(
+    model: nn.Module,
+    train: Images,
+    val: Images | None,
+    config: FinetuneConfig,
+    *,
+    on_epoch: Callable[[int, nn.Module], dict[str, float]] | None = None,
+    progress: Progress = False,
+) -> History:
+    """Algorithm 1: perturb the model, then train it against W-PGD-budget; eq. 5.1, or eq. 5.6 for gamma > 0.
+
+    At every minibatch: Upsilon from a fresh random sample of the training set, its moving average (eq. 5.4), the batch's
+    radius (eq. 5.5), W-PGD on the batch, and one SGD step on CE(f(x), y) + beta CE(f(x), f(x')). After every epoch the
+    accuracy under the same threat is measured on `val`; the model is left with the weights of the best epoch.
+
+    Args:
+        model: changed in place; mode, `requires_grad` flags and gradients are given back as they were.
+        train, val: pairs (x, y) as `wpgd` takes them, on the model's device; val None keeps the last epoch.
+        config: see `FinetuneConfig`.
+        on_epoch: called with the epoch and the model; the dict it returns joins the epoch's history.
+
+    Raises:
+        WdatError: for the faults of input that `wpgd` names, and when the objective is no longer finite.
+    """
+    x, y = train
+    loss = _check_attack(model, x, y, "redlr", config.batch_size)
+    if val is not None:
+        _check_attack(model, *val, "redlr", config.batch_size)
+    threat, steps, step_ratio, batch_size = config.threat, config.steps, config.step_ratio, config.batch_size
+    generator = torch.Generator().manual_seed(config.seed)
+    upsilons: list[float] = []
+
+    def draw(count: int) -> Tensor:
+        return torch.randperm(len(x), generator=generator)[:count].to(x.device)
+
+    def update_upsilon() -> float:
+        everything = config.first_upsilon == "full" and not upsilons
+        rows = draw(len(x) if everything else max(1, round(config.sample * len(x))))
+        estimate = _sensitivity(model, x[rows], y[rows], threat, loss, batch_size).item()
+        upsilons.append(upsilons[-1] + config.eta * (estimate - upsilons[-1]) if upsilons else estimate)
+        return upsilons[-1]
+
+    def perturbed(xb: Tensor, labels: Tensor, threat: Threat, loss: Loss, upsilon: float | None) -> Tensor:
+        start = _random_start(xb, threat, config.random_start, generator) if config.random_start else None
+        options: dict[str, Any] = {"upsilon": upsilon, "start": start, "last": True}
+        return _attack(model, xb, labels, threat, loss, steps, step_ratio, batch_size, **options).x_adv
+
+    def objective(rows: Tensor) -> Tensor:
+        xb, yb = x[rows], y[rows]
+        if config.augment:
+            xb = _crop_and_flip(xb, generator)
+        with _prepared(model, training=config.attack_mode == "train"):
+            upsilon = update_upsilon()
+            with torch.no_grad():
+                labels = yb if config.attack_label == "true" else model(xb).argmax(1)
+            x_adv = perturbed(xb, labels, threat, loss, upsilon)
+            x_point = perturbed(xb, yb, replace(threat, p=math.inf), ce, None) if config.gamma else None
+        logits = model(xb)
+        total = F.cross_entropy(logits, yb) + config.beta * _consistency(config.consistency, logits, model(x_adv))
+        if x_point is not None:
+            total = total + config.gamma * _consistency(config.consistency, logits, model(x_point))
+        return total
+
+    def validate() -> dict[str, float]:
+        attack = wpgd(model, *val, threat, steps=steps, step_ratio=step_ratio, batch_size=batch_size)
+        return {"clean": attack.history["accuracy"][0], "w_2": attack.accuracy}
+
+    with _seeded(model, generator), _untouched(model):
+        trained = perturb_(model, config.perturb, noise=config.noise, reinit=config.reinit, generator=generator)
+        optimiser = torch.optim.SGD(trained, config.tau, config.momentum, weight_decay=config.weight_decay)
+        total = config.epochs * math.ceil(len(x) / batch_size)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimiser, lambda i: 1.0 if config.schedule == "constant" else (1 + math.cos(math.pi * i / total)) / 2
+        )
+        epochs, best = _train(
+            model,
+            objective,
+            optimiser,
+            schedule,
+            config.epochs,
+            batches=lambda: draw(len(x)).split(batch_size),
+            # A frozen layer stays in eval mode, or its batch statistics would train after all.
+            training=config.update_mode == "train" and config.perturb == "whole",
+            validate=validate if val is not None else None,
+            score="w_2",
+            on_epoch=on_epoch,
+            progress=progress,
+        )
+    return History(epochs, best, upsilons)
+
+
+def _consistency(reading: str, logits: Tensor, logits_adv: Tensor) -> Tensor:
+    """CE(f(x), f(x')) under one of its three readings; batch mean."""
+    target = logits.softmax(1)
+    if reading == "ce_detached":
+        target = target.detach()
+    if reading == "kl":
+        return F.kl_div(logits_adv.log_softmax(1), target, reduction="batchmean")
+    return -(target * logits_adv.log_softmax(1)).sum(1).mean()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pre-training of stand-ins: TRADES (Zhang et al., 2019), the p = inf case of eq. 4.2
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Everything that decides a run of `pretrain`: TRADES with SGD under a one-cycle learning rate.
+
+    Raises:
+        WdatError: when made with a value of the wrong type or outside its range.
+    """
+
+    threat: Threat = field(default_factory=lambda: Threat(p=math.inf))
+    beta: float = 6.0
+    steps: int = 10
+    step_ratio: float = 2.5  # total length of the steps over delta
+    epochs: int = 30
+    batch_size: int = 256
+    rate: float = 0.1  # peak of the learning rate
+    warm_up: float = 0.2  # fraction of the run until the peak
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    average: float = 0.0  # decay of the exponential moving average of the weights, at every step; 0 is none
+    augment: bool = True  # pad-4 crop and flip
+    precision: str = "float32"  # or "bfloat16": autocast of the network during training
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.threat, Threat) or self.threat.p != math.inf:
+            raise WdatError("threat must be a Threat with p = inf: TRADES trains against a pointwise attack")
+        _check_choice("precision", self.precision, ("float32", "bfloat16"))
+        _check_number("rate", self.rate, above=0)
+        for name in ("beta", "weight_decay"):
+            _check_number(name, getattr(self, name), at_least=0)
+        for name in ("momentum", "average"):
+            _check_number(name, getattr(self, name), at_least=0, below=1)
+        _check_number("warm_up", self.warm_up, above=0, below=1)
+        _check_steps(self.steps, self.step_ratio)
+        for name in ("epochs", "batch_size"):
+            _check_number(name, getattr(self, name), at_least=1, whole=True)
+        _check_number("seed", self.seed, at_least=0, below=2**63, whole=True)
+        if not isinstance(self.augment, bool):
+            raise WdatError(f"augment must be True or False, not {self.augment!r}")
+
+
+def pretrain(
+    model: nn.Module,
+    train: Images,
+    val: Images | None,
+    config: PretrainConfig,
+    *,
+    on_epoch: Callable[[int, nn.Module], dict[str, float]] | None = None,
+    progress: Progress = False,
+) -> History:
+    """TRADES: SGD on CE(f(x), y) + beta KL(f(x) || f(x')), x' from PGD on that KL, started at x plus 0.001 noise.
+
+    The model is changed in place; with `config.average` it ends with the averaged weights (and averaged buffers). With
+    `val` the epoch of best W_inf accuracy there (PGD, CE) is kept, without it the last.
+
+    Arguments, History and errors are those of `finetune`.
+    """
+    x, y = train
+    _check_attack(model, x, y, "ce", config.batch_size)
+    if val is not None:
+        _check_attack(model, *val, "ce", config.batch_size)
+    generator = torch.Generator().manual_seed(config.seed)
+    averaged = None
+    if config.average:
+        decay = torch.optim.swa_utils.get_ema_multi_avg_fn(config.average)
+        averaged = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=decay, use_buffers=True)
+    shown = model if averaged is None else averaged.module
+
+    def kl(logits: Tensor, target: Tensor) -> Tensor:
+        return F.kl_div(logits.log_softmax(1), target, reduction="none").sum(1)
+
+    def objective(rows: Tensor) -> Tensor:
+        xb, yb = x[rows], y[rows]
+        if config.augment:
+            xb = _crop_and_flip(xb, generator)
+        start = (xb + 0.001 * torch.randn(xb.shape, generator=generator).to(xb)).clamp(0, 1)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            with _prepared(model):
+                with torch.no_grad():
+                    target = model(xb).to(x.dtype).softmax(1)
+                arguments = (config.threat, kl, config.steps, config.step_ratio, config.batch_size)
+                x_adv = _attack(model, xb, target, *arguments, start=start, last=True).x_adv
+            logits, logits_adv = model(xb).to(x.dtype), model(x_adv).to(x.dtype)
+        return F.cross_entropy(logits, yb) + config.beta * _consistency("kl", logits, logits_adv)
+
+    def validate() -> dict[str, float]:
+        attack = wpgd(shown, *val, config.threat, loss="ce", batch_size=config.batch_size)
+        return {"clean": attack.history["accuracy"][0], "w_inf": attack.accuracy}
+
+    with _seeded(model, generator), _untouched(model):
+        optimiser = torch.optim.SGD(
+            model.parameters(),
+            config.rate,
+            config.momentum,
+            weight_decay=config.weight_decay,
+            nesterov=config.momentum > 0,
+        )
+        total = config.epochs * math.ceil(len(x) / config.batch_size)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimiser, config.rate, total_steps=total + 1, pct_start=config.warm_up, cycle_momentum=False
+        )
+        epochs, best = _train(
+            model,
+            objective,
+            optimiser,
+            schedule,
+            config.epochs,
+            batches=lambda: torch.randperm(len(x), generator=generator).to(x.device).split(config.batch_size),
+            training=True,
+            validate=validate if val is not None else None,
+            score="w_inf",
+            on_epoch=on_epoch,
+            progress=progress,
+            averaged=averaged,
+        )
+    return History(epochs, best, [])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The training loop that both share
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _train(
+    model: nn.Module,
+    objective: Callable[[Tensor], Tensor],
+    optimiser: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    epochs: int,
+    *,
+    batches: Callable[[], Sequence[Tensor]],
+    training: bool,
+    validate: Callable[[], dict[str, float]] | None,
+    score: str,
+    on_epoch: Callable[[int, nn.Module], dict[str, float]] | None,
+    progress: Progress,
+    averaged: torch.optim.swa_utils.AveragedModel | None = None,
+) -> tuple[list[dict[str, float]], int]:
+    """SGD on `objective` over the batches of each epoch; the model ends with the weights of the best epoch.
+
+    The best epoch is that of the highest validation `score`, the earliest among equals; the last without validation.
+    """
+    trained = [p for group in optimiser.param_groups for p in group["params"]]
+    shown = model if averaged is None else averaged.module
+    rows: list[dict[str, float]] = []
+    best, best_state = 0, copy.deepcopy(model.state_dict())
+    begin = time.perf_counter()
+    for epoch in range(1, epochs + 1):
+        losses = []
+        for batch in _track(batches(), f"epoch {epoch}/{epochs}", progress):
+            model.train(training)
+            for parameter in model.parameters():
+                parameter.requires_grad_(False)
+            for parameter in trained:
+                parameter.requires_grad_(True)
+            optimiser.zero_grad()
+            loss = objective(batch)
+            losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                rate = optimiser.param_groups[0]["lr"]
+                raise WdatError(
+                    f"the training objective became {losses[-1]} in epoch {epoch}, minibatch {len(losses)}, at learning "
+                    f"rate {rate:g}: try a smaller one"
+                )
+            loss.backward()
+            optimiser.step()
+            schedule.step()
+            if averaged is not None:
+                averaged.update_parameters(model)
+        row = {"epoch": epoch, "loss": sum(losses) / len(losses), "seconds": time.perf_counter() - begin}
+        row |= validate() if validate else {}
+        row |= on_epoch(epoch, shown) if on_epoch else {}
+        rows.append(row)
+        if validate is None or best == 0 or row[score] > rows[best - 1][score]:
+            best, best_state = epoch, copy.deepcopy(shown.state_dict())
+    model.load_state_dict(best_state)
+    return rows, best
+
+
+def _random_start(x: Tensor, threat: Threat, fraction: float, generator: torch.Generator) -> Tensor:
+    """Each image moved `fraction` of delta in a random direction, then clamped to [0, 1]."""
+    noise = (2 * torch.rand(x.shape, generator=generator) - 1).to(x)
+    return (x + fraction * threat.delta * noise / _per_image(_norm(noise, threat.r), x)).clamp(0, 1)
+
+
+def _crop_and_flip(x: Tensor, generator: torch.Generator, pad: int = 4) -> Tensor:
+    """Each image (n, c, h, w) shifted by up to `pad` pixels with zeros coming in, and flipped with probability 1/2."""
+    n, _, h, w = x.shape
+    top, left = torch.randint(2 * pad + 1, (2, n, 1), generator=generator).to(x.device)
+    flip = torch.randint(2, (n, 1), generator=generator).to(x.device)
+    i = top + torch.arange(h, device=x.device)
+    j = torch.arange(w, device=x.device)
+    j = left + torch.where(flip == 1, w - 1 - j, j)
+    images = torch.arange(n, device=x.device)[:, None, None]
+    return F.pad(x, (pad,) * 4).permute(0, 2, 3, 1)[images, i[:, :, None], j[:, None, :]].permute(0, 3, 1, 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers, model state, checks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _conjugate(p: float) -> float:
+    return 1.0 if p == math.inf else p / (p - 1)
+
+
+def _mean(values: Tensor, order: float, weights: Tensor | None = None) -> Tensor:
+    """(mean_i v_i^order)^(1/order) of values >= 0, their maximum for order inf; scaled first, so nothing overflows."""
+    top = values.max()
+    if order == math.inf:
+        return top
+    scale = torch.where(top > 0, top, 1.0)
+    powers = (values / scale) ** order
+    return scale * (powers.mean() if weights is None else (powers * weights).sum()) ** (1 / order)
+
+
+def _norm(x: Tensor, order: float) -> Tensor:
+    """The l_order norm of each image, (n, ...) to (n,); scaled first where powers could overflow."""
+    dims = tuple(range(1, x.ndim))
+    if order in (1, math.inf):
+        return torch.linalg.vector_norm(x, order, dims)
+    top = torch.linalg.vector_norm(x, math.inf, dims)
+    return top * torch.linalg.vector_norm(x / _per_image(torch.where(top > 0, top, 1.0), x), order, dims)
+
+
+def _per_image(values: Tensor, x: Tensor) -> Tensor:
+    """(n,) to (n, 1, ..., 1), to go with x."""
+    return values.view(-1, *[1] * (x.ndim - 1))
+
+
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Mode, requires_grad flags and gradients are given back as they were, also after an exception."""
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, flag, gradient in flags:
+            parameter.requires_grad_(flag)
+            parameter.grad = gradient
+
+
+@contextmanager
+def _prepared(model: nn.Module, training: bool = False) -> Iterator[None]:
+    """The model as the attacker sees it: in eval mode unless told otherwise, no gradients for its parameters."""
+    with _untouched(model), torch.inference_mode(False):
+        model.train(training)
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        yield
+
+
+@contextmanager
+def _seeded(model: nn.Module, generator: torch.Generator) -> Iterator[None]:
+    """The global generators, which layers such as dropout use, seeded from `generator`; given back as they were."""
+    devices = [d for d in {p.device for p in model.parameters()} if d.type != "cpu"]
+    seed = int(torch.randint(2**62, (), generator=generator))
+    with torch.random.fork_rng(devices, device_type=devices[0].type if devices else "cuda"):
+        torch.manual_seed(seed)
+        yield
+
+
+def _track(items: Sequence[Any], label: str, progress: Progress) -> Iterator[Any]:
+    """The items, with a line of text twice a second on how far they are; an empty line at the end clears it."""
+    if not progress:
+        yield from items
+        return
+    show = _stderr_line if progress is True else progress
+    begin, shown = time.monotonic(), -math.inf
+    try:
+        for i, item in enumerate(items):
+            now = time.monotonic()
+            if now - shown > 0.5:
+                left = f", {(now - begin) / i * (len(items) - i):.0f} s left" if i else ""
+                show(f"{label}: {i}/{len(items)}{left}")
+                shown = now
+            yield item
+    finally:
+        show("")
+
+
+def _stderr_line(text: str) -> None:
+    print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+NOT_FINITE = "the model returns NaN or infinite values for these images, or its gradient there is not finite"
+
+
+def _check_attack(model: nn.Module, x: Tensor, y: Tensor, loss: str | Loss, batch_size: int) -> Loss:
+    """Names the first fault of the images, the labels, the model or the loss; returns the loss as a function."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise WdatError(f"images must be a floating-point tensor in [0, 1], not {kind}: divide bytes by 255")
+    if x.ndim < 2 or x.numel() == 0:
+        raise WdatError(f"images must have shape (n, c, h, w) with at least one image, not {tuple(x.shape)}")
+    if not ((x >= 0) & (x <= 1)).all():
+        raise WdatError(
+            f"images must lie in [0, 1], these span [{x.min():.4g}, {x.max():.4g}]: normalisation belongs in the model"
+        )
+    if not isinstance(y, Tensor) or y.dtype != torch.int64:
+        raise WdatError(f"labels must be an int64 tensor, not {y.dtype if isinstance(y, Tensor) else type(y).__name__}")
+    if y.shape != x.shape[:1]:
+        raise WdatError(f"labels must have shape ({len(x)},), one for each image, not {tuple(y.shape)}")
+    if y.device != x.device:
+        raise WdatError(f"images are on {x.device} and labels on {y.device}: put both on one device")
+    _check_number("batch_size", batch_size, at_least=1, whole=True)
+    if isinstance(loss, str):
+        _check_choice("loss", loss, tuple(LOSSES))
+    elif not callable(loss):
+        raise WdatError(f"loss must be one of {', '.join(LOSSES)} or a function, not {loss!r}")
+    function = LOSSES[loss] if isinstance(loss, str) else loss
+
+    if not isinstance(model, nn.Module):
+        raise WdatError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.device != x.device:
+            raise WdatError(f"the model is on {tensor.device}, the images are on {x.device}: move one to the other")
+    kinds = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    if kinds and x.dtype not in kinds:
+        raise WdatError(f"the model is {kinds.pop()}, the images are {x.dtype}: convert one to the other")
+    with _prepared(model), torch.no_grad():
+        try:
+            logits = model(x[:1])
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            raise WdatError(f"the model does not take images of shape {tuple(x.shape[1:])}: {error}") from error
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1:
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise WdatError(f"the model must return logits of shape (b, classes); for one image it returned {shape}")
+    classes = logits.shape[1]
+    if function in (dlr, redlr) and classes < 3:
+        raise WdatError(f"DLR and ReDLR need 3 classes or more, the model has {classes}: use loss='ce'")
+    low, high = int(y.min()), int(y.max())
+    if low < 0 or high >= classes:
+        raise WdatError(f"labels must lie in 0..{classes - 1} for this model, these span {low}..{high}")
+    return function
+
+
+def _check_steps(steps: int, step_ratio: float) -> None:
+    _check_number("steps", steps, at_least=1, whole=True)
+    _check_number("step_ratio", step_ratio, above=0)
+
+
+def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise WdatError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+
+
+def _check_number(
+    name: str,
+    value: Any,
+    *,
+    above: float = -math.inf,
+    at_least: float = -math.inf,
+    below: float = math.inf,
+    at_most: float | None = None,
+    whole: bool = False,
+) -> None:
+    """`value` is a number (whole if asked) in the range; infinite only where `at_most` is."""
+    kind = "a whole number" if whole else "a number"
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+        raise WdatError(f"{name} must be {kind}, not {value!r}")
+    inside = value > above and value >= at_least and (value < below if at_most is None else value <= at_most)
+    if not inside:
+        low = f"above {above:g}" if above > -math.inf else f"at least {at_least:g}"
+        high = "" if at_most == math.inf else f" and at most {at_most:g}" if at_most else f" and below {below:g}"
+        raise WdatError(f"{name} must be {kind} {low}{high if below < math.inf or at_most else ''}, not {value!r}")
