@@ -1,0 +1,152 @@
+"""Set the project up in .venv and run it. Needs Python 3.11 to 3.13, a package index, and nothing else.
+
+python make.py demo     Table 4 with tau = 0.01, on the demo network, into out.ipynb
+python make.py test     every check there is: ruff, mypy, Table 4, the book, the tests, the notebooks
+python make.py book     the book, into _build/html
+python make.py lint     ruff and mypy
+python make.py clean    remove what the above left, except .venv
+"""
+
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+VENV = ROOT / ".venv"
+BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
+PYTHON = BIN / ("python.exe" if os.name == "nt" else "python")
+STAMP = VENV / "installed"
+REQUIREMENTS = ROOT / "requirements.txt"
+HTML = ROOT / "_build" / "html"
+LEFTOVERS = [
+    "_build",
+    "book/notebooks",
+    ".hypothesis",
+    ".mypy_cache",
+    ".pytest_cache",
+    ".ruff_cache",
+    "out.ipynb",
+]
+
+# ----------------------------------------------------------------------------------------------- steps
+
+
+def python(*arguments):
+    return run(PYTHON, *arguments)
+
+
+def table4(*parameters):
+    return python("-m", "papermill", "notebooks/table4.ipynb", "out.ipynb", "-p", "tau", "0.01", *parameters)
+
+
+def clean():
+    for path in map(ROOT.joinpath, LEFTOVERS):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    return True
+
+
+def book():
+    """Build from nothing, so that nothing hides behind an earlier build, and look for every page."""
+    shutil.rmtree(HTML.parent, ignore_errors=True)
+    built = run(BIN / "jupyter-book", "build", "book/", "-W", "--keep-going")  # it has no `python -m`
+    contents = (ROOT / "book" / "_toc.yml").read_text(encoding="utf-8")
+    pages = set(re.findall(r"^[\s-]*(?:root|file):\s*[\"']?([^\s\"'#]+)", contents, re.MULTILINE))
+    pages |= {"notebooks/" + notebook.stem for notebook in ROOT.glob("notebooks/*.ipynb")}
+    pages = {re.sub(r"\.(md|ipynb|rst)$", "", page) for page in pages}
+    missing = sorted(page for page in pages if not (HTML / (page + ".html")).is_file())
+    say(len(pages) - len(missing), "of", len(pages), "expected pages are in _build/html")
+    for page in missing:
+        say("no page", page + ".html")
+    return built and not missing
+
+
+LINT = {
+    "ruff check": lambda: python("-m", "ruff", "check"),
+    "ruff format": lambda: python("-m", "ruff", "format", "--check"),
+    "mypy": lambda: python("-m", "mypy", "wdat_core.py", "companion.py"),
+}
+TARGETS = {
+    "demo": {"table 4": table4},
+    "test": {
+        **LINT,
+        "table 4": lambda: table4("-p", "eta", "1"),
+        "book": book,
+        "pytest": lambda: python("-m", "pytest", "--nbval", "-q"),
+    },
+    "book": {"book": book},
+    "lint": LINT,
+    "clean": {"clean": clean},
+}
+
+# ----------------------------------------------------------------------------------------- environment
+
+
+def set_up():
+    """Make .venv as requirements.txt says, unless it is so already. The stamp is written last."""
+    # The path belongs to it, since a .venv that was moved is broken.
+    digest = hashlib.sha256(REQUIREMENTS.read_bytes() + str(ROOT).encode()).hexdigest()
+    if PYTHON.exists() and STAMP.exists() and STAMP.read_text(encoding="ascii") == digest:
+        return
+    uv = shutil.which("uv")
+    if uv and subprocess.run([uv, "--version"], capture_output=True).returncode:
+        uv = None  # a version manager's shim with nothing behind it
+    if not uv and not importlib.util.find_spec("ensurepip"):
+        sys.exit("make.py: this Python has no ensurepip: install uv, or python3-venv on Debian and Ubuntu")
+    say("setting up .venv, once (several GB on Linux: PyTorch comes with CUDA)")
+    if uv:
+        made = run(uv, "venv", "--quiet", "--clear", "--python", sys.executable, VENV)
+        install = [uv, "pip", "install", "--python", PYTHON]
+    else:
+        made = run(sys.executable, "-m", "venv", "--clear", VENV)
+        install = [PYTHON, "-m", "pip", "install", "--disable-pip-version-check"]
+    if not made:
+        sys.exit("make.py: .venv could not be made; the reason is above")
+    if not run(*install, "-r", REQUIREMENTS):
+        sys.exit("make.py: the packages could not be installed; the reason is above (no network or index?)")
+    if not run(*install, "--quiet", "--no-deps", "--no-build-isolation", "--editable", "."):
+        sys.exit("make.py: the project itself could not be installed in .venv; the reason is above")
+    STAMP.write_text(digest, encoding="ascii")
+
+
+def run(*command):
+    """Say one command and run it in the repository root, as if .venv were active. True where it succeeds."""
+    command = [str(part) for part in command]
+    say(*(part.removeprefix(str(ROOT) + os.sep) for part in command))
+    env = {name: value for name, value in os.environ.items() if name not in ("PYTHONHOME", "PYTHONPATH")}
+    env["VIRTUAL_ENV"] = str(VENV)
+    env["PATH"] = os.pathsep.join([str(BIN), env.get("PATH", "")])
+    env["JUPYTER_PATH"] = str(VENV / "share" / "jupyter")  # its python3 kernel goes before a user's
+    env["PYTHONUTF8"] = "1"
+    try:
+        return subprocess.run(command, cwd=ROOT, env=env).returncode == 0
+    except OSError as error:
+        say(error)
+        return False
+
+
+def say(*words):
+    print("make.py:", *words, flush=True)
+
+
+def main(arguments):
+    if len(arguments) != 1 or arguments[0] not in TARGETS:
+        sys.exit(__doc__.strip())
+    if not (3, 11) <= sys.version_info < (3, 14):
+        sys.exit("make.py: Python 3.11, 3.12 or 3.13 is needed, and this is " + sys.version.split()[0])
+    if arguments != ["clean"]:
+        set_up()
+    failed = [name for name, step in TARGETS[arguments[0]].items() if not step()]
+    if failed:
+        sys.exit("make.py: FAILED: " + ", ".join(failed))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        sys.exit(130)
