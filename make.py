@@ -68,7 +68,7 @@ def book():
 LINT = {
     "ruff check": lambda: python("-m", "ruff", "check"),
     "ruff format": lambda: python("-m", "ruff", "format", "--check"),
-    "mypy": lambda: python("-m", "mypy", "wdat_core.py", "companion.py"),
+    "mypy": lambda: python("-m", "mypy"),
 }
 TARGETS = {
     "demo": {"table 4": table4},

@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -149,9 +150,7 @@ def sensitivity(
         return float(_sensitivity(model, x, y, threat, loss, batch_size))
 
 
-def _sensitivity(
-    model: nn.Module, x: Tensor, y: Tensor, threat: Threat, loss: Loss, batch_size: int
-) -> Tensor:
+def _sensitivity(model: nn.Module, x: Tensor, y: Tensor, threat: Threat, loss: Loss, batch_size: int) -> Tensor:
     norms = []
     for xb, yb in zip(x.split(batch_size), y.split(batch_size), strict=True):
         _, _, gradient, _ = _look(model, xb, yb, loss)
@@ -171,9 +170,7 @@ def _look(model: nn.Module, x: Tensor, y: Tensor, loss: Loss, backward: bool = T
         gradient = x.new_empty(0)
         if backward:
             if not value.requires_grad:
-                raise WdatError(
-                    "the model's output carries no gradient to its input: remove no_grad or detach in it"
-                )
+                raise WdatError("the model's output carries no gradient to its input: remove no_grad or detach in it")
             (gradient,) = torch.autograd.grad(value.sum(), x, allow_unused=True, materialize_grads=True)
     labels = y if y.ndim == 1 else y.argmax(1)  # soft labels stand for their likeliest class
     logits = logits.detach()
@@ -269,8 +266,8 @@ def wpgd(
     """W-PGD (Bai et al., 2023; eq. 5.3): projected gradient ascent of the mean loss inside a Wasserstein ball.
 
     Every step moves image i by alpha (||g_i||_s / Upsilon)^(q-1) along its steepest direction, projects the whole set
-    (`project`) and clamps to [0, 1]; alpha = step_ratio delta / steps, g_i the gradient of its loss, Upsilon that of the
-    current iterate. For p = inf this is PGD. There is no random start. The result does not depend on `batch_size`
+    (`project`) and clamps to [0, 1]; alpha = step_ratio delta / steps, g_i the gradient of its loss, Upsilon that of
+    the current iterate. For p = inf this is PGD. There is no random start. The result does not depend on `batch_size`
     beyond rounding: it only bounds how many images the model sees at once.
 
     Args:
@@ -329,9 +326,7 @@ def _attack(
     for k in _track(range(steps if last else steps + 1), name, progress):
         finite = torch.ones((), dtype=torch.bool, device=x.device)
         for rows in moved.split(batch_size):
-            correct[rows], value[rows], gradient, good = _look(
-                model, x_adv[rows], y[rows], loss, backward=k < steps
-            )
+            correct[rows], value[rows], gradient, good = _look(model, x_adv[rows], y[rows], loss, backward=k < steps)
             finite &= good
             if k < steps:
                 norm[rows] = _norm(gradient, s)
@@ -370,9 +365,7 @@ def _attack(
     if best is None:
         best = (x_adv, correct, history["accuracy"][-1], history["loss"][-1])
     found, correct, accuracy, mean_loss = best
-    reached = _mean(
-        torch.cat([_norm(a - b, r) for a, b in zip(found.split(512), x.split(512), strict=True)]), p
-    )
+    reached = _mean(torch.cat([_norm(a - b, r) for a, b in zip(found.split(512), x.split(512), strict=True)]), p)
     return Attack(found, accuracy, mean_loss, reached.item(), correct, was_correct, history)
 
 
@@ -391,8 +384,8 @@ def wpgd_budget(
 ) -> Attack:
     """W-PGD-budget: each batch attacked on its own with the radius delta_B = delta Upsilon_B / Upsilon, eq. 5.5.
 
-    For p other than 2 the radius is delta (Upsilon_B / Upsilon)^(q-1), which is the paper's at p = 2 and keeps the whole
-    set inside the ball of radius delta whenever `upsilon` is the sensitivity of the whole set.
+    For p other than 2 the radius is delta (Upsilon_B / Upsilon)^(q-1), which is the paper's at p = 2 and keeps the
+    whole set inside the ball of radius delta whenever `upsilon` is the sensitivity of the whole set.
 
     Args:
         upsilon: the sensitivity of the whole set or an estimate of it, > 0 (see `sensitivity`).
@@ -502,7 +495,7 @@ def perturb_(
         how: "whole" adds Gaussian noise of standard deviation `noise` times its root mean square to every parameter;
             "last_layer" draws the final linear layer anew.
         noise: relative size of that noise, >= 0.
-        reinit: "default" calls the layer's own `reset_parameters`, "xavier" draws Xavier-normal weights and zero biases.
+        reinit: "default" calls the layer's own `reset_parameters`, "xavier" draws Xavier-normal weights, zero biases.
         generator: source of randomness (on the CPU); None is a new one with seed 0.
 
     Returns:
@@ -520,13 +513,11 @@ def perturb_(
             for parameter in model.parameters():
                 rms = parameter.square().mean().sqrt()
                 random = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-                parameter += noise * rms * random.to(parameter.device)
+                parameter.add_(noise * rms * random.to(parameter.device))
         return list(model.parameters())
     layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
     if not layers:
-        raise WdatError(
-            'how="last_layer" needs a network with an nn.Linear layer; this one has none: use how="whole"'
-        )
+        raise WdatError('how="last_layer" needs a network with an nn.Linear layer; this one has none: use how="whole"')
     with _seeded(model, generator):
         if reinit == "default":
             layers[-1].reset_parameters()
@@ -571,9 +562,7 @@ class FinetuneConfig:
     momentum: float = 0.0
     weight_decay: float = 0.0
     schedule: str = "constant"  # of the learning rate; or "cosine", to 0
-    first_upsilon: str = (
-        "sample"  # Upsilon starts at the first estimate; "full": at that of the whole training set
-    )
+    first_upsilon: str = "sample"  # Upsilon starts at the first estimate; "full": at that of the whole training set
 
     def __post_init__(self) -> None:
         _check_choice("perturb", self.perturb, PERTURBATIONS)
@@ -628,9 +617,9 @@ def finetune(
 ) -> History:
     """Algorithm 1: perturb the model, then train it against W-PGD-budget; eq. 5.1, or eq. 5.6 for gamma > 0.
 
-    At every minibatch: Upsilon from a fresh random sample of the training set, its moving average (eq. 5.4), the batch's
-    radius (eq. 5.5), W-PGD on the batch, and one SGD step on CE(f(x), y) + beta CE(f(x), f(x')). After every epoch the
-    accuracy under the same threat is measured on `val`; the model is left with the weights of the best epoch.
+    At every minibatch: Upsilon from a fresh random sample of the training set, its moving average (eq. 5.4), the
+    batch's radius (eq. 5.5), W-PGD on the batch, and one SGD step on CE(f(x), y) + beta CE(f(x), f(x')). After every
+    epoch the accuracy under the same threat is measured on `val`; the model is left with the weights of the best epoch.
 
     Args:
         model: changed in place; mode, `requires_grad` flags and gradients are given back as they were.
@@ -680,8 +669,8 @@ def finetune(
             total = total + config.gamma * _consistency(config.consistency, logits, model(x_point))
         return total
 
-    def validate() -> dict[str, float]:
-        attack = wpgd(model, *val, threat, steps=steps, step_ratio=step_ratio, batch_size=batch_size)
+    def validate(x: Tensor, y: Tensor) -> dict[str, float]:
+        attack = wpgd(model, x, y, threat, steps=steps, step_ratio=step_ratio, batch_size=batch_size)
         return {"clean": attack.history["accuracy"][0], "w_2": attack.accuracy}
 
     with _seeded(model, generator), _untouched(model):
@@ -700,7 +689,7 @@ def finetune(
             batches=lambda: draw(len(x)).split(batch_size),
             # A frozen layer stays in eval mode, or its batch statistics would train after all.
             training=config.update_mode == "train" and config.perturb == "whole",
-            validate=validate if val is not None else None,
+            validate=None if val is None else partial(validate, *val),
             score="w_2",
             on_epoch=on_epoch,
             progress=progress,
@@ -808,8 +797,8 @@ def pretrain(
             logits, logits_adv = model(xb).to(x.dtype), model(x_adv).to(x.dtype)
         return F.cross_entropy(logits, yb) + config.beta * _consistency("kl", logits, logits_adv)
 
-    def validate() -> dict[str, float]:
-        attack = wpgd(shown, *val, config.threat, loss="ce", batch_size=config.batch_size)
+    def validate(x: Tensor, y: Tensor) -> dict[str, float]:
+        attack = wpgd(shown, x, y, config.threat, loss="ce", batch_size=config.batch_size)
         return {"clean": attack.history["accuracy"][0], "w_inf": attack.accuracy}
 
     with _seeded(model, generator), _untouched(model):
@@ -832,7 +821,7 @@ def pretrain(
             config.epochs,
             batches=lambda: torch.randperm(len(x), generator=generator).to(x.device).split(config.batch_size),
             training=True,
-            validate=validate if val is not None else None,
+            validate=None if val is None else partial(validate, *val),
             score="w_inf",
             on_epoch=on_epoch,
             progress=progress,
@@ -884,8 +873,8 @@ def _train(
             if not math.isfinite(losses[-1]):
                 rate = optimiser.param_groups[0]["lr"]
                 raise WdatError(
-                    f"the training objective became {losses[-1]} in epoch {epoch}, minibatch {len(losses)}, at learning "
-                    f"rate {rate:g}: try a smaller one"
+                    f"the training objective became {losses[-1]} in epoch {epoch}, minibatch {len(losses)}, at"
+                    f" learning rate {rate:g}: try a smaller one"
                 )
             loss.backward()
             optimiser.step()

@@ -1,0 +1,118 @@
+"""How the demo network and the embedded images came about, and how to make them again.
+
+    python assets/make_demo.py images  --data data    the sheets of images and their labels, from CIFAR-10
+    python assets/make_demo.py weights --data data    pre-training, into runs/demo/ (an hour on one core)
+    python assets/make_demo.py record  --data data    those weights into assets/, their record into results/
+
+`--data` is a folder for CIFAR-10 as torchvision keeps it; it is downloaded where it is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import companion
+from companion import ASSETS, METRICS, RESULTS, RUNS
+from wdat_core import PretrainConfig, evaluate, pretrain
+from wdat_networks import new_stand_in
+
+CONFIG = PretrainConfig(epochs=24, steps=5, step_ratio=2.0, batch_size=128, average=0.998, precision="bfloat16")
+PARTS = {"train": (True, 0, 4000), "val": (True, 4000, 5000), "test": (False, 0, 1000)}
+
+
+def images(data: Path) -> None:
+    """4,000 + 1,000 images of the training set and 1,000 of the test set, each part one lossless sheet, 50 in a row."""
+    index = {}
+    for name, (train, first, last) in PARTS.items():
+        x, y = companion.cifar10(data, train)
+        tiles = x[first:last].numpy().reshape(-1, 50, 3, 32, 32)
+        sheet = np.ascontiguousarray(tiles.transpose(0, 3, 1, 4, 2)).reshape(-1, 50 * 32, 3)
+        Image.fromarray(sheet).save(ASSETS / f"images_{name}.webp", lossless=True, quality=100, method=6)
+        labels = "".join(str(int(c)) for c in y[first:last])
+        index[name] = {"labels": labels, "digest": companion.digest(sheet.tobytes())}
+    (ASSETS / "images.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+def weights(data: Path) -> None:
+    """TRADES on the 50,000 training images; nothing is selected on the test set, or on any other."""
+    x, y = companion.cifar10(data, train=True)
+    torch.manual_seed(CONFIG.seed)
+    model = new_stand_in("demo")
+    folder = RUNS / "demo"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def save(epoch: int, shown: nn.Module) -> dict[str, float]:
+        save_file({k: v.contiguous() for k, v in shown.state_dict().items()}, folder / "weights.safetensors")
+        return {}
+
+    begin = time.perf_counter()
+    history = pretrain(model, (companion.floats(x), y), None, CONFIG, on_epoch=save, progress=True)
+    made = {
+        "config": companion.plain(dataclasses.asdict(CONFIG)),
+        "history": {"epochs": history.epochs, "best": history.best},
+        "seconds": round(time.perf_counter() - begin, 1),
+        "device": companion.device_name(torch.device("cpu")),
+        "core": companion.core_digest(),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    (folder / "made.json").write_text(json.dumps(made, indent=1), encoding="utf-8")
+
+
+def record(data: Path) -> None:
+    """The three accuracies on all 10,000 test images, and how the weights were made, as one record."""
+    folder = RUNS / "demo"
+    made = json.loads((folder / "made.json").read_text(encoding="utf-8"))
+    model = new_stand_in("demo")
+    model.load_state_dict(load_file(folder / "weights.safetensors"))
+    x, y = companion.cifar10(data, train=False)
+    begin = time.perf_counter()
+    scores = evaluate(model, companion.floats(x), y, progress=True)
+    shutil.copy(folder / "weights.safetensors", ASSETS / "demo.safetensors")
+    content = (ASSETS / "demo.safetensors").read_bytes()
+    parts = b"".join(t.numpy().tobytes() for t in (x, y))
+    path = companion.write_record(
+        {
+            "schema": companion.SCHEMA,
+            "kind": "pretrain",
+            "network": {"name": "demo", "source": "pre-trained by this project", "digest": companion.digest(content)},
+            "data": {
+                "source": "CIFAR-10",
+                "digest": companion.digest(parts),
+                "train": 50_000,
+                "val": 0,
+                "test": len(y),
+            },
+            "config": made["config"],
+            "metrics": {"after": {m: getattr(scores, m) for m in METRICS}},
+            "correct": {"after": {m: companion.pack(scores.correct[m]) for m in METRICS}},
+            "history": made["history"],
+            "seconds": {"pretrain": made["seconds"], "evaluate": round(time.perf_counter() - begin, 1)},
+            "device": made["device"],
+            "versions": companion.versions(),
+            "core": made["core"],
+            "created": made["created"],
+            "command": "python assets/make_demo.py weights",
+        },
+        RESULTS,
+    )
+    print(path.name, {m: f"{100 * getattr(scores, m):.2f} %" for m in METRICS})
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("step", choices=("images", "weights", "record"))
+    parser.add_argument("--data", type=Path, default=companion.ROOT / "data")
+    arguments = parser.parse_args()
+    {"images": images, "weights": weights, "record": record}[arguments.step](arguments.data)
