@@ -714,6 +714,32 @@ def describe(records: Sequence[Record]) -> Any:
     )
 
 
+def verdicts(table: int, recorded: Sequence[Record]) -> Any:
+    """What the recorded runs say about each column of the paper, by rule, as Markdown.
+
+    A change counts as "up" or "down" where its 95 % interval leaves out 0, else as "not visible". The spread is that of
+    the seeds, each measured on the same test images.
+    """
+    from IPython.display import Markdown
+
+    if not recorded:
+        return Markdown("Nothing is recorded for these parameters yet.")
+    rows = {(r["metric"], r["source"]): r["cells"] for r in evidence(table, recorded, recorded)}
+    lines = ["| column | accuracy | paper | recorded here | seeds | verdict |", "|---|---|---|---|---|---|"]
+    for column, records in columns_of(recorded).items():
+        for metric in ("w_2", "w_inf"):
+            paper, here = rows[metric, "paper"][column], change(records, metric)
+            spread = [change([r], metric).value for r in records]
+            seeds = "1" if len(spread) == 1 else f"{len(spread)}: {min(spread):+.2f} to {max(spread):+.2f}"
+            visible = abs(here.value) > (here.half or 0)
+            lines.append(
+                f"| τ = {column[0]:g}, η = {column[1]:g} | {METRICS[metric]} |"
+                f" {paper[1].text(signed=True) if paper else '–'} | {here.text(signed=True)} | {seeds} |"
+                f" {('up' if here.value > 0 else 'down') if visible else 'not visible'} |"
+            )
+    return Markdown("\n".join(lines))
+
+
 def agreement(records: Sequence[Record], recorded: Sequence[Record], tolerance: float) -> str:
     """One line on whether this run agrees with the recorded ones, up to `tolerance` in percentage points.
 

@@ -1,0 +1,380 @@
+"""Settings, data, networks, records and tables: what a notebook's user can get right and wrong."""
+
+import ast
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+import types
+import urllib.error
+import urllib.request
+
+import numpy as np
+import papermill
+import pytest
+import torch
+
+import companion
+import wdat_networks
+from companion import ParameterError, Settings
+
+
+def from_notebook(**parameters):
+    """What a kernel's namespace holds when the first cell asks: the parameters, and IPython's own names."""
+    noise = {"In": [], "Out": {}, "_ih": [], "exit": object.__init__, "get_ipython": lambda: None, "math": math}
+    return Settings.from_notebook({**noise, **parameters})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_checking_parameters_needs_no_torch():
+    code = "import sys, companion; companion.Settings().resolved(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=companion.ROOT).returncode == 0
+
+
+def test_preset_fills_in_what_is_not_given():
+    settings = from_notebook(preset="paper", epochs=3)
+    assert (settings.network, settings.epochs, settings.batch_size) == ("Zhang2019Theoretically", 3, 512)
+    assert (settings.train_images, settings.val_images, settings.test_images) == (40_000, 10_000, 10_000)
+
+
+def test_grid_is_all_of_the_paper_or_the_one_asked_for():
+    assert from_notebook().grid() == [(0.1, 0.1), (0.01, 0.1), (0.1, 1.0), (0.01, 1.0)]
+    assert from_notebook(tau=0.01).grid() == [(0.01, 0.1), (0.01, 1.0)]
+    assert from_notebook(tau=0.5, eta=1).grid() == [(0.5, 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"tua": 0.01}, "unknown parameter 'tua': did you mean 'tau'"),
+        ({"tau": "0.01"}, "tau must be a number, not '0.01'"),
+        ({"tau": 0}, "tau must be above 0"),
+        ({"tau": math.nan}, "tau must be above 0"),
+        ({"eta": 1.5}, "eta must be above 0 and at most 1"),
+        ({"eta": 0}, "eta must be above 0"),
+        ({"delta": 0}, "delta must be above 0"),
+        ({"delta": math.inf}, "delta must be above 0"),
+        ({"beta": -1}, "beta must be at least 0"),
+        ({"steps": 0}, "steps must be above 0"),
+        ({"steps": 2.5}, "steps must be a whole number"),
+        ({"epochs": True}, "epochs must be a whole number"),
+        ({"seed": -1}, "seed must be at least 0"),
+        ({"preset": "papr"}, "preset must be one of demo, paper"),
+        ({"consistency": "mse"}, "consistency must be one of"),
+        ({"network": 7}, "network must be a text"),
+        ({"test_images": 1001}, "test_images is 1001, and the 'embedded' data has 1000"),
+        ({"preset": "paper", "train_images": 45_000}, "CIFAR-10 has 50000"),
+    ],
+)
+def test_bad_parameter_is_named(parameters, message):
+    with pytest.raises(ParameterError, match=message) as caught:
+        from_notebook(**parameters)
+    assert caught.value._render_traceback_() == [f"ParameterError: {caught.value}"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_embedded_images():
+    data = companion.load_data(Settings(train_images=100, val_images=20).resolved())
+    assert [len(y) for _, y in (data.train, data.val, data.test)] == [100, 20, 1000]
+    for x, y in (data.train, data.val, data.test):
+        assert x.shape[1:] == (3, 32, 32) and x.dtype == torch.float32 and y.dtype == torch.int64
+        assert x.min() >= 0 and x.max() == 1
+        assert torch.equal(x * 255, (x * 255).round())
+    # Every class is there about as often as in CIFAR-10.
+    assert data.test[1].bincount(minlength=10).min() > 80
+
+
+def test_embedded_images_are_those_of_the_golden_file():
+    with np.load(companion.ROOT / "tests" / "golden" / "cifar10_test_256.npz") as golden:
+        images, labels = (golden[name] for name in sorted(golden.files, key=lambda n: -golden[n].ndim))
+    x, y = companion.embedded("test")
+    assert np.array_equal(x[:256].numpy(), images.reshape(256, 3, 32, 32)) and np.array_equal(y[:256].numpy(), labels)
+
+
+def test_damaged_image_file_is_named(tmp_path, monkeypatch):
+    for path in companion.ASSETS.glob("images*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    monkeypatch.setattr(companion, "ASSETS", tmp_path)
+    sheet = tmp_path / "images_test.webp"
+    for content in (sheet.read_bytes()[:10_000], b"", (tmp_path / "images_val.webp").read_bytes()):
+        sheet.write_bytes(content)
+        with pytest.raises(ParameterError, match=r"images_test.webp is damaged or missing: restore it"):
+            companion.embedded("test")
+    sheet.unlink()
+    with pytest.raises(ParameterError, match=r"images_test.webp is damaged or missing"):
+        companion.embedded("test")
+
+
+def test_no_cifar10_and_no_network(tmp_path, monkeypatch):
+    def refuse(*arguments, **options):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    with pytest.raises(ParameterError, match=r"CIFAR-10 is not in .* and could not be put there .*no route"):
+        companion.cifar10(tmp_path, train=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Networks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_demo_network_is_what_its_record_says(tmp_path):
+    network = wdat_networks.load_network("demo", tmp_path)
+    (record,) = companion.read_records(kind="pretrain")
+    assert network.digest == record["network"]["digest"] and not network.model.training
+    x, y = companion.embedded("test")
+    with torch.no_grad():
+        correct = network.model(companion.floats(x)).argmax(1) == y
+    recorded = companion.unpack(record["correct"]["after"]["clean"], record["data"]["test"])[:1000]
+    assert np.abs(correct.numpy() - recorded).sum() <= 5  # images at the boundary, on another machine
+
+
+def test_unknown_network_gets_the_nearest(tmp_path):
+    with pytest.raises(ParameterError, match=r"unknown network 'Zhang2019Theoretical'.*Zhang2019Theoretically"):
+        wdat_networks.load_network("Zhang2019Theoretical", tmp_path)
+    with pytest.raises(ParameterError, match=r"unknown network 'dmo': did you mean demo"):
+        wdat_networks.load_network("dmo", tmp_path)
+
+
+def test_the_five_are_in_the_zoo():
+    assert set(companion.PAPER_NETWORKS) <= set(wdat_networks._zoo())
+
+
+@pytest.fixture
+def tiny_zoo(monkeypatch):
+    """RobustBench's real loader with one small entry under a paper's name, so that its files stay small."""
+    entry = {"model": lambda: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10)), "gdrive_id": "x"}
+    zoo = wdat_networks._zoo()
+    monkeypatch.setitem(zoo, "Zhang2019Theoretically", entry)
+    return entry
+
+
+def place(folder, content):
+    path = folder / "cifar10" / "Linf" / "Zhang2019Theoretically.pt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    return path
+
+
+def load(folder):
+    return wdat_networks.load_network("Zhang2019Theoretically", folder)
+
+
+def test_local_weights_come_first(tiny_zoo, tmp_path):
+    state = tiny_zoo["model"]().state_dict()
+    place(tmp_path, {f"module.{k}": v for k, v in state.items()})
+    assert torch.equal(load(tmp_path).model.state_dict()["1.weight"], state["1.weight"])
+
+
+@pytest.mark.parametrize("cut", [10, 1000, 100_000])
+def test_truncated_weights(tiny_zoo, tmp_path, cut):
+    path = place(tmp_path, tiny_zoo["model"]().state_dict())
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(ParameterError, match=r"Zhang2019Theoretically.pt .*truncated.*place the file.*WRN-34-10"):
+        load(tmp_path)
+
+
+def test_weights_that_are_a_web_page(tiny_zoo, tmp_path):
+    place(tmp_path, b"\n<!DOCTYPE html><html><body>Quota exceeded</body></html>")
+    with pytest.raises(ParameterError, match=r"HTML page.*delete it and place the file"):
+        load(tmp_path)
+
+
+def test_weights_of_another_architecture(tiny_zoo, tmp_path):
+    place(tmp_path, torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 7)).state_dict())
+    with pytest.raises(ParameterError, match=r"do not fit its architecture .*place the file"):
+        load(tmp_path)
+
+
+class Bomb:
+    def __reduce__(self):
+        return (pytest.fail, ("code of a weights file was executed",))
+
+
+def test_no_code_is_executed_from_weights(tiny_zoo, tmp_path):
+    place(tmp_path, {"state_dict": Bomb()})
+    with pytest.raises(ParameterError, match="not plain weights"):
+        load(tmp_path)
+
+
+def test_failed_download_leaves_nothing(tiny_zoo, tmp_path, monkeypatch):
+    import robustbench.utils
+
+    def half(file_id, path):
+        path.write_bytes(b"PK half a file")
+        raise OSError("connection reset")
+
+    monkeypatch.setattr(robustbench.utils, "download_gdrive_new", half)
+    with pytest.raises(ParameterError, match=r"download failed: place the file .*connection reset"):
+        load(tmp_path)
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def test_downloaded_web_page_leaves_nothing(tiny_zoo, tmp_path, monkeypatch):
+    import robustbench.utils
+
+    monkeypatch.setattr(
+        robustbench.utils, "download_gdrive_new", lambda file_id, path: path.write_bytes(b"<html>no</html>")
+    )
+    with pytest.raises(ParameterError, match="HTML page"):
+        load(tmp_path)
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def test_clean_accuracy_far_from_the_published_one_is_refused():
+    network = types.SimpleNamespace(name="Zhang2019Theoretically")
+    companion._check_clean(network, 0.8492, 10_000)
+    companion._check_clean(network, 0.82, 1000)
+    for clean, images in ((0.83, 10_000), (0.1, 1000)):
+        with pytest.raises(ParameterError, match=r"84.92 % is published"):
+            companion._check_clean(network, clean, images)
+
+
+def test_missing_device_is_named():
+    with pytest.raises(ParameterError, match="device 'cuda:99' is not to be had here"):
+        companion.pick_device("cuda:99")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Records and tables
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A real run of two columns, as small as can be."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(companion, "RUNS", tmp_path_factory.mktemp("runs"))
+    sizes = {"train_images": 60, "val_images": 20, "test_images": 50, "batch_size": 20, "steps": 2}
+    records = companion.finetune_grid(Settings(eta=1, **sizes).resolved(), "whole")
+    yield records, companion.RUNS
+    patch.undo()
+
+
+def test_records_come_back_as_they_were_written(run):
+    records, folder = run
+    assert sorted(map(str, companion.read_records(folder))) == sorted(map(str, records))
+    assert companion.recorded_like(records, folder) == companion.read_records(folder)
+    for record in records:
+        assert json.loads(json.dumps(record, allow_nan=False)) == record
+
+
+def test_record_accuracies_are_those_of_its_images(run):
+    for record in run[0]:
+        for when, scores in record["metrics"].items():
+            for metric, value in scores.items():
+                bits = companion.unpack(record["correct"][when][metric], record["data"]["test"])
+                assert bits.mean() == pytest.approx(value)
+                assert companion.accuracy([record], when, metric).value == pytest.approx(100 * value)
+
+
+def test_damaged_records_are_named_and_skipped(run, tmp_path, capsys):
+    records, _ = run
+    path = companion.write_record(records[0], tmp_path)
+    text = path.read_text()
+    (tmp_path / "half.json").write_text(text[: len(text) // 2])
+    (tmp_path / "foreign.json").write_text("{}")
+    (tmp_path / "older.json").write_text(text.replace('"schema": 1', '"schema": 0'))
+    assert companion.read_records(tmp_path) == [records[0]]
+    complaint = capsys.readouterr().err
+    assert all(name in complaint for name in ("half.json", "foreign.json", "older.json"))
+
+
+def test_folder_that_cannot_be_written(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ParameterError, match="could not be written"):
+        companion.write_record(run[0][0], tmp_path / "file")
+
+
+def test_full_disk_leaves_no_half_record(run, tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(companion.os, "fsync", full)
+    with pytest.raises(ParameterError, match=r"No space left on device.*make room"):
+        companion.write_record(run[0][0], tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_records_of_another_protocol_are_not_mixed_in(run, tmp_path):
+    records, _ = run
+    for key, value in (("epochs", 7), ("consistency", "kl")):
+        companion.write_record({**records[0], "config": {**records[0]["config"], key: value}}, tmp_path)
+    assert len(companion.read_records(tmp_path)) == 2 and not companion.recorded_like(records, tmp_path)
+    companion.write_record({**records[0], "config": {**records[0]["config"], "seed": 5}}, tmp_path)
+    assert len(companion.recorded_like(records, tmp_path)) == 1
+
+
+def test_paired_interval():
+    """On 100 images, 10 won and 4 lost: the mean of the differences, and 1.96 of its standard errors."""
+    before = np.r_[np.zeros(50), np.ones(50)]
+    after = np.r_[np.ones(10), np.zeros(40), np.zeros(4), np.ones(46)]
+
+    def pack(bits):
+        return {"w_2": companion.pack(torch.tensor(bits > 0))}
+
+    record = {"correct": {"before": pack(before), "after": pack(after)}, "data": {"test": 100}}
+    got = companion.change([record], "w_2")
+    assert got.value == pytest.approx(6)
+    assert got.half == pytest.approx(1.96 * math.sqrt((14 - 36 / 100) / 99 / 100) * 100)
+
+
+def test_table_shows_paper_beside_this_run_and_an_honest_dash(run):
+    records, _ = run
+    table = companion.show_table(4, records, []).data
+    assert "| **W₂** | paper: Zhang et al. (2019) | 42.99 | 45.20 (+2.21) | 50.53 (+7.54) |" in table
+    assert "| recorded here: demo | – | – | – |" in table
+    assert f"{100 * records[1]['metrics']['after']['w_2']:.2f} (" in table
+    assert (
+        "paper: Zhang et al. (2019) | 42.99 | – |"
+        in companion.show_table(4, [{**records[0], "config": {**records[0]["config"], "tau": 0.3}}], []).data
+    )
+
+
+def test_agreement_fails_where_the_numbers_differ(run):
+    records, _ = run
+    assert "within 0.5 points" in companion.agreement(records, records, 0.5)
+    assert "Nothing is recorded" in companion.agreement(records, [], 0.5)
+    other = {**records[0], "correct": {**records[0]["correct"], "after": records[0]["correct"]["before"]}}
+    flipped = {m: companion.pack(torch.zeros(50, dtype=torch.bool)) for m in companion.METRICS}
+    other["correct"]["after"] = flipped
+    with pytest.raises(AssertionError, match="further apart than"):
+        companion.agreement(records, [other], 0.5)
+
+
+def test_figure_shows_each_number_once(run):
+    records, _ = run
+    figure = companion.plot_changes(4, records, records)
+    drawn = sorted(x for axis in figure.axes for c in axis.containers for x in c.lines[0].get_xdata())
+    rows = companion.evidence(4, records, records)
+    wanted = sorted(cell[1].value for row in rows for cell in row["cells"].values())
+    assert drawn == pytest.approx(wanted) and len(drawn) == 18
+
+
+def test_paper_numbers_are_complete():
+    """Cells per table: 5 networks x 3, 5 x 3, 4 x 3 for each grid, 5 x 5 for the summary, changes included."""
+    counts = {}
+    for row in companion._paper_rows():
+        counts[int(row["table"])] = counts.get(int(row["table"]), 0) + 1
+        assert -10 < float(row["value"]) < 100
+    assert counts == {1: 15, 2: 15, 5: 25} | dict.fromkeys((3, 4, 6, 7, 8, 9, 10, 11), 12)
+
+
+def test_settings_and_notebook_agree_on_parameters():
+    """Every field of Settings is a parameter of the notebook with the same default, and no other is."""
+    parameters = papermill.inspect_notebook(companion.ROOT / "notebooks" / "table4.ipynb")
+    defaults = {name: p["default"].replace("8 / 255", repr(8 / 255)) for name, p in parameters.items()}
+    assert {name: ast.literal_eval(text) for name, text in defaults.items()} == dataclasses.asdict(Settings())
