@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-settings.register_profile("wdat", deadline=None, derandomize=True, max_examples=60)
+settings.register_profile("wdat", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("wdat")
 
 

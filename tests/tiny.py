@@ -1,4 +1,4 @@
-"""Tiny networks, images and labels for the tests, and the method once more, as plainly as it can be written."""
+"""Tiny networks, images and labels for the tests, and W-PGD once more, as plainly as it can be written."""
 
 import contextlib
 import math
@@ -19,7 +19,7 @@ class Centre(nn.Module):
 
 
 def network(kind="mlp", classes=4, dtype=torch.float64, seed=0, shape=SHAPE):
-    """A random network in eval mode: "linear", "conv", "mlp" (ReLU), "smooth" (tanh), "full" (BatchNorm, Dropout)."""
+    """A random network in eval mode; "mlp" has ReLU, "smooth" tanh, "full" BatchNorm and Dropout."""
     channels, pixels = shape[0], math.prod(shape)
     with seeded(seed):
         body = {
