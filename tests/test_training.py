@@ -1,0 +1,593 @@
+"""Algorithm 1 and the pre-training, on networks and data that train in a blink."""
+
+import copy
+import itertools
+import math
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import INF, SHAPE, images, network, predict, reference_step, seeded
+from torch import nn
+
+from wdat_core import (
+    FinetuneConfig,
+    PretrainConfig,
+    Threat,
+    _consistency,
+    _crop_and_flip,
+    _random_start,
+    ce,
+    finetune,
+    perturb_,
+    pretrain,
+    redlr,
+    sensitivity,
+    wpgd,
+)
+
+THREAT = Threat(delta=0.05)
+
+
+def quick(**fields):
+    """Two epochs of three minibatches on 12 images, with the paper's rules otherwise."""
+    defaults = {"threat": THREAT, "steps": 2, "epochs": 2, "batch_size": 5, "sample": 0.3}
+    return FinetuneConfig(**(defaults | fields))
+
+
+def quick_pretrain(**fields):
+    defaults = {"threat": Threat(p=INF, delta=0.05), "steps": 2, "epochs": 2, "batch_size": 5}
+    return PretrainConfig(**(defaults | fields))
+
+
+QUICK = {finetune: quick, pretrain: quick_pretrain}
+TRAIN = [finetune, pretrain]
+both = pytest.mark.parametrize("train", TRAIN, ids=lambda train: train.__name__)
+
+
+def trained(train=finetune, kind="full", val=False, on_epoch=None, model=None, **fields):
+    """A model trained on 12 images, and its history."""
+    model = network(kind) if model is None else model
+    config = QUICK[train](**fields)
+    validation = data(9, kind, seed=1) if val else None
+    return model, train(model, data(12, kind), validation, config, on_epoch=on_epoch)
+
+
+def data(n, kind="full", seed=0):
+    """Images and labels, of which the network of that kind, as yet untrained, gets three in four right."""
+    return images(n, network(kind), seed=seed)
+
+
+def state(model):
+    return copy.deepcopy(model.state_dict())
+
+
+def same(a, b):
+    return {name: torch.equal(a[name], b[name]) for name in a}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Seeds, and what changes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@both
+def test_the_seed_decides_the_weights_bit_for_bit(train):
+    one, two, other = (state(trained(train, val=True, seed=seed)[0]) for seed in (3, 3, 4))
+    assert all(same(one, two).values())
+    assert not any(value for name, value in same(one, other).items() if name.endswith("weight"))
+
+
+@pytest.mark.parametrize("reinit", ["default", "xavier"])
+def test_last_layer_changes_the_last_linear_layer_only(reinit):
+    """Batch statistics included: they stay even though the network is given, and given back, in train mode."""
+    model = network("full").train()
+    before = state(model)
+    trained(model=model, perturb="last_layer", reinit=reinit)
+    changed = {name for name, value in same(before, state(model)).items() if not value}
+    assert changed == {"6.weight", "6.bias"}
+
+
+def test_whole_changes_everything():
+    model = network("full")
+    before = state(model)
+    trained(model=model, perturb="whole")
+    assert not any(same(before, state(model)).values())
+
+
+@both
+@pytest.mark.parametrize("fails", [False, True])
+def test_mode_flags_and_gradients_come_back(train, fails):
+    model = network("full").train()
+    model[2].eval()
+    model[1].bias.requires_grad_(False)
+    gradient = torch.randn(model[6].weight.shape, dtype=torch.float64, generator=torch.Generator())
+    model[6].weight.grad = gradient
+    kept = gradient.clone()
+
+    def fail(epoch, model):
+        raise ZeroDivisionError
+
+    modes = [module.training for module in model.modules()]
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    if fails:
+        with pytest.raises(ZeroDivisionError):
+            trained(train, model=model, on_epoch=fail)
+    else:
+        trained(train, model=model)
+    assert [module.training for module in model.modules()] == modes
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    assert model[6].weight.grad is gradient and torch.equal(gradient, kept)
+    assert all(p.grad is None for p in model.parameters() if p is not model[6].weight)
+
+
+@both
+def test_frozen_flags_do_not_keep_parameters_from_training(train):
+    """What is trained is what Algorithm 1 says, whatever the caller's flags, which come back."""
+    model = network("full").requires_grad_(False)
+    before = state(model)
+    trained(train, model=model)
+    assert not any(value for name, value in same(before, state(model)).items() if "weight" in name)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@both
+def test_data_are_not_changed(train):
+    model = network("full")
+    pairs = data(12), data(9, seed=1)
+    before = [tensor.clone() for pair in pairs for tensor in pair]
+    train(model, *pairs, QUICK[train]())
+    assert all(torch.equal(a, b) for a, b in zip(before, [t for pair in pairs for t in pair], strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# perturb_
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.01, 0.2])
+def test_whole_adds_noise_of_the_given_relative_size(noise):
+    with seeded(0):
+        model = nn.Sequential(nn.Linear(100, 100), nn.Linear(100, 100))
+        model[1].weight.data *= 50
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    returned = perturb_(model, "whole", noise=noise)
+    assert [id(p) for p in returned] == [id(p) for p in model.parameters()]
+    for old, new in zip(before, model.parameters(), strict=True):
+        relative = ((new - old).square().mean() / old.square().mean()).sqrt().item()
+        # The standard deviation of n normal numbers has a relative error of about 1/sqrt(2n).
+        assert relative == pytest.approx(noise, rel=4 / math.sqrt(2 * old.numel()), abs=0)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("reinit", ["default", "xavier"])
+def test_last_layer_is_drawn_anew(reinit, bias):
+    model = nn.Sequential(nn.Linear(200, 100), nn.ReLU(), nn.Linear(100, 50, bias=bias))
+    before = state(model)
+    returned = perturb_(model, "last_layer", reinit=reinit)
+    assert [id(p) for p in returned] == [id(p) for p in model[2].parameters()]
+    changed = {name for name, value in same(before, state(model)).items() if not value}
+    assert changed == {"2.weight", "2.bias"} if bias else {"2.weight"}
+    deviation = 1 / math.sqrt(3 * 100) if reinit == "default" else math.sqrt(2 / 150)
+    assert model[2].weight.std().item() == pytest.approx(deviation, rel=0.05)
+    if bias:
+        assert model[2].bias.abs().max() <= (0 if reinit == "xavier" else 1 / math.sqrt(100))
+
+
+@pytest.mark.parametrize("how", ["whole", "last_layer"])
+def test_perturbation_is_decided_by_the_generator(how):
+    models = [network("mlp") for _ in range(4)]
+    for model, seed in zip(models, (None, 0, 0, 1), strict=True):
+        perturb_(model, how, generator=None if seed is None else torch.Generator().manual_seed(seed))
+    default, zero, again, one = map(state, models)
+    assert all(same(default, zero).values()) and all(same(zero, again).values())
+    assert not all(same(zero, one).values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Algorithm 1 by hand
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def written_consistency(reading, clean, attacked):
+    """CE(f(x), f(x')) with soft labels softmax(f(x)), as torch's own cross-entropy reads them."""
+    target = clean.softmax(1)
+    if reading == "ce":
+        return F.cross_entropy(attacked, target)
+    if reading == "ce_detached":
+        return F.cross_entropy(attacked, target.detach())
+    return F.cross_entropy(attacked, target) - F.cross_entropy(clean, target)
+
+
+def by_hand(model, x, y, config):
+    """Algorithm 1 on full batches, without augmentation or noise; the values of Upsilon."""
+    model.train()
+    upsilons = []
+    for _ in range(config.epochs):
+        model.eval()
+        threat = config.threat
+        own = sensitivity(model, x, y, threat)
+        upsilon = own if not upsilons else (1 - config.eta) * upsilons[-1] + config.eta * own
+        upsilons.append(upsilon)
+        delta = threat.delta * (own / upsilon) ** (threat.q - 1)
+        x_adv, x_point = x, x
+        for _ in range(config.steps):
+            arguments = (redlr, config.step_ratio * delta / config.steps, delta)
+            x_adv, _ = reference_step(model, x, x_adv, y, threat.p, threat.r, *arguments)
+            arguments = (ce, config.step_ratio * threat.delta / config.steps, threat.delta)
+            x_point, _ = reference_step(model, x, x_point, y, INF, threat.r, *arguments)
+        model.train(config.update_mode == "train")
+        model.zero_grad()
+        logits = model(x)
+        loss = F.cross_entropy(logits, y)
+        loss = loss + config.beta * written_consistency(config.consistency, logits, model(x_adv))
+        if config.gamma:
+            loss = loss + config.gamma * written_consistency(config.consistency, logits, model(x_point))
+        loss.backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= config.tau * parameter.grad
+    return upsilons
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"consistency": "ce"},
+        {"consistency": "kl"},
+        {"gamma": 3.0},
+        {"gamma": 3.0, "consistency": "ce"},
+        {"beta": 0.0},
+        {"eta": 1.0, "update_mode": "eval"},
+        {"threat": Threat(1.5, 2.0, 0.2), "step_ratio": 2.5},
+        {"threat": Threat(3.0, INF, 0.05)},
+    ],
+    ids=str,
+)
+def test_algorithm_1_by_hand(fields):
+    """Three epochs of full batches: Upsilon (5.4), the radius (5.5), the objective (5.1, 5.6) and the SGD step."""
+    options = {"threat": THREAT, "tau": 0.02, "eta": 0.3, "steps": 3, "epochs": 3, "batch_size": 20, "sample": 1.0}
+    config = FinetuneConfig(**(options | {"noise": 0.0, "augment": False} | fields))
+    model = nn.Sequential(*(layer for layer in network("full") if not isinstance(layer, nn.Dropout)))
+    x, y = images(20, model)
+    expected = copy.deepcopy(model)
+    upsilons = by_hand(expected, x, y, config)
+    before = state(model)
+    history = finetune(model, (x, y), None, config)
+    assert history.upsilon == pytest.approx(upsilons, rel=1e-9, abs=0)
+    assert len(set(upsilons)) == 3
+    for (name, got), wanted in zip(model.state_dict().items(), expected.state_dict().values(), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
+    assert not same(before, state(model))["5.weight"]
+
+
+@pytest.mark.parametrize("eta", [0.1, 0.7])
+def test_moving_average_of_upsilon(eta):
+    """Eq. 5.4: with a rate too small to change a bit of the weights, eta = 1 gives the estimates themselves."""
+    plain, average = (trained(kind="mlp", tau=1e-30, eta=e, epochs=3)[1].upsilon for e in (1.0, eta))
+    assert len(plain) == len(average) == 3 * 3
+    assert len(set(plain)) > 5
+    expected = plain[0]
+    assert average[0] == expected
+    for estimate, got in zip(plain[1:], average[1:], strict=True):
+        expected += eta * (estimate - expected)
+        assert got == pytest.approx(expected, rel=1e-12, abs=0)
+
+
+def test_estimates_of_upsilon_are_sensitivities_of_the_network_of_that_moment():
+    models = []
+    model = network("full")
+    x, y = data(12)
+    config = quick(sample=1.0, epochs=3, batch_size=12)
+    history = finetune(model, (x, y), None, config, on_epoch=lambda _, m: models.append(copy.deepcopy(m)) or {})
+    assert len(history.upsilon) == 3
+    for seen, upsilon in zip(models, history.upsilon[1:], strict=False):
+        assert upsilon == pytest.approx(sensitivity(seen, x, y, THREAT), rel=1e-12, abs=0)
+
+
+def test_first_upsilon_of_the_full_training_set():
+    history = trained(first_upsilon="full", noise=0.0)[1]
+    whole = sensitivity(network("full"), *data(12), THREAT)
+    assert history.upsilon[0] == pytest.approx(whole, rel=1e-12, abs=0)
+    assert trained(noise=0.0)[1].upsilon[0] != pytest.approx(history.upsilon[0], rel=1e-3)
+
+
+def test_the_three_readings_of_the_consistency_term():
+    """ce = kl + entropy of softmax(f(x)); ce_detached is ce in value, and cross-entropy of fixed soft labels."""
+    generator = torch.Generator().manual_seed(0)
+    clean, attacked = (2 * torch.randn(7, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    value, gradient = {}, {}
+    for reading in ("ce", "ce_detached", "kl"):
+        both_logits = [clean.clone().requires_grad_(), attacked.clone().requires_grad_()]
+        loss = _consistency(reading, *both_logits)
+        value[reading] = loss.item()
+        gradient[reading] = torch.autograd.grad(loss, both_logits, allow_unused=True)
+    entropy = -(clean.softmax(1) * clean.log_softmax(1)).sum(1).mean().item()
+    assert value["ce"] == pytest.approx(value["kl"] + entropy, rel=1e-12)
+    assert value["ce"] == value["ce_detached"]
+    assert value["kl"] > 0 and _consistency("kl", clean, clean).abs() < 1e-15
+
+    z = attacked.clone().requires_grad_()
+    (fixed,) = torch.autograd.grad(F.cross_entropy(z, clean.softmax(1)), z)
+    assert gradient["ce_detached"][0] is None
+    for reading in gradient:  # they differ in the gradient to f(x) alone
+        torch.testing.assert_close(gradient[reading][1], fixed, rtol=1e-12, atol=1e-15)
+    assert gradient["ce"][0].abs().max() > 0.01
+    assert (gradient["ce"][0] - gradient["kl"][0]).abs().max() > 0.01
+
+
+OTHER = {
+    "consistency": ["ce", "kl"],
+    "attack_label": ["predicted"],
+    "attack_mode": ["train"],
+    "update_mode": ["eval"],
+    "random_start": [0.5],
+    "noise": [0.1],
+    "augment": [False],
+    "momentum": [0.9],
+    "weight_decay": [0.01],
+    "schedule": ["cosine"],
+    "first_upsilon": ["full"],
+    "gamma": [1.0],
+}
+
+
+@pytest.mark.parametrize("name, value", [(name, value) for name in OTHER for value in OTHER[name]])
+def test_every_open_point_runs_and_matters(name, value):
+    fields = {"tau": 0.05, "eta": 0.5}
+    plain, other = trained(**fields)[0], trained(**fields, **{name: value})[0]
+    assert not same(state(plain), state(other))["6.weight"]
+    assert all(tensor.isfinite().all() for tensor in other.state_dict().values())
+
+
+def test_every_way_to_draw_the_last_layer_runs_and_matters():
+    default, xavier = (trained(perturb="last_layer", reinit=reinit)[0] for reinit in ("default", "xavier"))
+    assert not same(state(default), state(xavier))["6.weight"]
+
+
+def test_cosine_schedule_ends_at_zero():
+    """(1 + cos(pi i / total)) / 2: the rate of the last of many minibatches is next to nothing."""
+    states = []
+    options = {"schedule": "cosine", "update_mode": "eval", "epochs": 20, "batch_size": 12}
+    trained(kind="mlp", on_epoch=lambda _, m: states.append(state(m)) or {}, **options)
+    moves = [(b["2.weight"] - a["2.weight"]).norm().item() for a, b in itertools.pairwise(states)]
+    assert moves[-1] < 0.02 * moves[0]
+
+
+def test_random_start_is_its_fraction_of_delta_away():
+    """Exactly that far from the middle of the pixel range, and clamped at its edge."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.full((50, *SHAPE), 0.5, dtype=torch.float64)
+    for r in (1.5, 2.0, INF):
+        start = _random_start(x, Threat(2, r, 0.1), 0.7, generator)
+        distances = torch.linalg.vector_norm(start - x, r, (1, 2, 3))
+        torch.testing.assert_close(distances, torch.full_like(distances, 0.07))
+        assert start.unique().numel() > 50
+    edge = _random_start(torch.ones_like(x), THREAT, 1.0, generator)
+    assert edge.max() == 1 and edge.min() >= 0.95 - 1e-12
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The epochs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@both
+def test_history_has_a_row_an_epoch_and_upsilon_a_minibatch(train):
+    score = {finetune: "w_2", pretrain: "w_inf"}[train]
+    _, history = trained(train, val=True, epochs=3, on_epoch=lambda epoch, _: {"square": epoch**2})
+    assert [row["epoch"] for row in history.epochs] == [1, 2, 3]
+    assert [row["square"] for row in history.epochs] == [1, 4, 9]
+    for row in history.epochs:
+        assert set(row) == {"epoch", "loss", "seconds", "clean", score, "square"}
+        assert 0 <= row[score] <= row["clean"] <= 1
+    seconds = [row["seconds"] for row in history.epochs]
+    assert seconds[0] > 0 and seconds == sorted(seconds)
+    assert len(history.upsilon) == (3 * 3 if train is finetune else 0)
+    assert all(upsilon > 0 for upsilon in history.upsilon)
+
+
+@both
+def test_without_validation_the_last_epoch_stays(train):
+    states = []
+    model, history = trained(train, epochs=3, on_epoch=lambda _, m: states.append(state(m)) or {})
+    assert history.best == 3
+    assert all(same(states[-1], state(model)).values())
+    assert not all(same(states[-2], state(model)).values())
+    assert set(history.epochs[0]) == {"epoch", "loss", "seconds"}
+
+
+@both
+def test_the_best_epoch_on_validation_stays(train):
+    """Trained on wrong labels, so that later epochs are worse: the model ends with the weights of the best one."""
+    model = network("full")
+    x, _ = images(40, model)
+    val = images(200, model, seed=1)
+    val = val[0], predict(model, val[0])
+    wrong = (predict(model, x) + 1) % 4
+    states, scores = [], []
+    attack = {
+        finetune: lambda m: wpgd(m, *val, THREAT, steps=2),
+        pretrain: lambda m: wpgd(m, *val, Threat(p=INF, delta=0.05), loss="ce"),
+    }[train]
+
+    def on_epoch(epoch, m):
+        states.append(state(m))
+        scores.append(attack(m).accuracy)
+        return {}
+
+    fields = {finetune: {"tau": 0.05}, pretrain: {"rate": 0.05, "warm_up": 0.1}}[train]
+    config = QUICK[train](epochs=5, batch_size=20, augment=False, **fields)
+    history = train(model, (x, wrong), val, config, on_epoch=on_epoch)
+    best = scores.index(max(scores))
+    assert scores[-1] < scores[best] - 0.1
+    assert [row[{finetune: "w_2", pretrain: "w_inf"}[train]] for row in history.epochs] == scores
+    assert history.best == best + 1
+    assert all(same(states[best], state(model)).values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What training is for
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def easy_problem(n, seed):
+    """Three classes. One strong feature is right 9 times in 10; 40 weak ones always, but an attack undoes them."""
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.randint(3, (n,), generator=generator)
+    seen = torch.where(torch.rand(n, generator=generator) < 0.9, y, (y + 1) % 3)
+    strong = 0.3 * F.one_hot(seen, 3).repeat(1, 4)
+    weak = 0.04 * F.one_hot(y, 3).repeat(1, 44)
+    x = 0.3 + torch.cat([strong, weak], dim=1) + 0.05 * torch.randn(n, 144, generator=generator)
+    return x.clamp(0, 1).view(n, 1, 12, 12), y
+
+
+PROBLEM = {"threat": Threat(delta=0.06), "batch_size": 64, "augment": False, "steps": 5}
+
+
+def plain_network():
+    with seeded(0):
+        return nn.Sequential(Scale(), nn.Flatten(), nn.Linear(144, 32), nn.ReLU(), nn.Linear(32, 3))
+
+
+class Scale(nn.Module):
+    def forward(self, x):
+        return 3 * (x - 0.4)
+
+
+def scores(model, data):
+    w_2 = wpgd(model, *data, PROBLEM["threat"])
+    w_inf = wpgd(model, *data, Threat(p=INF, delta=0.06), loss="ce")
+    return w_2.history["accuracy"][0], w_inf.accuracy, w_2.accuracy
+
+
+@pytest.fixture(scope="module")
+def standard():
+    return pretrained(beta=0.0, rate=0.1)
+
+
+@pytest.fixture(scope="module")
+def robust():
+    return pretrained(beta=6.0, rate=0.05)
+
+
+def pretrained(**fields):
+    model = plain_network()
+    options = PROBLEM | {"threat": Threat(p=INF, delta=0.06), "epochs": 8, "step_ratio": 1.0}
+    pretrain(model, easy_problem(512, 1), None, PretrainConfig(**(options | fields)))
+    return model
+
+
+def test_pretraining_learns_and_beta_buys_robustness(standard, robust):
+    test = easy_problem(512, 2)
+    clean, w_inf, _ = scores(standard, test)
+    assert clean > 0.97 and w_inf < 0.1  # the weak features, all right and all undone
+    clean, w_inf, _ = scores(robust, test)
+    assert clean > 0.88 and w_inf > 0.85  # the strong one, nine in ten
+
+
+def test_finetuning_the_whole_network_raises_accuracy_under_the_distributional_attack(standard):
+    model, test = copy.deepcopy(standard), easy_problem(512, 2)
+    before = scores(model, test)
+    config = FinetuneConfig(**PROBLEM, tau=0.03, epochs=4)
+    history = finetune(model, easy_problem(512, 1), easy_problem(256, 3), config)
+    after = scores(model, test)
+    assert before[2] < 0.1 and after[2] > 0.8
+    assert after[0] > 0.88
+    assert history.epochs[history.best - 1]["w_2"] == max(row["w_2"] for row in history.epochs)
+
+
+def test_finetuning_the_last_layer_finds_it_again(robust):
+    """Robust features below a last layer drawn anew: training that layer alone brings the accuracy back."""
+    model, test = copy.deepcopy(robust), easy_problem(512, 2)
+    perturb_(model, "last_layer")
+    assert scores(model, test)[2] < 0.5
+    config = FinetuneConfig(**PROBLEM, perturb="last_layer", tau=0.03, epochs=6)
+    finetune(model, easy_problem(512, 1), easy_problem(256, 3), config)
+    assert scores(model, test)[2] > 0.8
+
+
+def test_averaged_weights_differ_and_are_what_is_validated():
+    model, average = plain_network(), []
+    data, val = easy_problem(128, 1), easy_problem(128, 3)
+    config = PretrainConfig(**(PROBLEM | {"threat": Threat(p=INF, delta=0.06), "epochs": 3, "average": 0.9}))
+
+    def on_epoch(epoch, shown):
+        average.append(state(shown))
+        return {"again": wpgd(shown, *val, config.threat, loss="ce").accuracy}
+
+    history = pretrain(model, data, val, config, on_epoch=on_epoch)
+    assert [row["again"] for row in history.epochs] == [row["w_inf"] for row in history.epochs]
+    assert all(same(average[history.best - 1], state(model)).values())
+    plain = plain_network()
+    pretrain(plain, data, val, PretrainConfig(**(PROBLEM | {"threat": config.threat, "epochs": 3})))
+    assert not any(same(state(plain), state(model)).values())
+
+
+def test_average_of_the_weights_by_hand():
+    """The exponential moving average of the weights after every step, started at the weights after the first."""
+    states = {}
+    for average in (0.0, 0.7):
+        seen = states.setdefault(average, [])
+        options = {"epochs": 6, "batch_size": 12, "average": average}
+        trained(pretrain, kind="conv", on_epoch=lambda _, m, seen=seen: seen.append(state(m)) or {}, **options)
+    expected = states[0.0][0]
+    for weights, got in zip(states[0.0], states[0.7], strict=True):
+        expected = {name: 0.7 * expected[name] + 0.3 * weights[name] for name in weights}
+        for name, value in got.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-12)
+
+
+def test_pretraining_in_bfloat16_stays_close_to_float32():
+    x, y = data(12, "conv")
+    models = [network("conv", dtype=torch.float32) for _ in range(2)]
+    for model, precision in zip(models, ("float32", "bfloat16"), strict=True):
+        pretrain(model, (x.float(), y), None, quick_pretrain(precision=precision, rate=0.01))
+    assert not same(*map(state, models))["1.weight"]
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert b.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=0, atol=0.02)
+
+
+@both
+def test_progress_tells_how_far_it_is_and_clears_the_line(train):
+    lines = []
+    model = network("conv")
+    train(model, data(12, "conv"), None, QUICK[train](), progress=lines.append)
+    assert any(re.fullmatch(r"epoch 1/2: 0/3", line) for line in lines)
+    assert any(line.startswith("epoch 2/2") for line in lines)
+    assert lines[-1] == ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Augmentation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def shifts(image, pad=4):
+    """All 81 * 2 shifts and flips of one image, zeros coming in."""
+    h, w = image.shape[1:]
+    padded = F.pad(image, (pad,) * 4)
+    crops = [padded[:, i : i + h, j : j + w] for i in range(2 * pad + 1) for j in range(2 * pad + 1)]
+    return torch.stack(crops + [crop.flip(2) for crop in crops])
+
+
+@pytest.mark.parametrize("h, w", [(8, 8), (6, 9), (32, 32)])
+def test_crop_and_flip_gives_shifts_and_flips_of_each_image(h, w):
+    x = torch.rand(60, 3, h, w, generator=torch.Generator().manual_seed(0))
+    out = _crop_and_flip(x, torch.Generator().manual_seed(1))
+    assert out.shape == x.shape
+    for image, result in zip(x, out, strict=True):
+        assert (shifts(image) == result).flatten(1).all(1).sum() == 1
+
+
+def test_crop_and_flip_draws_every_shift_and_flip():
+    image = torch.rand(1, 1, 6, 6, generator=torch.Generator().manual_seed(0)) + 0.1
+    out = _crop_and_flip(image.expand(3000, -1, -1, -1), torch.Generator().manual_seed(1))
+    which = (shifts(image[0])[None] == out[:, None]).flatten(2).all(2).long().argmax(1)
+    counts = which.bincount(minlength=162)
+    # 3000 draws from 162 equally likely outcomes: chi-square has mean 161 and deviation about 18.
+    chi_square = ((counts - 3000 / 162) ** 2 / (3000 / 162)).sum()
+    assert counts.min() > 0 and chi_square < 161 + 4 * 18
