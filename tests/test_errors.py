@@ -1,0 +1,441 @@
+"""What a caller can get wrong ends in a WdatError whose one sentence names it."""
+
+import math
+import re
+
+import pytest
+import torch
+from tiny import INF, Centre, images, network, predict
+from torch import nn
+
+from wdat_core import (
+    FinetuneConfig,
+    PretrainConfig,
+    Threat,
+    WdatError,
+    ce,
+    evaluate,
+    finetune,
+    perturb_,
+    pretrain,
+    sensitivity,
+    wpgd,
+    wpgd_budget,
+)
+
+THREAT = Threat(delta=0.05)
+MODEL = network("conv")
+X, Y = images(6, MODEL)
+
+
+def raises(*words):
+    """WdatError with all the words in its message."""
+    return pytest.raises(WdatError, match="(?s)" + "".join(f"(?=.*{word})" for word in words))
+
+
+def call(name, model=MODEL, x=X, y=Y, **options):
+    """One of the public functions, with whatever is wrong passed on."""
+    if name == "evaluate":
+        return evaluate(model, x, y, **options)
+    if name == "wpgd_budget":
+        return wpgd_budget(model, x, y, THREAT, **({"upsilon": 1.0} | options))
+    if name in ("finetune", "pretrain"):
+        config = {"finetune": FinetuneConfig, "pretrain": PretrainConfig}[name](epochs=1, steps=1, augment=False)
+        return {"finetune": finetune, "pretrain": pretrain}[name](model, (x, y), None, config)
+    return {"wpgd": wpgd, "sensitivity": sensitivity}[name](model, x, y, THREAT, **options)
+
+
+ATTACKS = ("wpgd", "wpgd_budget", "sensitivity", "evaluate")
+everywhere = pytest.mark.parametrize("name", (*ATTACKS, "finetune", "pretrain"))
+attacks = pytest.mark.parametrize("name", ATTACKS)
+
+
+def test_error_is_a_value_error():
+    assert issubclass(WdatError, ValueError)
+
+
+@everywhere
+def test_the_good_input_that_the_bad_ones_differ_from(name):
+    call(name, model=network("conv"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images and labels
+# ---------------------------------------------------------------------------------------------------------------------
+
+BAD_IMAGES = {
+    "bytes": ((255 * X).to(torch.uint8), ("images", "uint8", "255")),
+    "integers": (X.long(), ("images", "int64")),
+    "no tensor": (X.numpy(), ("images", "ndarray")),
+    "below 0": (X - 0.5, (r"images must lie in \[0, 1\]", "span", "normalisation")),
+    "above 1": (2 * X, (r"images must lie in \[0, 1\]", "span")),
+    "a hair above 1": (torch.full_like(X, 1 + 1e-9), (r"images must lie in \[0, 1\]",)),
+    "NaN": (torch.full_like(X, math.nan), (r"images must lie in \[0, 1\]", "nan")),
+    "one NaN": (torch.where(torch.arange(3) == 1, math.nan, X), (r"images must lie in \[0, 1\]", "nan")),
+    "infinite": (torch.full_like(X, INF), (r"images must lie in \[0, 1\]", "inf")),
+    "none": (X[:0], ("images", "at least one image", r"\(0, 2, 3, 3\)")),
+    "no pixels": (X[:, :, :0], ("images", r"\(6, 2, 0, 3\)")),
+    "one dimension": (X.flatten(), ("images", r"\(n, c, h, w\)", r"\(108,\)")),
+    "a number": (X.sum(), ("images", r"\(n, c, h, w\)")),
+}
+
+
+@everywhere
+@pytest.mark.parametrize("case", BAD_IMAGES)
+def test_images(name, case):
+    x, words = BAD_IMAGES[case]
+    with raises(*words):
+        call(name, x=x, y=Y[: len(x)] if case == "none" else Y)
+
+
+BAD_LABELS = {
+    "int32": (Y.int(), ("labels", "int64", "int32")),
+    "float": (Y.double(), ("labels", "int64", "float64")),
+    "a list": (Y.tolist(), ("labels", "int64", "list")),
+    "too few": (Y[:-1], ("labels", r"\(6,\)", r"\(5,\)")),
+    "column": (Y[:, None], ("labels", r"\(6,\)", r"\(6, 1\)")),
+    "one-hot": (nn.functional.one_hot(Y, 4), ("labels", r"\(6,\)", r"\(6, 4\)")),
+    "too large": (torch.full_like(Y, 4), ("labels", r"0\.\.3", r"4\.\.4")),
+    "negative": (Y - 10, ("labels", r"0\.\.3", "-10")),
+    "another device": (Y.to("meta"), ("images are on cpu", "labels on meta")),
+}
+
+
+@everywhere
+@pytest.mark.parametrize("case", BAD_LABELS)
+def test_labels(name, case):
+    y, words = BAD_LABELS[case]
+    with raises(*words):
+        call(name, y=y)
+
+
+@pytest.mark.parametrize("train, config", [(finetune, FinetuneConfig()), (pretrain, PretrainConfig())])
+def test_validation_images_are_checked_before_training(train, config):
+    model = network("conv")
+    before = [parameter.clone() for parameter in model.parameters()]
+    with raises(r"images must lie in \[0, 1\]"):
+        train(model, (X, Y), (2 * X, Y), config)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Lambda(nn.Module):
+    """What a function makes of the logits of a good network."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.inner, self.change = network("conv"), change
+
+    def forward(self, x):
+        return self.change(self.inner(x))
+
+
+def with_value(value, after=0):
+    """Logits in which one is replaced for the images of the batch from `after` on."""
+
+    def change(logits):
+        logits = logits.clone()
+        logits[after:, 1] = logits[after:, 1] * 0 + value
+        return logits
+
+    return change
+
+
+SHAPE_WORDS = (r"logits of shape \(b, classes\)",)
+BAD_MODELS = {
+    "no module": (lambda x: x, ("model", r"torch\.nn\.Module", "function")),
+    "None": (None, ("model", r"torch\.nn\.Module", "NoneType")),
+    "a class": (nn.Linear, ("model", r"torch\.nn\.Module", "type")),
+    "tuple": (Lambda(lambda z: (z, z)), (*SHAPE_WORDS, "tuple")),
+    "three dimensions": (Lambda(lambda z: z[:, :, None]), (*SHAPE_WORDS, r"\(1, 4, 1\)")),
+    "one dimension": (Lambda(lambda z: z[:, 0]), (*SHAPE_WORDS, r"\(1,\)")),
+    "sum over the batch": (Lambda(lambda z: z.sum(0)), (*SHAPE_WORDS, r"\(4,\)")),
+    "two rows an image": (Lambda(lambda z: z.repeat(2, 1)), (*SHAPE_WORDS, r"\(2, 4\)")),
+    "channels": (network("conv", shape=(3, 3, 3)), ("model", "images of shape", r"\(2, 3, 3\)", "3 channels")),
+    "size": (network("conv", shape=(2, 4, 4)), ("model", "images of shape", r"\(2, 3, 3\)")),
+    "float32": (network("conv", dtype=torch.float32), ("model is torch.float32", "images are torch.float64")),
+    "device": (network("conv").to("meta"), ("model is on meta", "images are on cpu")),
+    "a buffer on another device": (
+        nn.Sequential(network("conv"), nn.BatchNorm1d(4, affine=False).to("meta")),
+        ("model is on meta", "images are on cpu"),
+    ),
+}
+
+
+@everywhere
+@pytest.mark.parametrize("case", BAD_MODELS)
+def test_model(name, case):
+    model, words = BAD_MODELS[case]
+    with raises(*words):
+        call(name, model=model)
+
+
+def test_model_of_another_precision_than_float32_images():
+    with raises("model is torch.float64", "images are torch.float32"):
+        wpgd(MODEL, X.float(), Y, THREAT)
+
+
+not_finite = pytest.mark.parametrize("value", [math.nan, INF, -INF])
+
+
+@pytest.mark.parametrize("name", ["wpgd", "wpgd_budget"])
+@pytest.mark.parametrize("after", [0, 1])
+@pytest.mark.parametrize("loss", ["ce", "dlr", "redlr"])
+@not_finite
+def test_model_that_is_not_finite(name, loss, after, value):
+    with raises("model", "NaN or infinite"):
+        call(name, model=Lambda(with_value(value, after)), loss=loss)
+
+
+@not_finite
+def test_evaluation_of_a_model_that_is_not_finite(value):
+    with raises("model", "NaN or infinite"):
+        evaluate(Lambda(with_value(value)), X, Y)
+
+
+def test_model_whose_gradient_is_not_finite():
+    model = Lambda(lambda z: z + (z - z.detach()).sqrt())  # finite, with an infinite slope
+    for name in ATTACKS:
+        with raises("gradient there is not finite"):
+            call(name, model=model)
+
+
+@attacks
+def test_model_that_detaches_its_output(name):
+    with raises("no gradient", "detach"):
+        call(name, model=Lambda(lambda z: z.detach()))
+
+
+@attacks
+def test_model_that_turns_gradients_off(name):
+    class Off(nn.Module):
+        def forward(self, x):
+            with torch.no_grad():
+                return MODEL(x)
+
+    with raises("no gradient", "no_grad"):
+        call(name, model=Off())
+
+
+@pytest.mark.parametrize("name", ["wpgd", "wpgd_budget", "sensitivity"])
+@pytest.mark.parametrize("loss", ["dlr", "redlr"])
+def test_two_classes_are_too_few_for_dlr(name, loss):
+    model = network("linear", classes=2)
+    with raises("3 classes", "2", "ce"):
+        call(name, model=model, y=Y % 2, loss=loss)
+    call(name, model=model, y=Y % 2, loss="ce")
+
+
+@pytest.mark.parametrize("name", ["evaluate", "finetune"])
+def test_two_classes_are_too_few_for_what_uses_redlr(name):
+    with raises("3 classes", "2"):
+        call(name, model=network("linear", classes=2), y=Y % 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parameters
+# ---------------------------------------------------------------------------------------------------------------------
+
+BAD_THREATS = [
+    ({"p": 1}, ("p must be a number above 1", "1")),
+    ({"p": 1.0}, ("p must be a number above 1",)),
+    ({"p": 0.5}, ("p must be a number above 1", "0.5")),
+    ({"p": -2}, ("p must be a number above 1", "-2")),
+    ({"p": math.nan}, ("p must be a number above 1", "nan")),
+    ({"p": True}, ("p must be a number", "True")),
+    ({"p": "inf"}, ("p must be a number", "inf")),
+    ({"p": None}, ("p must be a number", "None")),
+    ({"r": 1}, ("r must be a number above 1",)),
+    ({"r": math.nan}, ("r must be a number above 1", "nan")),
+    ({"r": "2"}, ("r must be a number", "'2'")),
+    ({"delta": 0}, ("delta must be a number above 0", "0")),
+    ({"delta": -0.1}, ("delta must be a number above 0", "-0.1")),
+    ({"delta": math.nan}, ("delta must be a number above 0", "nan")),
+    ({"delta": INF}, ("delta must be a number above 0", "inf")),
+    ({"delta": "8/255"}, ("delta must be a number", "8/255")),
+]
+
+
+@pytest.mark.parametrize("fields, words", BAD_THREATS, ids=str)
+def test_threat(fields, words):
+    with raises(*map(re.escape, words)):
+        Threat(**fields)
+
+
+def test_threat_is_frozen():
+    with pytest.raises(AttributeError):
+        THREAT.delta = 1.0
+
+
+@attacks
+@pytest.mark.parametrize("value", [0, -1, True, 2.5, 2.0, "8", None])
+def test_batch_size(name, value):
+    with raises("batch_size must be a whole number", re.escape(repr(value))):
+        call(name, batch_size=value)
+
+
+@pytest.mark.parametrize("name", ["wpgd", "wpgd_budget", "evaluate"])
+@pytest.mark.parametrize("value", [0, -1, 1.5, 2.0, True, "20"])
+def test_steps(name, value):
+    with raises("steps must be a whole number", re.escape(repr(value))):
+        call(name, steps=value)
+
+
+@pytest.mark.parametrize("name", ["wpgd", "wpgd_budget"])
+@pytest.mark.parametrize("value", [0, -1.0, math.nan, INF, True, "1"])
+def test_step_ratio(name, value):
+    with raises("step_ratio must be a number", re.escape(repr(value))):
+        call(name, step_ratio=value)
+
+
+@pytest.mark.parametrize("value", [0, -1.0, math.nan, INF, "1", None, torch.tensor(1.0)])
+def test_upsilon(value):
+    with raises("upsilon must be a number", re.escape(repr(value))):
+        call("wpgd_budget", upsilon=value)
+
+
+def test_evaluate_names_a_bad_delta():
+    with raises("delta must be a number above 0"):
+        evaluate(MODEL, X, Y, delta=0)
+
+
+@pytest.mark.parametrize("name", ["wpgd", "wpgd_budget", "sensitivity"])
+@pytest.mark.parametrize("loss", ["cw", "CE", "", None, 3])
+def test_loss_that_does_not_exist(name, loss):
+    with raises("loss must be one of ce, dlr, redlr", re.escape(repr(loss))):
+        call(name, loss=loss)
+
+
+@pytest.mark.parametrize("name", ["wpgd", "wpgd_budget", "sensitivity"])
+def test_loss_that_detaches(name):
+    with raises("no gradient"):
+        call(name, loss=lambda z, y: ce(z.detach(), y))
+
+
+BAD_FINETUNE = [
+    ({"perturb": "all"}, ("perturb must be one of whole, last_layer", "'all'")),
+    ({"consistency": "mse"}, ("consistency must be one of ce_detached, ce, kl", "'mse'")),
+    ({"attack_label": "false"}, ("attack_label must be one of true, predicted", "'false'")),
+    ({"attack_mode": True}, ("attack_mode must be one of eval, train", "True")),
+    ({"update_mode": ""}, ("update_mode must be one of train, eval", "''")),
+    ({"reinit": "he"}, ("reinit must be one of default, xavier", "'he'")),
+    ({"schedule": "step"}, ("schedule must be one of constant, cosine", "'step'")),
+    ({"first_upsilon": 0}, ("first_upsilon must be one of sample, full", "0")),
+    ({"threat": 8 / 255}, ("threat must be a Threat", "0.03")),
+    ({"tau": 0}, ("tau must be a number above 0",)),
+    ({"tau": math.nan}, ("tau must be a number above 0", "nan")),
+    ({"tau": INF}, ("tau must be a number above 0", "inf")),
+    ({"tau": "0.01"}, ("tau must be a number", "'0.01'")),
+    ({"eta": 0}, ("eta must be a number above 0 and at most 1",)),
+    ({"eta": 1.1}, ("eta must be a number above 0 and at most 1", "1.1")),
+    ({"sample": 0}, ("sample must be a number above 0 and at most 1",)),
+    ({"sample": 1.5}, ("sample must be a number above 0 and at most 1", "1.5")),
+    ({"beta": -1}, ("beta must be a number at least 0", "-1")),
+    ({"beta": INF}, ("beta must be a number at least 0", "inf")),
+    ({"gamma": -0.1}, ("gamma must be a number at least 0", "-0.1")),
+    ({"noise": -0.1}, ("noise must be a number at least 0", "-0.1")),
+    ({"weight_decay": -1e-4}, ("weight_decay must be a number at least 0",)),
+    ({"momentum": 1}, ("momentum must be a number at least 0 and below 1", "1")),
+    ({"random_start": 1.1}, ("random_start must be a number at least 0 and at most 1", "1.1")),
+    ({"steps": 0}, ("steps must be a whole number",)),
+    ({"step_ratio": 0}, ("step_ratio must be a number above 0",)),
+    ({"epochs": 0}, ("epochs must be a whole number at least 1", "0")),
+    ({"epochs": 2.0}, ("epochs must be a whole number", "2.0")),
+    ({"batch_size": 0}, ("batch_size must be a whole number at least 1", "0")),
+    ({"batch_size": True}, ("batch_size must be a whole number", "True")),
+    ({"seed": -1}, ("seed must be a whole number at least 0", "-1")),
+    ({"seed": 2**63}, ("seed must be a whole number", "below")),
+    ({"seed": None}, ("seed must be a whole number", "None")),
+    ({"augment": 1}, ("augment must be True or False", "1")),
+]
+
+
+@pytest.mark.parametrize("fields, words", BAD_FINETUNE, ids=str)
+def test_finetune_config(fields, words):
+    with raises(*map(re.escape, words)):
+        FinetuneConfig(**fields)
+
+
+BAD_PRETRAIN = [
+    ({"threat": Threat()}, ("threat must be a Threat with p = inf",)),
+    ({"threat": 8 / 255}, ("threat must be a Threat",)),
+    ({"precision": "float16"}, ("precision must be one of float32, bfloat16", "'float16'")),
+    ({"rate": 0}, ("rate must be a number above 0",)),
+    ({"beta": -1}, ("beta must be a number at least 0", "-1")),
+    ({"weight_decay": -1}, ("weight_decay must be a number at least 0", "-1")),
+    ({"momentum": 1.0}, ("momentum must be a number at least 0 and below 1",)),
+    ({"average": 1}, ("average must be a number at least 0 and below 1",)),
+    ({"warm_up": 0}, ("warm_up must be a number above 0 and below 1",)),
+    ({"warm_up": 1}, ("warm_up must be a number above 0 and below 1",)),
+    ({"steps": 0}, ("steps must be a whole number",)),
+    ({"step_ratio": math.nan}, ("step_ratio must be a number above 0",)),
+    ({"epochs": 0}, ("epochs must be a whole number",)),
+    ({"batch_size": 2.5}, ("batch_size must be a whole number", "2.5")),
+    ({"seed": 1.0}, ("seed must be a whole number", "1.0")),
+    ({"augment": "yes"}, ("augment must be True or False", "'yes'")),
+]
+
+
+@pytest.mark.parametrize("fields, words", BAD_PRETRAIN, ids=str)
+def test_pretrain_config(fields, words):
+    with raises(*map(re.escape, words)):
+        PretrainConfig(**fields)
+
+
+def test_perturb():
+    with raises("how must be one of whole, last_layer", "'half'"):
+        perturb_(network(), "half")
+    with raises("reinit must be one of default, xavier", "'he'"):
+        perturb_(network(), "last_layer", reinit="he")
+    for noise in (-0.1, math.nan, INF):
+        with raises("noise must be a number at least 0"):
+            perturb_(network(), "whole", noise=noise)
+    convolutional = nn.Sequential(Centre(), nn.Conv2d(2, 4, 3), nn.Flatten())
+    with raises("last_layer", r"nn\.Linear", "whole"):
+        perturb_(convolutional, "last_layer")
+    assert len(perturb_(convolutional, "whole")) == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is no error
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("p, r", [(2, INF), (INF, INF), (2, 2), (1.5, 3)])
+def test_no_image_classified_correctly_is_no_error(p, r):
+    """ReDLR then has nothing to do: accuracy is the clean accuracy 0, and the images stay."""
+    wrong, threat = (predict(MODEL, X) + 1) % 4, Threat(p, r, 0.05)
+    for attack in (wpgd(MODEL, X, wrong, threat), wpgd_budget(MODEL, X, wrong, threat, upsilon=1.0)):
+        assert (attack.accuracy, attack.loss, attack.distance) == (0, 0, 0)
+        assert torch.equal(attack.x_adv, X)
+        assert attack.history == {"accuracy": [0] * 21, "loss": [0] * 21, "upsilon": [0] * 20}
+    assert sensitivity(MODEL, X, wrong, threat) == 0
+    scores = evaluate(MODEL, X, wrong)
+    assert (scores.clean, scores.w_inf, scores.w_2) == (0, 0, 0)
+
+
+def test_a_constant_model_is_attacked_in_vain():
+    class Constant(nn.Module):
+        def forward(self, x):
+            return 0 * x.flatten(1)[:, :4] + torch.tensor([0.0, 3.0, 1.0, 2.0], dtype=x.dtype)
+
+    for p, r, loss in ((2, INF, "redlr"), (2, 2, "ce"), (INF, 2, "dlr")):
+        attack = wpgd(Constant(), X, Y, Threat(p, r, 0.05), loss=loss)
+        assert torch.equal(attack.x_adv, X) and attack.distance == 0
+
+
+def test_one_image_is_enough():
+    for p in (1.5, 2, INF):
+        attack = wpgd(MODEL, X[:1], Y[:1], Threat(p, delta=0.05), loss="ce", steps=1)
+        assert attack.distance == pytest.approx(0.05, rel=1e-12) or not 0 < attack.x_adv.min() < 1
+
+
+@pytest.mark.parametrize("delta", [1e-12, 1e3])
+def test_extreme_radii(delta):
+    attack = wpgd(MODEL, X, Y, Threat(delta=delta), loss="ce")
+    assert 0 < attack.distance <= delta * (1 + 1e-3)
+    assert attack.x_adv.isfinite().all()
