@@ -1,0 +1,192 @@
+"""The book builds from a fresh copy without a warning, holds every page, and needs no network."""
+
+import ast
+import dataclasses
+import importlib.util
+import re
+import shutil
+import subprocess
+import sysconfig
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+import yaml
+
+import wdat_core
+
+ROOT = Path(__file__).resolve().parent.parent
+PARTS = ["_config.yml", "book", "notebooks", "wdat_core.py", "companion.py"]
+EXTERNAL = re.compile(r"(?:https?:)?//", re.IGNORECASE)
+# What a browser loads by itself, by tag: the attributes that say from where. (A link a reader clicks may go anywhere.)
+LOADED = {
+    "audio": ["src"],
+    "embed": ["src"],
+    "iframe": ["src"],
+    "img": ["src", "srcset"],
+    "input": ["src"],
+    "link": ["href"],
+    "object": ["data"],
+    "script": ["src"],
+    "source": ["src", "srcset"],
+    "track": ["src"],
+    "video": ["src", "poster"],
+}
+
+
+class Page(HTMLParser):
+    """Where a page can be jumped to, where it links to, what it loads, and the text of its scripts and styles."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.anchors, self.links, self.loads, self.code = set(), [], [], []
+        self.inside = None
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        values = {name: value or "" for name, value in attributes}
+        self.anchors |= {values[name] for name in ("id", "name") if name in values}
+        if tag == "a" and "href" in values:
+            self.links.append(values["href"])
+        if tag in LOADED:
+            self.loads += [values[name] for name in LOADED[tag] if name in values]
+        self.code.append(values.get("style", ""))
+        self.inside = tag
+
+    def handle_endtag(self, tag):
+        self.inside = None
+
+    def handle_data(self, data):
+        if self.inside in ("script", "style"):
+            self.code.append(data)
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    """The exit code and the output of `jupyter-book build book/` in a fresh copy, and the folder of its pages."""
+    root = tmp_path_factory.mktemp("clone")
+    for part in PARTS:
+        if (ROOT / part).is_dir():
+            left_out = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "notebooks")
+            shutil.copytree(ROOT / part, root / part, ignore=left_out)
+        else:
+            shutil.copy(ROOT / part, root)
+    (root / "book" / "notebooks").mkdir()
+    (root / "book" / "notebooks" / "stale.ipynb").write_text("a copy of a notebook that is gone", encoding="utf-8")
+    program = shutil.which("jupyter-book", path=sysconfig.get_path("scripts"))
+    command = [program, "build", "book/", "-W", "--keep-going"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, encoding="utf-8", errors="replace")
+    return done.returncode, done.stdout + done.stderr, root / "_build" / "html"
+
+
+@pytest.fixture(scope="module")
+def pages(build):
+    # The theme leaves a template of its own in _static.
+    paths = [path for path in sorted(build[2].rglob("*.html")) if "_static" not in path.parts]
+    return {path: Page(path) for path in paths}
+
+
+def test_the_build_ends_well_and_warns_of_nothing(build):
+    code, output, _ = build
+    assert code == 0 and "WARNING" not in output, output
+
+
+def test_every_page_of_the_contents_is_there(build):
+    contents = yaml.safe_load((ROOT / "book" / "_toc.yml").read_text(encoding="utf-8"))
+    names = [contents["root"]] + [page["file"] for part in contents["parts"] for page in part["chapters"]]
+    names += [f"notebooks/{path.stem}" for path in ROOT.glob("notebooks/*.ipynb")]
+    assert len(names) > 5
+    assert [name for name in names if not (build[2] / f"{name}.html").is_file()] == []
+
+
+def test_every_link_inside_the_book_leads_somewhere(build, pages):
+    html, dead, followed = build[2].resolve(), [], 0
+    for path, page in pages.items():
+        for link in page.links + page.loads:
+            parts = urlsplit(link)
+            if parts.scheme or parts.netloc or link == "#":
+                continue
+            target = (path.parent / unquote(parts.path)).resolve() if parts.path else path.resolve()
+            anchor = unquote(parts.fragment)
+            followed += 1
+            known = target.is_file() and target.is_relative_to(html)
+            if not known or (anchor and target.suffix == ".html" and anchor not in pages[target].anchors):
+                dead.append(f"{path.name}: {link}")
+    assert followed > 100 and dead == []
+
+
+def test_nothing_is_loaded_from_another_host(build, pages):
+    found = [f"{path.name}: {url}" for path, page in pages.items() for url in page.loads if EXTERNAL.match(url)]
+    for path, page in pages.items():
+        found += [f"{path.name}: {text[:200]}" for text in page.code if re.search(r"https?://", text)]
+    for path in build[2].rglob("*.css"):
+        loads = re.findall(r"(?:url\(|@import)\s*[\"']?([^\"')\s]*)", path.read_text(encoding="utf-8"))
+        found += [f"{path.name}: {url}" for url in loads if EXTERNAL.match(url)]
+    assert found == []
+
+
+def test_formulas_come_from_the_copy_in_the_book(build, pages):
+    scripts = [url for url in pages[build[2] / "method.html"].loads if "mathjax" in url.lower()]
+    assert len(scripts) == 1
+    assert (build[2] / "mathjax" / "tex-mml-chtml.js").is_file()
+    assert (build[2] / "mathjax" / "LICENSE").is_file()
+    assert len(list((build[2] / "mathjax").rglob("*.woff"))) == 23
+
+
+def test_no_numbered_formula_has_lines_that_sphinx_would_split(build):
+    # Sphinx puts a $$ formula with \\ in it into a split environment, where MathJax refuses \tag: use equation* there.
+    text = (build[2] / "method.html").read_text(encoding="utf-8")
+    blocks = re.findall(r"\\begin{split}.*?\\end{split}", text, re.DOTALL)
+    assert [block for block in blocks if r"\tag" in block] == []
+
+
+def test_the_whole_interface_is_documented(build, pages):
+    anchors = pages[build[2] / "api.html"].anchors
+    assert [name for name in wdat_core.__all__ if f"wdat_core.{name}" not in anchors] == []
+
+
+def test_the_ledger_states_the_defaults_of_the_configuration():
+    ledger = (ROOT / "book" / "ledger.md").read_text(encoding="utf-8")
+    stated = {name: ast.literal_eval(value) for name, value in re.findall(r"`(\w+)=([^`]+)`", ledger)}
+    stated.pop("perturb")  # not a default: the setting under which a point arises
+    fields = [field.name for field in dataclasses.fields(wdat_core.FinetuneConfig)]
+    left_open = fields[fields.index("consistency") :]
+    assert sorted(stated) == sorted(left_open)
+    config = wdat_core.FinetuneConfig()
+    assert stated == {name: getattr(config, name) for name in left_open}
+
+
+def test_the_schematic_is_what_its_script_draws():
+    script = ROOT / "book" / "figures" / "attackers.py"
+    assert script.with_suffix(".html").read_text(encoding="utf-8") == load(script).draw()
+
+
+def test_both_attackers_of_the_schematic_have_the_same_budget():
+    figure = load(ROOT / "book" / "figures" / "attackers.py")
+    for moves in (figure.pointwise(figure.MARGINS), figure.distributional(figure.MARGINS)):
+        assert sum(move**2 for move in moves) / len(moves) == pytest.approx(1, abs=0.005)
+
+
+def test_notebooks_are_copied_once_and_stale_copies_go(tmp_path):
+    copy_notebooks = load(ROOT / "book" / "_ext" / "companion_book.py").copy_notebooks
+    source, target = tmp_path / "notebooks", tmp_path / "book"
+    source.mkdir()
+    (source / "a.ipynb").write_bytes(b"one")
+    (source / "notes.txt").write_bytes(b"not a notebook")
+    copy_notebooks(source, target)
+    (target / "stale.ipynb").write_bytes(b"")
+    before = (target / "a.ipynb").stat().st_mtime_ns
+    copy_notebooks(source, target)
+    assert [path.name for path in target.iterdir()] == ["a.ipynb"]
+    assert (target / "a.ipynb").stat().st_mtime_ns == before
+    (source / "a.ipynb").write_bytes(b"two")
+    copy_notebooks(source, target)
+    assert (target / "a.ipynb").read_bytes() == b"two"
