@@ -153,6 +153,15 @@ def test_the_whole_interface_is_documented(build, pages):
     assert [name for name in wdat_core.__all__ if f"wdat_core.{name}" not in anchors] == []
 
 
+@pytest.mark.parametrize("page", ["method", "ledger"])
+def test_every_function_that_a_page_names_is_linked(build, page):
+    # Sphinx leaves a reference that it cannot resolve as plain code, without a warning.
+    text = (build[2] / f"{page}.html").read_text(encoding="utf-8")
+    names = re.findall(r'<code class="xref py py-(?:func|class)', text)
+    linked = re.findall(r'<a [^>]*><code class="xref py py-(?:func|class)', text)
+    assert len(names) == len(linked) > 0
+
+
 def test_the_ledger_states_the_defaults_of_the_configuration():
     ledger = (ROOT / "book" / "ledger.md").read_text(encoding="utf-8")
     stated = {name: ast.literal_eval(value) for name, value in re.findall(r"`(\w+)=([^`]+)`", ledger)}
