@@ -17,7 +17,7 @@ import yaml
 import wdat_core
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ["_config.yml", "book", "notebooks", "wdat_core.py", "companion.py"]
+PARTS = ["_config.yml", "book", "notebooks", "wdat_core.py"]
 EXTERNAL = re.compile(r"(?:https?:)?//", re.IGNORECASE)
 # What a browser loads by itself, by tag: the attributes that say from where. (A link a reader clicks may go anywhere.)
 LOADED = {
