@@ -72,7 +72,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "train_images": 4000,
         "val_images": 1000,
         "test_images": 1000,
-        "epochs": 1,
+        "epochs": 2,
         "batch_size": 64,
     },
     # Section 6 of the paper.
@@ -316,14 +316,14 @@ KEYS = {
 Record = dict[str, Any]
 
 
-def finetune_grid(settings: Settings, perturb: str, *, command: str = "") -> list[Record]:
+def finetune_grid(settings: Settings, perturb: str, *, notebook: str) -> list[Record]:
     """One record for each (tau, eta) of the settings: Algorithm 1 and the three accuracies before and after it.
 
     Every record is written to runs/ as soon as its column is done. The network is fine-tuned anew for each column.
 
     Args:
         perturb: "whole" or "last_layer".
-        command: what repeats the run, kept in the record.
+        notebook: the name of the notebook that computes it, for the command in the record.
 
     Raises:
         ParameterError: network or data are not to be had (see `load_network`, `load_data`), or the loaded network's
@@ -386,11 +386,19 @@ def finetune_grid(settings: Settings, perturb: str, *, command: str = "") -> lis
             "versions": versions(),
             "core": core_digest(),
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "command": command,
+            "command": _command(settings, notebook, tau, eta),
         }
         write_record(record, RUNS)
         records.append(record)
     return records
+
+
+def _command(settings: Settings, notebook: str, tau: float, eta: float) -> str:
+    """The papermill line that computes this column again; a folder for CIFAR-10 is called data."""
+    defaults = {**dataclasses.asdict(Settings()), **PRESETS[settings.preset]}
+    column = dataclasses.replace(settings, tau=tau, eta=eta, data="embedded" if settings.data == "embedded" else "data")
+    given = {k: v for k, v in dataclasses.asdict(column).items() if v != defaults[k] and k not in ("device", "models")}
+    return " ".join([f"papermill notebooks/{notebook}.ipynb out.ipynb", *(f"-p {k} {v}" for k, v in given.items())])
 
 
 def _check_clean(network: Network, clean: float, images: int) -> None:
@@ -443,7 +451,8 @@ def device_name(device: torch.device) -> str:
         processor = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         pass
-    return f"{processor}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{processor}, {threads} thread{'s' * (threads > 1)}"
 
 
 def versions() -> dict[str, str]:
@@ -639,9 +648,10 @@ def evidence(table: int, records: Sequence[Record], recorded: Sequence[Record]) 
     """The rows of a fine-tuning table: for each metric the paper, what is recorded here, and this run.
 
     Each row has "metric", "source" ("paper", "recorded here", "this run"), "network", "before" (an Estimate) and, for
-    each (tau, eta), a pair of Estimates (accuracy, change), or None where there is no evidence.
+    each (tau, eta) of the run (of the recorded ones without a run), a pair of Estimates (accuracy, change), or None
+    where there is no evidence.
     """
-    grid = list(columns_of(records))
+    grid = list(columns_of(records or recorded))
     name = next(row["network"] for row in _paper_rows() if int(row["table"]) == table)
     rows = []
     for metric in METRICS:
@@ -654,6 +664,8 @@ def evidence(table: int, records: Sequence[Record], recorded: Sequence[Record]) 
         before = None if base is None else Estimate(base)
         rows.append({"metric": metric, "source": "paper", "network": name, "before": before, "cells": cells})
         for source, those in (("recorded here", recorded), ("this run", records)):
+            if source == "this run" and not records:
+                continue
             by_column = columns_of(those)
             cells = {
                 column: (accuracy(by_column[column], "after", metric), change(by_column[column], metric))
@@ -672,7 +684,7 @@ def show_table(table: int, records: Sequence[Record], recorded: Sequence[Record]
     """The fine-tuning table as Markdown: accuracy in per cent, in brackets the change against the baseline."""
     from IPython.display import Markdown
 
-    grid = list(columns_of(records))
+    grid = list(columns_of(records or recorded))
     lines = [
         " | ".join(["| Accuracy, %", "evidence", "baseline", *(f"τ = {tau:g}, η = {eta:g}" for tau, eta in grid)])
         + " |",
@@ -724,7 +736,7 @@ def verdicts(table: int, recorded: Sequence[Record]) -> Any:
 
     if not recorded:
         return Markdown("Nothing is recorded for these parameters yet.")
-    rows = {(r["metric"], r["source"]): r["cells"] for r in evidence(table, recorded, recorded)}
+    rows = {(r["metric"], r["source"]): r["cells"] for r in evidence(table, [], recorded)}
     lines = ["| column | accuracy | paper | recorded here | seeds | verdict |", "|---|---|---|---|---|---|"]
     for column, records in columns_of(recorded).items():
         for metric in ("w_2", "w_inf"):
@@ -767,7 +779,7 @@ def plot_changes(table: int, records: Sequence[Record], recorded: Sequence[Recor
     import seaborn as sns
 
     sns.set_theme(style="whitegrid", context="notebook")
-    grid = list(columns_of(records))
+    grid = list(columns_of(records or recorded))
     rows = evidence(table, records, recorded)
     styles = {"paper": (PAPER, "D", 0.22), "recorded here": (RECORDED, "o", 0.0), "this run": (THIS_RUN, "s", -0.22)}
     figure, axes = plt.subplots(1, 3, figsize=(10, 1.4 + 0.75 * len(grid)), sharey=True, layout="constrained")

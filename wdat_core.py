@@ -1,7 +1,7 @@
 """Wasserstein distributional adversarial attack and training, in one file.
 
 The method of Bai, He, Jiang, Obłój, *Wasserstein distributional adversarial training for deep neural networks*
-(arXiv 2502.09352), in the paper's order; equation numbers are the paper's. Five lines attack a network of your own:
+(arXiv 2502.09352), in the paper's order; equation numbers are the paper's. Five lines attack a network of your own::
 
     from wdat_core import Threat, wpgd
     attack = wpgd(model, x, y, Threat(p=2, delta=8 / 255))
@@ -61,7 +61,10 @@ Images = tuple[Tensor, Tensor]
 
 
 class WdatError(ValueError):
-    """Something the caller can put right; the message says what and how."""
+    """Something the caller can put right; the message says what and how, and a notebook shows nothing but it."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [f"{type(self).__name__}: {self}"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -90,12 +93,12 @@ class Threat:
 
     @property
     def q(self) -> float:
-        """The conjugate of p: 1/p + 1/q = 1."""
+        """The conjugate of p, 1/p + 1/q = 1."""
         return _conjugate(self.p)
 
     @property
     def s(self) -> float:
-        """The conjugate of r: 1/r + 1/s = 1."""
+        """The conjugate of r, 1/r + 1/s = 1."""
         return _conjugate(self.r)
 
 
@@ -499,7 +502,7 @@ def perturb_(
         generator: source of randomness (on the CPU); None is a new one with seed 0.
 
     Returns:
-        The parameters that are to be trained next: all of them, or those of the last layer.
+        The parameters that are to be trained next, all of them or those of the last layer.
 
     Raises:
         WdatError: for another `how` or `reinit`, a negative noise, or a network without a linear layer.

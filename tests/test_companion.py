@@ -259,7 +259,7 @@ def run(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setattr(companion, "RUNS", tmp_path_factory.mktemp("runs"))
     sizes = {"train_images": 60, "val_images": 20, "test_images": 50, "batch_size": 20, "steps": 2}
-    records = companion.finetune_grid(Settings(eta=1, **sizes).resolved(), "whole")
+    records = companion.finetune_grid(Settings(eta=1, **sizes).resolved(), "whole", notebook="table4")
     yield records, companion.RUNS
     patch.undo()
 

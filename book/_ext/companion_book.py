@@ -1,4 +1,4 @@
-"""What Jupyter Book cannot do from _config.yml: bring the notebooks in, and document wdat_core.
+"""What Jupyter Book cannot do from _config.yml: bring the notebooks in, and find wdat_core.
 
 Sphinx reads only what lies inside book/, and the notebooks lie beside it. Before the table of contents is read they are
 copied to book/notebooks/, which git ignores. Copies, since symbolic links are dropped silently on Windows.
@@ -6,7 +6,6 @@ copied to book/notebooks/, which git ignores. Copies, since symbolic links are d
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 
@@ -30,23 +29,6 @@ def copy_notebooks(source: Path, target: Path) -> None:
             copy.write_bytes(content)
 
 
-def fence_code(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
-    """A paragraph ending in a colon makes the indented block after it code, as in Markdown; reST wants two colons."""
-    for i in range(len(lines) - 2):
-        if lines[i].endswith(":") and not lines[i + 1].strip() and lines[i + 2].startswith("    "):
-            lines[i] += ":"
-
-
-def keep_sentences(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
-    """Napoleon takes the words before a colon for a type; where they were a sentence, it gets them back."""
-    for i, line in enumerate(lines):
-        if found := re.fullmatch(r":(r?)type: ([A-Z]\w* .+)", line):
-            lines[i] = ""
-            field = ":returns: " if found[1] else ""
-            start = next(j for j, text in enumerate(lines) if text.startswith(field))
-            lines[start] = f"{field}{found[2]}: {lines[start].removeprefix(field)}"
-
-
 def on_config(app: Sphinx, config: Config) -> None:
     book = Path(app.srcdir)
     copy_notebooks(book.parent / "notebooks", book / "notebooks")
@@ -57,7 +39,4 @@ def setup(app: Sphinx) -> dict[str, object]:
     sys.path.insert(0, str(Path(app.srcdir).parent))
     # sphinx_external_toc looks for the pages of _toc.yml in the same event, at priority 900.
     app.connect("config-inited", on_config, priority=100)
-    # Napoleon rewrites docstrings in the same event, at priority 500.
-    app.connect("autodoc-process-docstring", fence_code, priority=400)
-    app.connect("autodoc-process-docstring", keep_sentences, priority=600)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

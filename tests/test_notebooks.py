@@ -1,0 +1,46 @@
+"""The notebooks as papermill runs them: bad parameters stop at once with one line, good ones end in a record."""
+
+import json
+
+import companion
+import papermill
+import pytest
+from papermill.exceptions import PapermillExecutionError
+
+TABLE4 = companion.ROOT / "notebooks" / "table4.ipynb"
+SMALL = {"tau": 0.01, "eta": 1, "train_images": 60, "val_images": 20, "test_images": 50, "batch_size": 20, "steps": 2}
+
+
+def execute(out, **parameters):
+    return papermill.execute_notebook(TABLE4, out, parameters, progress_bar=False, cwd=companion.ROOT)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"tua": 0.01}, "ParameterError: unknown parameter 'tua': did you mean 'tau'?"),
+        ({"tau": "fast"}, "ParameterError: tau must be a number, not 'fast'"),
+        ({"network": "demmo"}, "ParameterError: unknown network 'demmo': did you mean demo?"),
+    ],
+)
+def test_bad_parameter_ends_in_one_line(tmp_path, parameters, message):
+    with pytest.raises(PapermillExecutionError) as caught:
+        execute(tmp_path / "out.ipynb", **SMALL | parameters)
+    assert f"{caught.value.ename}: {caught.value.evalue}".startswith(message)
+    (line,) = caught.value.traceback
+    assert line.startswith(message)
+
+
+def test_a_column_ends_in_a_record_and_a_table(tmp_path, monkeypatch):
+    before = set(companion.RUNS.glob("finetune-demo-*"))
+    notebook = execute(tmp_path / "out.ipynb", epochs=1, seed=987654321, **SMALL)
+    (path,) = set(companion.RUNS.glob("finetune-demo-*")) - before
+    record = json.loads(path.read_text(encoding="utf-8"))
+    path.unlink()
+    assert record["config"]["tau"] == 0.01 and record["config"]["epochs"] == 1 and record["data"]["test"] == 50
+    shown = [o for cell in notebook.cells for o in cell.get("outputs", [])]
+    assert any(f"{100 * record['metrics']['after']['w_2']:.2f} (" in str(o.get("data")) for o in shown)
+    assert any("image/png" in o.get("data", {}) for o in shown)
+    # Progress was shown while it ran; nothing of it, and no warning, stays.
+    assert not [o for o in shown if o.output_type == "stream"]
+    assert not [o for o in shown if " left" in str(o)]
