@@ -346,8 +346,8 @@ def test_table_shows_paper_beside_this_run_and_an_honest_dash(run):
 
 def test_agreement_fails_where_the_numbers_differ(run):
     records, _ = run
-    assert "within 0.5 points" in companion.agreement(records, records, 0.5)
-    assert "Nothing is recorded" in companion.agreement(records, [], 0.5)
+    assert "within 0.5 points" in companion.agreement(records, records, 0.5).data
+    assert "Nothing is recorded" in companion.agreement(records, [], 0.5).data
     other = {**records[0], "correct": {**records[0]["correct"], "after": records[0]["correct"]["before"]}}
     flipped = {m: companion.pack(torch.zeros(50, dtype=torch.bool)) for m in companion.METRICS}
     other["correct"]["after"] = flipped
@@ -378,3 +378,13 @@ def test_settings_and_notebook_agree_on_parameters():
     parameters = papermill.inspect_notebook(companion.ROOT / "notebooks" / "table4.ipynb")
     defaults = {name: p["default"].replace("8 / 255", repr(8 / 255)) for name, p in parameters.items()}
     assert {name: ast.literal_eval(text) for name, text in defaults.items()} == dataclasses.asdict(Settings())
+
+
+def test_readme_says_what_presets_and_records_say():
+    text = " ".join((companion.ROOT / "README.md").read_text(encoding="utf-8").split())
+    for p in companion.PRESETS.values():
+        sizes = " / ".join(f"{p[f'{part}_images']:,}" for part in ("train", "val", "test"))
+        assert f"{sizes}, " in text and f"| {p['epochs']}, {p['batch_size']} |" in text
+    (record,) = companion.read_records(kind="pretrain")
+    scores = {m: f"{100 * v:.2f} %" for m, v in record["metrics"]["after"].items()}
+    assert f"{scores['clean']} clean, {scores['w_inf']} under the pointwise and {scores['w_2']} under the" in text

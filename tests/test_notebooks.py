@@ -2,10 +2,11 @@
 
 import json
 
-import companion
 import papermill
 import pytest
 from papermill.exceptions import PapermillExecutionError
+
+import companion
 
 TABLE4 = companion.ROOT / "notebooks" / "table4.ipynb"
 SMALL = {"tau": 0.01, "eta": 1, "train_images": 60, "val_images": 20, "test_images": 50, "batch_size": 20, "steps": 2}
