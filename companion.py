@@ -332,6 +332,7 @@ def finetune_grid(settings: Settings, perturb: str, *, notebook: str) -> list[Re
     from wdat_core import FinetuneConfig, Threat, evaluate, finetune
     from wdat_networks import load_network
 
+    core = core_digest()
     device = pick_device(settings.device)
     network = load_network(str(settings.network), _from_root(settings.models))
     data = load_data(settings, device)
@@ -384,7 +385,7 @@ def finetune_grid(settings: Settings, perturb: str, *, notebook: str) -> list[Re
             "seconds": {name: round(value, 1) for name, value in seconds.items()},
             "device": device_name(device),
             "versions": versions(),
-            "core": core_digest(),
+            "core": core,
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "command": _command(settings, notebook, tau, eta),
         }
@@ -398,7 +399,12 @@ def _command(settings: Settings, notebook: str, tau: float, eta: float) -> str:
     defaults = {**dataclasses.asdict(Settings()), **PRESETS[settings.preset]}
     column = dataclasses.replace(settings, tau=tau, eta=eta, data="embedded" if settings.data == "embedded" else "data")
     given = {k: v for k, v in dataclasses.asdict(column).items() if v != defaults[k] and k not in ("device", "models")}
-    return " ".join([f"papermill notebooks/{notebook}.ipynb out.ipynb", *(f"-p {k} {v}" for k, v in given.items())])
+    return " ".join(
+        [
+            f"papermill notebooks/{notebook}.ipynb out.ipynb",
+            *(f"-p {k} {v:g}" if isinstance(v, float) else f"-p {k} {v}" for k, v in given.items()),
+        ]
+    )
 
 
 def _check_clean(network: Network, clean: float, images: int) -> None:

@@ -67,6 +67,10 @@ class WdatError(ValueError):
         return [f"{type(self).__name__}: {self}"]
 
 
+class _NotFiniteError(WdatError):
+    """The network's output is not finite; while it trains, the learning rate is to blame."""
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Section 3: the threat (W_p, l_r) and the losses of the attacker
 # ---------------------------------------------------------------------------------------------------------------------
@@ -148,19 +152,20 @@ def sensitivity(
     Raises:
         WdatError: for the faults of input that `wpgd` names.
     """
-    loss = _check_attack(model, x, y, loss, batch_size)
+    loss = _check_attack(model, x, y, loss, batch_size, threat)
     with _prepared(model):
-        return float(_sensitivity(model, x, y, threat, loss, batch_size))
+        return float(_sensitivity(model, _plain(x), _plain(y), threat, loss, batch_size))
 
 
 def _sensitivity(model: nn.Module, x: Tensor, y: Tensor, threat: Threat, loss: Loss, batch_size: int) -> Tensor:
-    norms = []
+    norms, finite = [], torch.ones((), dtype=torch.bool, device=x.device)
     for xb, yb in zip(x.split(batch_size), y.split(batch_size), strict=True):
-        _, _, gradient, _ = _look(model, xb, yb, loss)
+        _, _, gradient, good = _look(model, xb, yb, loss)
         norms.append(_norm(gradient, threat.s))
+        finite &= good
     upsilon = _mean(torch.cat(norms), threat.q)
-    if not upsilon.isfinite():
-        raise WdatError(NOT_FINITE)
+    if not (finite & upsilon.isfinite()):
+        raise _NotFiniteError(NOT_FINITE)
     return upsilon
 
 
@@ -170,6 +175,9 @@ def _look(model: nn.Module, x: Tensor, y: Tensor, loss: Loss, backward: bool = T
         x = x.detach().requires_grad_(backward)
         logits = model(x).to(x.dtype)
         value = loss(logits, y)
+        if not isinstance(value, Tensor) or value.shape != x.shape[:1]:
+            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise WdatError(f"the loss must return one value for each image, shape ({len(x)},), not {shape}")
         gradient = x.new_empty(0)
         if backward:
             if not value.requires_grad:
@@ -286,10 +294,10 @@ def wpgd(
     Raises:
         WdatError: names what is wrong with the images, the labels, the model or a parameter.
     """
-    loss = _check_attack(model, x, y, loss, batch_size)
+    loss = _check_attack(model, x, y, loss, batch_size, threat)
     _check_steps(steps, step_ratio)
     with _prepared(model):
-        return _attack(model, x, y, threat, loss, steps, step_ratio, batch_size, progress=progress)
+        return _attack(model, _plain(x), _plain(y), threat, loss, steps, step_ratio, batch_size, progress=progress)
 
 
 def _attack(
@@ -335,7 +343,7 @@ def _attack(
                 norm[rows] = _norm(gradient, s)
                 direction[rows] = _steepest(gradient, norm[rows], s)
         if not (finite & value.isfinite().all() & norm.isfinite().all()):
-            raise WdatError(NOT_FINITE)
+            raise _NotFiniteError(NOT_FINITE)
         history["accuracy"].append(correct.sum().item() / n)
         history["loss"].append(value.mean().item())
         if k == 0:
@@ -401,11 +409,11 @@ def wpgd_budget(
     Raises:
         WdatError: names what is wrong with the images, the labels, the model or a parameter.
     """
-    loss = _check_attack(model, x, y, loss, batch_size)
+    loss = _check_attack(model, x, y, loss, batch_size, threat)
     _check_steps(steps, step_ratio)
     _check_number("upsilon", upsilon, above=0)
-    batches = list(zip(x.split(batch_size), y.split(batch_size), strict=True))
     with _prepared(model):
+        batches = list(zip(_plain(x).split(batch_size), _plain(y).split(batch_size), strict=True))
         attacks = [
             _attack(model, xb, yb, threat, loss, steps, step_ratio, batch_size, upsilon=upsilon)
             for xb, yb in _track(batches, "W-PGD-budget", progress)
@@ -576,8 +584,7 @@ class FinetuneConfig:
         _check_choice("reinit", self.reinit, ("default", "xavier"))
         _check_choice("schedule", self.schedule, ("constant", "cosine"))
         _check_choice("first_upsilon", self.first_upsilon, ("sample", "full"))
-        if not isinstance(self.threat, Threat):
-            raise WdatError(f"threat must be a Threat, not {self.threat!r}")
+        _check_threat(self.threat)
         _check_number("tau", self.tau, above=0)
         for name in ("eta", "sample"):
             _check_number(name, getattr(self, name), above=0, at_most=1)
@@ -615,7 +622,7 @@ def finetune(
     val: Images | None,
     config: FinetuneConfig,
     *,
-    on_epoch: Callable[[int, nn.Module], dict[str, float]] | None = None,
+    on_epoch: Callable[[int, nn.Module], dict[str, float] | None] | None = None,
     progress: Progress = False,
 ) -> History:
     """Algorithm 1: perturb the model, then train it against W-PGD-budget; eq. 5.1, or eq. 5.6 for gamma > 0.
@@ -628,16 +635,18 @@ def finetune(
         model: changed in place; mode, `requires_grad` flags and gradients are given back as they were.
         train, val: pairs (x, y) as `wpgd` takes them, on the model's device; val None keeps the last epoch.
         config: see `FinetuneConfig`.
-        on_epoch: called with the epoch and the model; the dict it returns joins the epoch's history.
+        on_epoch: called with the epoch and the model; a dict that it returns joins the epoch's history.
 
     Raises:
         WdatError: for the faults of input that `wpgd` names, and when the objective is no longer finite.
     """
     x, y = train
-    loss = _check_attack(model, x, y, "redlr", config.batch_size)
+    loss = _check_attack(model, x, y, "redlr", config.batch_size, config.threat)
     if val is not None:
-        _check_attack(model, *val, "redlr", config.batch_size)
+        _check_attack(model, *val, "redlr", config.batch_size, config.threat)
     threat, steps, step_ratio, batch_size = config.threat, config.steps, config.step_ratio, config.batch_size
+    if config.augment and x.ndim != 4:
+        raise WdatError(f"augment needs images of shape (n, c, h, w), not {tuple(x.shape)}: use augment=False")
     generator = torch.Generator().manual_seed(config.seed)
     upsilons: list[float] = []
 
@@ -660,7 +669,7 @@ def finetune(
         xb, yb = x[rows], y[rows]
         if config.augment:
             xb = _crop_and_flip(xb, generator)
-        with _prepared(model, training=config.attack_mode == "train"):
+        with _prepared(model, training=config.attack_mode == "train" and config.perturb == "whole"):
             upsilon = update_upsilon()
             with torch.no_grad():
                 labels = yb if config.attack_label == "true" else model(xb).argmax(1)
@@ -676,7 +685,8 @@ def finetune(
         attack = wpgd(model, x, y, threat, steps=steps, step_ratio=step_ratio, batch_size=batch_size)
         return {"clean": attack.history["accuracy"][0], "w_2": attack.accuracy}
 
-    with _seeded(model, generator), _untouched(model):
+    with _seeded(model, generator), _untouched(model), torch.inference_mode(False), torch.enable_grad():
+        x, y = _plain(x), _plain(y)
         trained = perturb_(model, config.perturb, noise=config.noise, reinit=config.reinit, generator=generator)
         optimiser = torch.optim.SGD(trained, config.tau, config.momentum, weight_decay=config.weight_decay)
         total = config.epochs * math.ceil(len(x) / batch_size)
@@ -762,7 +772,7 @@ def pretrain(
     val: Images | None,
     config: PretrainConfig,
     *,
-    on_epoch: Callable[[int, nn.Module], dict[str, float]] | None = None,
+    on_epoch: Callable[[int, nn.Module], dict[str, float] | None] | None = None,
     progress: Progress = False,
 ) -> History:
     """TRADES: SGD on CE(f(x), y) + beta KL(f(x) || f(x')), x' from PGD on that KL, started at x plus 0.001 noise.
@@ -773,15 +783,12 @@ def pretrain(
     Arguments, History and errors are those of `finetune`.
     """
     x, y = train
-    _check_attack(model, x, y, "ce", config.batch_size)
+    _check_attack(model, x, y, "ce", config.batch_size, config.threat)
     if val is not None:
-        _check_attack(model, *val, "ce", config.batch_size)
+        _check_attack(model, *val, "ce", config.batch_size, config.threat)
+    if config.augment and x.ndim != 4:
+        raise WdatError(f"augment needs images of shape (n, c, h, w), not {tuple(x.shape)}: use augment=False")
     generator = torch.Generator().manual_seed(config.seed)
-    averaged = None
-    if config.average:
-        decay = torch.optim.swa_utils.get_ema_multi_avg_fn(config.average)
-        averaged = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=decay, use_buffers=True)
-    shown = model if averaged is None else averaged.module
 
     def kl(logits: Tensor, target: Tensor) -> Tensor:
         return F.kl_div(logits.log_softmax(1), target, reduction="none").sum(1)
@@ -804,7 +811,13 @@ def pretrain(
         attack = wpgd(shown, x, y, config.threat, loss="ce", batch_size=config.batch_size)
         return {"clean": attack.history["accuracy"][0], "w_inf": attack.accuracy}
 
-    with _seeded(model, generator), _untouched(model):
+    with _seeded(model, generator), _untouched(model), torch.inference_mode(False), torch.enable_grad():
+        x, y = _plain(x), _plain(y)
+        averaged = None
+        if config.average:
+            decay = torch.optim.swa_utils.get_ema_multi_avg_fn(config.average)
+            averaged = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=decay, use_buffers=True)
+        shown = model if averaged is None else averaged.module
         optimiser = torch.optim.SGD(
             model.parameters(),
             config.rate,
@@ -814,7 +827,11 @@ def pretrain(
         )
         total = config.epochs * math.ceil(len(x) / config.batch_size)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimiser, config.rate, total_steps=total + 1, pct_start=config.warm_up, cycle_momentum=False
+            optimiser,
+            config.rate,
+            total_steps=total + 1,
+            pct_start=max(config.warm_up, 1.5 / (total + 1)),  # a warm-up of exactly one step divides by zero in torch
+            cycle_momentum=False,
         )
         epochs, best = _train(
             model,
@@ -849,7 +866,7 @@ def _train(
     training: bool,
     validate: Callable[[], dict[str, float]] | None,
     score: str,
-    on_epoch: Callable[[int, nn.Module], dict[str, float]] | None,
+    on_epoch: Callable[[int, nn.Module], dict[str, float] | None] | None,
     progress: Progress,
     averaged: torch.optim.swa_utils.AveragedModel | None = None,
 ) -> tuple[list[dict[str, float]], int]:
@@ -863,7 +880,7 @@ def _train(
     best, best_state = 0, copy.deepcopy(model.state_dict())
     begin = time.perf_counter()
     for epoch in range(1, epochs + 1):
-        losses = []
+        losses: list[float] = []
         for batch in _track(batches(), f"epoch {epoch}/{epochs}", progress):
             model.train(training)
             for parameter in model.parameters():
@@ -871,27 +888,36 @@ def _train(
             for parameter in trained:
                 parameter.requires_grad_(True)
             optimiser.zero_grad()
-            loss = objective(batch)
-            losses.append(loss.item())
-            if not math.isfinite(losses[-1]):
-                rate = optimiser.param_groups[0]["lr"]
-                raise WdatError(
-                    f"the training objective became {losses[-1]} in epoch {epoch}, minibatch {len(losses)}, at"
-                    f" learning rate {rate:g}: try a smaller one"
-                )
+            with _blamed_on_the_rate(optimiser, epoch, len(losses) + 1):
+                loss = objective(batch)
+                losses.append(loss.item())
+                if not math.isfinite(losses[-1]):
+                    raise _NotFiniteError
             loss.backward()
             optimiser.step()
             schedule.step()
             if averaged is not None:
                 averaged.update_parameters(model)
         row = {"epoch": epoch, "loss": sum(losses) / len(losses), "seconds": time.perf_counter() - begin}
-        row |= validate() if validate else {}
-        row |= on_epoch(epoch, shown) if on_epoch else {}
+        with _blamed_on_the_rate(optimiser, epoch, len(losses)):
+            row |= validate() if validate else {}
+        row |= (on_epoch(epoch, shown) or {}) if on_epoch else {}
         rows.append(row)
         if validate is None or best == 0 or row[score] > rows[best - 1][score]:
             best, best_state = epoch, copy.deepcopy(shown.state_dict())
     model.load_state_dict(best_state)
     return rows, best
+
+
+@contextmanager
+def _blamed_on_the_rate(optimiser: torch.optim.Optimizer, epoch: int, minibatch: int) -> Iterator[None]:
+    try:
+        yield
+    except _NotFiniteError as error:
+        raise WdatError(
+            f"training diverged in epoch {epoch}, minibatch {minibatch}, at learning rate"
+            f" {optimiser.param_groups[0]['lr']:g}: the objective or the network is no longer finite: try a smaller one"
+        ) from error
 
 
 def _random_start(x: Tensor, threat: Threat, fraction: float, generator: torch.Generator) -> Tensor:
@@ -945,6 +971,11 @@ def _per_image(values: Tensor, x: Tensor) -> Tensor:
     return values.view(-1, *[1] * (x.ndim - 1))
 
 
+def _plain(x: Tensor) -> Tensor:
+    """`x` outside the caller's graph, and an ordinary tensor if the caller made it in inference mode."""
+    return x.clone() if x.is_inference() else x.detach()
+
+
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
     """Mode, requires_grad flags and gradients are given back as they were, also after an exception."""
@@ -976,7 +1007,11 @@ def _seeded(model: nn.Module, generator: torch.Generator) -> Iterator[None]:
     devices = [d for d in {p.device for p in model.parameters()} if d.type != "cpu"]
     seed = int(torch.randint(2**62, (), generator=generator))
     with torch.random.fork_rng(devices, device_type=devices[0].type if devices else "cuda"):
-        torch.manual_seed(seed)
+        # torch.manual_seed would seed every other device as well, and those are not given back.
+        torch.default_generator.manual_seed(seed)
+        for device in devices:
+            with torch.get_device_module(device).device(device):
+                torch.get_device_module(device).manual_seed(seed)
         yield
 
 
@@ -1006,8 +1041,14 @@ def _stderr_line(text: str) -> None:
 NOT_FINITE = "the model returns NaN or infinite values for these images, or its gradient there is not finite"
 
 
-def _check_attack(model: nn.Module, x: Tensor, y: Tensor, loss: str | Loss, batch_size: int) -> Loss:
+def _check_threat(threat: Threat) -> None:
+    if not isinstance(threat, Threat):
+        raise WdatError(f"threat must be a Threat, not {threat!r}")
+
+
+def _check_attack(model: nn.Module, x: Tensor, y: Tensor, loss: str | Loss, batch_size: int, threat: Threat) -> Loss:
     """Names the first fault of the images, the labels, the model or the loss; returns the loss as a function."""
+    _check_threat(threat)
     if not isinstance(x, Tensor) or not x.is_floating_point():
         kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise WdatError(f"images must be a floating-point tensor in [0, 1], not {kind}: divide bytes by 255")

@@ -150,6 +150,17 @@ def test_result_is_no_view_of_the_images():
         assert attack.x_adv.data_ptr() != x.data_ptr()
 
 
+def test_images_that_require_a_gradient_stay_out_of_the_graph(use):
+    model = network("conv")
+    x, y = images(10, model)
+    expected = use(model, x, y)
+    x.requires_grad_()
+    got = use(model, x, y)
+    assert equal(expected, got)
+    assert x.requires_grad and x.grad is None
+    assert not getattr(got, "requires_grad", False)
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_works_where_the_caller_has_gradients_off(use, mode):
     model = network("conv")
@@ -158,6 +169,16 @@ def test_works_where_the_caller_has_gradients_off(use, mode):
     with mode():
         got = use(model, x, y)
     assert equal(expected, got)
+
+
+def test_works_on_images_made_in_inference_mode(use):
+    model = network("conv")
+    x, y = images(10, model)
+    with torch.inference_mode():
+        inference = x.clone(), y.clone()
+    assert equal(use(model, x, y), use(model, *inference))
+    with torch.inference_mode():
+        assert equal(use(model, x, y), use(model, *inference))
 
 
 def test_gradients_are_on_again_only_inside(use):
@@ -229,6 +250,26 @@ def test_global_random_numbers_are_left_alone(name):
         (USES | RANDOM)[name](model, x, y)
         assert torch.equal(torch.get_rng_state(), torch_before)
         assert random.getstate() == python_before
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_gpus_that_the_model_is_not_on_are_not_seeded(name, monkeypatch):
+    """torch.manual_seed would seed every one of them."""
+    model, seeded_gpus = network("full"), []
+    x, y = images(10, model)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded_gpus.append)
+    RANDOM[name](model, x, y)
+    assert not seeded_gpus
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_global_random_numbers_of_the_gpu_are_left_alone(device):
+    x, y = (tensor.to(device) for tensor in images(10, network("full")))
+    for name, use in (USES | RANDOM).items():
+        before = torch.cuda.get_rng_state()
+        use(network("full").train().to(device), x, y)
+        assert torch.equal(torch.cuda.get_rng_state(), before), name
 
 
 @pytest.mark.parametrize("name", [*USES, *RANDOM])

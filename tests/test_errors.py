@@ -191,6 +191,13 @@ def test_model_that_is_not_finite(name, loss, after, value):
         call(name, model=Lambda(with_value(value, after)), loss=loss)
 
 
+@pytest.mark.parametrize("loss", ["ce", "dlr", "redlr"])
+@not_finite
+def test_sensitivity_of_a_model_that_is_not_finite(loss, value):
+    with raises("model", "NaN or infinite"):
+        sensitivity(Lambda(with_value(value)), X, Y, THREAT, loss=loss)
+
+
 @not_finite
 def test_evaluation_of_a_model_that_is_not_finite(value):
     with raises("model", "NaN or infinite"):
@@ -310,10 +317,33 @@ def test_loss_that_does_not_exist(name, loss):
         call(name, loss=loss)
 
 
+BAD_LOSSES = {
+    "mean over the batch": nn.functional.cross_entropy,
+    "sum over the batch": lambda z, y: ce(z, y).sum(),
+    "a value a class": lambda z, y: z,
+    "a column": lambda z, y: ce(z, y)[:, None],
+    "tuple": lambda z, y: (ce(z, y),),
+}
+
+
+@pytest.mark.parametrize("name", ["wpgd", "wpgd_budget", "sensitivity"])
+@pytest.mark.parametrize("case", BAD_LOSSES)
+def test_loss_that_is_not_one_number_an_image(name, case):
+    with raises("loss", "each image|one (number|value) (for each|an|per) image|shape"):
+        call(name, loss=BAD_LOSSES[case])
+
+
 @pytest.mark.parametrize("name", ["wpgd", "wpgd_budget", "sensitivity"])
 def test_loss_that_detaches(name):
     with raises("no gradient"):
         call(name, loss=lambda z, y: ce(z.detach(), y))
+
+
+@pytest.mark.parametrize("function", [wpgd, sensitivity])
+@pytest.mark.parametrize("threat", [8 / 255, None, "W_2"])
+def test_threat_that_is_none(function, threat):
+    with raises("threat must be a Threat"):
+        function(MODEL, X, Y, threat)
 
 
 BAD_FINETUNE = [
@@ -386,6 +416,14 @@ def test_pretrain_config(fields, words):
         PretrainConfig(**fields)
 
 
+@pytest.mark.parametrize("train", [finetune, pretrain])
+def test_augmentation_needs_images_with_height_and_width(train):
+    model = nn.Sequential(nn.Unflatten(1, (2, 3, 3)), network("conv"))
+    config = {finetune: FinetuneConfig, pretrain: PretrainConfig}[train](epochs=1, steps=1)
+    with raises("augment"):
+        train(model, (X.flatten(1), Y), None, config)
+
+
 def test_perturb():
     with raises("how must be one of whole, last_layer", "'half'"):
         perturb_(network(), "half")
@@ -416,6 +454,16 @@ def test_no_image_classified_correctly_is_no_error(p, r):
     assert sensitivity(MODEL, X, wrong, threat) == 0
     scores = evaluate(MODEL, X, wrong)
     assert (scores.clean, scores.w_inf, scores.w_2) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("train", [finetune, pretrain])
+def test_training_starts_also_where_no_image_is_classified_correctly(train):
+    model = network("conv")
+    wrong = (predict(model, X) + 1) % 4
+    config = {finetune: FinetuneConfig, pretrain: PretrainConfig}[train](epochs=2, steps=2, batch_size=4)
+    history = train(model, (X, wrong), (X, wrong), config)
+    assert all(math.isfinite(row["loss"]) for row in history.epochs)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
 def test_a_constant_model_is_attacked_in_vain():

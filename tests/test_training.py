@@ -15,6 +15,7 @@ from wdat_core import (
     FinetuneConfig,
     PretrainConfig,
     Threat,
+    WdatError,
     _consistency,
     _crop_and_flip,
     _random_start,
@@ -89,6 +90,14 @@ def test_last_layer_changes_the_last_linear_layer_only(reinit):
     assert changed == {"6.weight", "6.bias"}
 
 
+def test_last_layer_freezes_batch_statistics_also_when_attacked_in_train_mode():
+    model = network("full")
+    before = state(model)
+    trained(model=model, perturb="last_layer", attack_mode="train")
+    changed = {name for name, value in same(before, state(model)).items() if not value}
+    assert changed == {"6.weight", "6.bias"}
+
+
 def test_whole_changes_everything():
     model = network("full")
     before = state(model)
@@ -139,6 +148,26 @@ def test_data_are_not_changed(train):
     before = [tensor.clone() for pair in pairs for tensor in pair]
     train(model, *pairs, QUICK[train]())
     assert all(torch.equal(a, b) for a, b in zip(before, [t for pair in pairs for t in pair], strict=True))
+
+
+@both
+def test_images_that_require_a_gradient_get_none(train):
+    expected = state(trained(train)[0])
+    model, (x, y) = network("full"), data(12)
+    x.requires_grad_()
+    train(model, (x, y), None, QUICK[train]())
+    assert x.requires_grad and x.grad is None
+    assert all(same(expected, state(model)).values())
+
+
+@both
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_trains_where_the_caller_has_gradients_off(train, mode):
+    expected = state(trained(train)[0])
+    model = network("full")
+    with mode():
+        trained(train, model=model)
+    assert all(same(expected, state(model)).values())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -485,6 +514,22 @@ def test_the_earliest_of_equally_good_epochs_stays(train):
     assert history.best == 1
 
 
+@both
+@pytest.mark.parametrize("rate", [1e10, 1e30])
+@pytest.mark.parametrize("batch_size", [4, 12])
+def test_a_rate_far_too_large_is_named(train, rate, batch_size):
+    """The message names the epoch, the minibatch and the learning rate."""
+    name = {finetune: "tau", pretrain: "rate"}[train]
+    model = network("conv", dtype=torch.float32)
+    x, y = images(12, model, dtype=torch.float32)
+    config = QUICK[train](**{name: rate}, epochs=6, batch_size=batch_size)
+    with pytest.raises(WdatError) as error:
+        train(model, (x, y), (x, y), config)
+    assert re.search(r"epoch \d", str(error.value))
+    assert re.search(r"minibatch \d", str(error.value))
+    assert re.search(r"rate [\d.e+]+", str(error.value))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What training is for
 # ---------------------------------------------------------------------------------------------------------------------
@@ -595,6 +640,14 @@ def test_average_of_the_weights_by_hand():
         expected = {name: 0.7 * expected[name] + 0.3 * weights[name] for name in weights}
         for name in got.keys() - {"2.num_batches_tracked"}:
             torch.testing.assert_close(got[name], expected[name], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("warm_up", [0.2, 0.5, 0.9])
+@pytest.mark.parametrize("epochs", [1, 2, 3, 4, 9])
+def test_pretraining_of_any_length_runs(epochs, warm_up):
+    """The one-cycle schedule has corners where its warm-up ends at its first step."""
+    _, history = trained(pretrain, kind="mlp", epochs=epochs, batch_size=12, warm_up=warm_up)
+    assert len(history.epochs) == epochs
 
 
 def test_pretraining_in_bfloat16_stays_close_to_float32():
