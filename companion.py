@@ -12,6 +12,7 @@ import csv
 import dataclasses
 import datetime
 import difflib
+import functools
 import hashlib
 import io
 import json
@@ -476,8 +477,9 @@ def _installed(name: str) -> bool:
     return True
 
 
+@functools.cache
 def core_digest() -> str:
-    """The SHA-256 of wdat_core.py, so that a record says which code made it."""
+    """The SHA-256 of wdat_core.py when it was first asked for, so that a record says which code made it."""
     return digest((ROOT / "wdat_core.py").read_bytes().replace(b"\r\n", b"\n"))
 
 

@@ -336,7 +336,7 @@ def _attack(
     name = f"W_{p:g} attack"
     for k in _track(range(steps if last else steps + 1), name, progress):
         finite = torch.ones((), dtype=torch.bool, device=x.device)
-        for rows in moved.split(batch_size):
+        for rows in _chunks(moved, batch_size):
             correct[rows], value[rows], gradient, good = _look(model, x_adv[rows], y[rows], loss, backward=k < steps)
             finite &= good
             if k < steps:
@@ -359,17 +359,17 @@ def _attack(
             delta = threat.delta * (current / upsilon) ** (q - 1) if upsilon > 0 else 0.0
         share = _share(norm, current, q) * (step_ratio * delta / steps)
         moved = norm.nonzero()[:, 0]
-        for rows in moved.split(batch_size):
+        for rows in _chunks(moved, batch_size):
             step = x_adv[rows] + _per_image(share[rows], x) * direction[rows]
             distance[rows] = _norm(step - x[rows], r)
             x_adv[rows] = step
         budget = _budgets(distance, p, delta)
         outside = (distance > budget).nonzero()[:, 0]
-        for rows in outside.split(batch_size):
+        for rows in _chunks(outside, batch_size):
             x_adv[rows] = _shrink(x_adv[rows], x[rows], distance[rows], budget[rows], r)
         if len(outside):
             moved = torch.cat([moved, outside]).unique()
-        for rows in moved.split(batch_size):
+        for rows in _chunks(moved, batch_size):
             x_adv[rows] = x_adv[rows].clamp(0, 1)
             distance[rows] = _norm(x_adv[rows] - x[rows], r)
 
@@ -964,6 +964,11 @@ def _norm(x: Tensor, order: float) -> Tensor:
         return torch.linalg.vector_norm(x, order, dims)
     top = torch.linalg.vector_norm(x, math.inf, dims)
     return top * torch.linalg.vector_norm(x / _per_image(torch.where(top > 0, top, 1.0), x), order, dims)
+
+
+def _chunks(rows: Tensor, size: int) -> Sequence[Tensor]:
+    """The row numbers, `size` at a time; nothing where there are none, so that no model meets an empty batch."""
+    return rows.split(size) if len(rows) else ()
 
 
 def _per_image(values: Tensor, x: Tensor) -> Tensor:

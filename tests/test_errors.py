@@ -456,6 +456,25 @@ def test_no_image_classified_correctly_is_no_error(p, r):
     assert (scores.clean, scores.w_inf, scores.w_2) == (0, 0, 0)
 
 
+def test_no_model_meets_an_empty_batch():
+    """Under ReDLR images drop out; a model that cannot reshape an empty batch never sees one."""
+
+    class Reshaping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = network("mlp")
+
+        def forward(self, x):
+            assert len(x)
+            return self.body(x.view(len(x), -1).view(x.shape))
+
+    model = Reshaping()
+    x, _ = images(6, model)
+    y = (predict(model, x) + 1) % 4
+    attack = wpgd(model, x, y, Threat())
+    assert attack.accuracy == 0 and torch.equal(attack.x_adv, x)
+
+
 @pytest.mark.parametrize("train", [finetune, pretrain])
 def test_training_starts_also_where_no_image_is_classified_correctly(train):
     model = network("conv")
