@@ -346,13 +346,19 @@ def test_table_shows_paper_beside_this_run_and_an_honest_dash(run):
 
 def test_agreement_fails_where_the_numbers_differ(run):
     records, _ = run
-    assert "within 0.5 points" in companion.agreement(records, records, 0.5).data
+    text = companion.agreement(records, records, 0.5).data
+    assert text == "6 accuracies of this run were compared with the recorded ones: all within 0.5 points."
     assert "Nothing is recorded" in companion.agreement(records, [], 0.5).data
     other = {**records[0], "correct": {**records[0]["correct"], "after": records[0]["correct"]["before"]}}
     flipped = {m: companion.pack(torch.zeros(50, dtype=torch.bool)) for m in companion.METRICS}
     other["correct"]["after"] = flipped
     with pytest.raises(AssertionError, match="further apart than"):
         companion.agreement(records, [other], 0.5)
+    # The same difference between two recorded seeds says that nothing can be compared.
+    assert (
+        "seeds themselves differ by more: Clean at τ = 0.1"
+        in companion.agreement(records, [records[0], other], 0.5).data
+    )
 
 
 def test_figure_shows_each_number_once(run):
