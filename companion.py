@@ -20,7 +20,6 @@ import math
 import os
 import platform
 import sys
-import tempfile
 import time
 import types
 from collections.abc import Callable, Sequence
@@ -507,22 +506,20 @@ def write_record(record: Record, folder: Path) -> Path:
     what = [record["kind"], record["network"]["name"], config.get("perturb", "")]
     what += [f"{key}{config[key]:g}" for key in ("tau", "eta", "seed") if key in config]
     path = folder / f"{'-'.join(filter(None, what))}-{protocol(record)[:8]}.json"
-    text = json.dumps(record, indent=1, allow_nan=False) + "\n"
+    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False, encoding="utf-8") as file:
-            try:
-                file.write(text)
+        try:
+            with part.open("w", encoding="utf-8", newline="\n") as file:
+                file.write(json.dumps(record, indent=1, allow_nan=False) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
-            except BaseException:
-                Path(file.name).unlink(missing_ok=True)
-                raise
-        Path(file.name).replace(path)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
     except OSError as error:
-        raise ParameterError(
-            f"the record {path} could not be written ({one_line(error)}): make room and run again"
-        ) from error
+        message = f"the record {path} could not be written ({one_line(error)}): make room and run again"
+        raise ParameterError(message) from error
     return path
 
 

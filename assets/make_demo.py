@@ -78,7 +78,7 @@ def record(data: Path) -> None:
     model.load_state_dict(load_file(folder / "weights.safetensors"))
     x, y = companion.cifar10(data, train=False)
     begin = time.perf_counter()
-    scores = evaluate(model, companion.floats(x), y, progress=True)
+    scores = evaluate(model, companion.floats(x), y, batch_size=128, progress=True)
     shutil.copy(folder / "weights.safetensors", ASSETS / "demo.safetensors")
     content = (ASSETS / "demo.safetensors").read_bytes()
     parts = b"".join(t.numpy().tobytes() for t in (x, y))
