@@ -799,7 +799,8 @@ def agreement(records: Sequence[Record], recorded: Sequence[Record], *, before: 
         return Markdown("Nothing is recorded for these parameters: there is nothing to compare this run with.")
     return Markdown(
         f"This run agrees with the recorded ones in {len(compared)} of {len(records)} columns: within {before:g}"
-        f" points before fine-tuning and {after:g} points after it. (Another machine rounds otherwise, which training amplifies.)"
+        f" points before fine-tuning and {after:g} points after it."
+        " (Another machine rounds otherwise, which training amplifies.)"
     )
 
 
