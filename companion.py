@@ -601,9 +601,9 @@ class Estimate:
     value: float
     half: float | None = None
 
-    def text(self, signed: bool = False, digits: int = 2) -> str:
-        value = f"{self.value:{'+' if signed else ''}.{digits}f}"
-        return value if self.half is None else f"{value}\u00a0±\u00a0{self.half:.{digits}f}"  # not to be broken
+    def text(self, signed: bool = False) -> str:
+        value = f"{self.value:{'+' if signed else ''}.2f}"
+        return value if self.half is None else f"{value}\u00a0±\u00a0{self.half:.2f}"  # not to be broken
 
 
 def paper_value(

@@ -391,3 +391,14 @@ def test_readme_says_what_presets_and_records_say():
     (record,) = companion.read_records(kind="pretrain")
     scores = {m: f"{100 * v:.2f} %" for m, v in record["metrics"]["after"].items()}
     assert f"{scores['clean']} clean, {scores['w_inf']} under the pointwise and {scores['w_2']} under the" in text
+
+
+def test_readme_verdict_follows_from_the_records():
+    train = companion.PRESETS["demo"]["train_images"]
+    recorded = [r for r in companion.read_records() if r["network"]["name"] == "demo" and r["data"]["train"] == train]
+    assert len(recorded) == 12
+    contained = all(
+        abs(e.value) <= e.half for e in (companion.change(c, "w_2") for c in companion.columns_of(recorded).values())
+    )
+    text = " ".join((companion.ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert contained == ("every W₂ interval contains 0" in text)
