@@ -254,15 +254,16 @@ def embedded(part: str) -> tuple[Tensor, Tensor]:
     import torch
     from PIL import Image
 
-    index = json.loads((ASSETS / "images.json").read_text(encoding="utf-8"))[part]
     path = ASSETS / f"images_{part}.webp"
     try:
+        index = json.loads((ASSETS / "images.json").read_text(encoding="utf-8"))[part]
         sheet = np.asarray(Image.open(path).convert("RGB"))
         if digest(sheet.tobytes()) != index["digest"]:
             raise OSError("its pixels are not those that were stored")
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ParameterError(
-            f"{path} is damaged or missing: restore it from the repository ({one_line(error)})"
+            f"{path} or images.json beside it is damaged or missing: restore both from the repository"
+            f" ({one_line(error)})"
         ) from error
     rows, columns = sheet.shape[0] // 32, sheet.shape[1] // 32
     tiles = sheet.reshape(rows, 32, columns, 32, 3).transpose(0, 2, 4, 1, 3).reshape(-1, 3, 32, 32)

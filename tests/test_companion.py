@@ -107,11 +107,14 @@ def test_damaged_image_file_is_named(tmp_path, monkeypatch):
     sheet = tmp_path / "images_test.webp"
     for content in (sheet.read_bytes()[:10_000], b"", (tmp_path / "images_val.webp").read_bytes()):
         sheet.write_bytes(content)
-        with pytest.raises(ParameterError, match=r"images_test.webp is damaged or missing: restore it"):
+        with pytest.raises(ParameterError, match=r"images_test.webp or .* damaged or missing: restore both"):
             companion.embedded("test")
     sheet.unlink()
-    with pytest.raises(ParameterError, match=r"images_test.webp is damaged or missing"):
+    with pytest.raises(ParameterError, match=r"images_test.webp or .* damaged or missing"):
         companion.embedded("test")
+    (tmp_path / "images.json").write_text("{")
+    with pytest.raises(ParameterError, match=r"images.json beside it is damaged"):
+        companion.embedded("val")
 
 
 def test_no_cifar10_and_no_network(tmp_path, monkeypatch):
