@@ -65,7 +65,7 @@ class ParameterError(ValueError):
 # ---------------------------------------------------------------------------------------------------------------------
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # A laptop computes a column of Table 4 in about a minute, without any download.
+    # A laptop computes a column of Table 4 in a minute or two, without any download.
     "demo": {
         "network": "demo",
         "data": "embedded",
@@ -339,7 +339,7 @@ def finetune_grid(settings: Settings, perturb: str, *, notebook: str) -> list[Re
     data = load_data(settings, device)
     model = network.model.to(device)
     options: dict[str, Any] = {"delta": settings.delta, "steps": settings.steps}
-    batch = 128 if device.type == "cpu" else 1024  # on a CPU the activations of more images fall out of its caches
+    batch = 128 if device.type == "cpu" else 1024  # a CPU is faster on smaller batches
     begin = time.perf_counter()
     before = evaluate(model, *data.test, **options, batch_size=batch, progress=progress("baseline"))
     baseline_seconds = time.perf_counter() - begin
@@ -403,7 +403,7 @@ def _command(settings: Settings, notebook: str, tau: float, eta: float) -> str:
     return " ".join(
         [
             f"papermill notebooks/{notebook}.ipynb out.ipynb",
-            *(f"-p {k} {v:g}" if isinstance(v, float) else f"-p {k} {v}" for k, v in given.items()),
+            *(f"-p {k} {int(v) if isinstance(v, float) and v.is_integer() else v}" for k, v in given.items()),
         ]
     )
 
@@ -642,7 +642,8 @@ def _estimate(per_seed: Sequence[Any]) -> Estimate:
     import numpy as np
 
     values = 100 * np.mean(per_seed, axis=0)
-    return Estimate(float(values.mean()), float(1.96 * values.std(ddof=1) / math.sqrt(len(values))))
+    half = float(1.96 * values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+    return Estimate(float(values.mean()), half)
 
 
 def columns_of(records: Sequence[Record]) -> dict[tuple[float, float], list[Record]]:

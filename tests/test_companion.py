@@ -335,6 +335,17 @@ def test_paired_interval():
     assert got.half == pytest.approx(1.96 * math.sqrt((14 - 36 / 100) / 99 / 100) * 100)
 
 
+def test_command_repeats_the_column_exactly():
+    settings = from_notebook(delta=4 / 255, eta=1, seed=3)
+    command = companion._command(settings, "table4", 0.01, 1.0)
+    assert command == f"papermill notebooks/table4.ipynb out.ipynb -p tau 0.01 -p eta 1 -p delta {4 / 255!r} -p seed 3"
+
+
+def test_one_image_has_no_interval():
+    record = {"correct": {"after": {"w_2": companion.pack(torch.tensor([True]))}}, "data": {"test": 1}}
+    assert companion.accuracy([record], "after", "w_2") == companion.Estimate(100.0, None)
+
+
 def test_table_shows_paper_beside_this_run_and_an_honest_dash(run):
     records, _ = run
     table = companion.show_table(4, records, []).data

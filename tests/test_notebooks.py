@@ -32,7 +32,7 @@ def test_bad_parameter_ends_in_one_line(tmp_path, parameters, message):
     assert line.startswith(message)
 
 
-def test_a_column_ends_in_a_record_and_a_table(tmp_path, monkeypatch):
+def test_a_column_ends_in_a_record_and_a_table(tmp_path):
     before = set(companion.RUNS.glob("finetune-demo-*"))
     notebook = execute(tmp_path / "out.ipynb", epochs=1, seed=987654321, **SMALL)
     (path,) = set(companion.RUNS.glob("finetune-demo-*")) - before
