@@ -24,6 +24,7 @@ import copy
 import math
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -58,6 +59,7 @@ __all__ = [
 Loss = Callable[[Tensor, Tensor], Tensor]
 Progress = bool | Callable[[str], None]
 Images = tuple[Tensor, Tensor]
+Rows = slice | Tensor
 
 
 class WdatError(ValueError):
@@ -127,6 +129,12 @@ def redlr(logits: Tensor, y: Tensor) -> Tensor:
     return torch.where(logits.argmax(1) == y, dlr(logits, y), 0.0)
 
 
+def _kl(logits: Tensor, target: Tensor) -> Tensor:
+    """KL(target || softmax of the logits) of each image, (n, m) and (n, m) to (n,): the attacker's loss in TRADES."""
+    return F.kl_div(logits.log_softmax(1), target, reduction="none").sum(1)
+
+
+SLOPED = (ce, dlr, _kl)  # rising somewhere from nearly every image; the others may be flat, as ReDLR on a lost image
 LOSSES: dict[str, Loss] = {"ce": ce, "dlr": dlr, "redlr": redlr}
 
 
@@ -143,6 +151,8 @@ def sensitivity(
     *,
     loss: str | Loss = "redlr",
     batch_size: int = 512,
+    precision: str = "float32",
+    compiled: bool = False,
 ) -> float:
     """The sensitivity Upsilon = (E ||grad_x J||_s^q)^(1/q) of Theorem 4.1 over all the images.
 
@@ -153,39 +163,58 @@ def sensitivity(
         WdatError: for the faults of input that `wpgd` names.
     """
     loss = _check_attack(model, x, y, loss, batch_size, threat)
+    passes = _passes(model, x, batch_size, precision, compiled)
     with _prepared(model):
-        return float(_sensitivity(model, _plain(x), _plain(y), threat, loss, batch_size))
+        return float(_sensitivity(passes, _plain(x), _plain(y), threat, loss))
 
 
-def _sensitivity(model: nn.Module, x: Tensor, y: Tensor, threat: Threat, loss: Loss, batch_size: int) -> Tensor:
-    norms, finite = [], torch.ones((), dtype=torch.bool, device=x.device)
-    for xb, yb in zip(x.split(batch_size), y.split(batch_size), strict=True):
-        _, _, gradient, good = _look(model, xb, yb, loss)
-        norms.append(_norm(gradient, threat.s))
-        finite &= good
-    upsilon = _mean(torch.cat(norms), threat.q)
-    if not (finite & upsilon.isfinite()):
-        raise _NotFiniteError(NOT_FINITE)
+def _sensitivity(passes: _Passes, x: Tensor, y: Tensor, threat: Threat, loss: Loss) -> Tensor:
+    looks = [
+        _look(passes, xb, yb, threat.s, loss)
+        for xb, yb in zip(x.split(passes.batch_size), y.split(passes.batch_size), strict=True)
+    ]
+    upsilon = _mean(torch.cat([look.norm for look in looks]), threat.q)
+    _check_finite(torch.stack([look.finite for look in looks]).all() & upsilon.isfinite())
     return upsilon
 
 
-def _look(model: nn.Module, x: Tensor, y: Tensor, loss: Loss, backward: bool = True) -> tuple[Tensor, ...]:
-    """Correct (b,), loss (b,), gradient of the loss in x (as x; empty without backward), all logits finite ()."""
+@dataclass(frozen=True)
+class _Look:
+    """What one forward and backward pass says about a batch; on the device of the images."""
+
+    correct: Tensor  # bool (b,)
+    loss: Tensor  # (b,)
+    norm: Tensor  # (b,), ||g||_s of the gradient g of the loss in x
+    direction: Tensor  # as x, the steepest ascent of unit l_r norm; empty without a backward pass, as is the norm
+    finite: Tensor  # bool (), all logits, losses and norms are
+
+
+def _look(passes: _Passes, x: Tensor, y: Tensor, s: float, loss: Loss, backward: bool = True) -> _Look:
+    home = x.device
     with torch.enable_grad() if backward else torch.no_grad():
-        x = x.detach().requires_grad_(backward)
-        logits = model(x).to(x.dtype)
+        x = x.detach().to(passes.device).requires_grad_(backward)
+        y = y.to(passes.device)
+        logits = passes.call(x).to(x.dtype)
         value = loss(logits, y)
         if not isinstance(value, Tensor) or value.shape != x.shape[:1]:
             shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise WdatError(f"the loss must return one value for each image, shape ({len(x)},), not {shape}")
-        gradient = x.new_empty(0)
+        norm = direction = x.new_empty(0)
         if backward:
             if not value.requires_grad:
                 raise WdatError("the model's output carries no gradient to its input: remove no_grad or detach in it")
             (gradient,) = torch.autograd.grad(value.sum(), x, allow_unused=True, materialize_grads=True)
+            norm = _norm(gradient, s)
+            direction = _steepest(gradient, norm, s)
+    logits, value = logits.detach(), value.detach()
     labels = y if y.ndim == 1 else y.argmax(1)  # soft labels stand for their likeliest class
-    logits = logits.detach()
-    return logits.argmax(1) == labels, value.detach(), gradient, logits.isfinite().all()
+    finite = logits.isfinite().all() & value.isfinite().all() & norm.isfinite().all()
+    return _Look(*(t.to(home) for t in (logits.argmax(1) == labels, value, norm, direction, finite)))
+
+
+def _check_finite(finite: Tensor) -> None:
+    if not finite:
+        raise _NotFiniteError(NOT_FINITE)
 
 
 def _steepest(gradient: Tensor, norm: Tensor, s: float) -> Tensor:
@@ -201,7 +230,7 @@ def _steepest(gradient: Tensor, norm: Tensor, s: float) -> Tensor:
 
 def _share(norm: Tensor, upsilon: Tensor, q: float) -> Tensor:
     """How far each image goes: (||g||_s / Upsilon)^(q-1), whose p-th power has mean 1. All 1 for p = inf."""
-    return (norm / upsilon) ** (q - 1)
+    return torch.where(upsilon > 0, norm / upsilon, 0.0) ** (q - 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -217,9 +246,7 @@ def project(x_adv: Tensor, x: Tensor, threat: Threat) -> Tensor:
     p = inf, images further away than delta come back to delta and the others stay. The pixel range is not its business.
     """
     distance = _norm(x_adv - x, threat.r)
-    budget = _budgets(distance, threat.p, threat.delta)
-    inside = _per_image(distance <= budget, x)
-    return torch.where(inside, x_adv, _shrink(x_adv, x, distance, budget, threat.r))
+    return _pull_back(x_adv, x, distance, _budgets(distance, threat.p, threat.delta), threat.r)
 
 
 def _budgets(distance: Tensor, p: float, delta: Tensor | float) -> Tensor:
@@ -230,13 +257,15 @@ def _budgets(distance: Tensor, p: float, delta: Tensor | float) -> Tensor:
     return torch.where(total > delta, distance * (delta / total), distance)
 
 
-def _shrink(x_adv: Tensor, x: Tensor, distance: Tensor, budget: Tensor, r: float) -> Tensor:
-    """Each image brought from `distance` down to `budget` (n,): clipped for r = inf, scaled for another r."""
+def _pull_back(x_adv: Tensor, x: Tensor, distance: Tensor, budget: Tensor, r: float) -> Tensor:
+    """Images at `distance` > `budget` (n,) brought to their budget: clipped for r = inf, scaled for another r."""
     move = x_adv - x
     if r == math.inf:
         limit = _per_image(budget, x)
-        return x + move.clamp(-limit, limit)
-    return x + move * _per_image(budget / torch.where(distance > 0, distance, 1.0), x)
+        shrunk = x + move.clamp(-limit, limit)
+    else:
+        shrunk = x + move * _per_image(budget / torch.where(distance > 0, distance, 1.0), x)
+    return torch.where(_per_image(distance <= budget, x), x_adv, shrunk)
 
 
 @dataclass(frozen=True)
@@ -272,6 +301,8 @@ def wpgd(
     steps: int = 20,
     step_ratio: float = 1.0,
     batch_size: int = 512,
+    precision: str = "float32",
+    compiled: bool = False,
     progress: Progress = False,
 ) -> Attack:
     """W-PGD (Bai et al., 2023; eq. 5.3): projected gradient ascent of the mean loss inside a Wasserstein ball.
@@ -279,16 +310,19 @@ def wpgd(
     Every step moves image i by alpha (||g_i||_s / Upsilon)^(q-1) along its steepest direction, projects the whole set
     (`project`) and clamps to [0, 1]; alpha = step_ratio delta / steps, g_i the gradient of its loss, Upsilon that of
     the current iterate. For p = inf this is PGD. There is no random start. The result does not depend on `batch_size`
-    beyond rounding: it only bounds how many images the model sees at once.
+    beyond rounding: it only bounds how many images the model sees at once. Nor does it depend on where the images are:
+    a set too large for the model's device stays on another one and goes there a batch at a time.
 
     Args:
         model: maps images (b, c, h, w) to logits (b, m); run in eval mode and given back as it was.
-        x: images (n, c, h, w), floating point, in [0, 1].
+        x: images (n, c, h, w), floating point, in [0, 1]; on the model's device, or on the CPU.
         y: labels (n,), int64, on the same device.
         threat: the ball; `Threat()` is (W_2, l_inf) with delta = 8/255.
         loss: "redlr", "dlr" (both need 3 classes or more), "ce", or a function (logits, labels) to losses (b,).
         steps: number of steps, >= 1 (20 in the paper).
         step_ratio: total length of the steps over delta, > 0 (1 in the paper).
+        precision: "float32" runs the model as it is, "bfloat16" under autocast; images and steps stay as they are.
+        compiled: run the model through `torch.compile`, with CUDA graphs on a GPU; the first batch then takes a minute.
         progress: True for a line on stderr, or a function that shows the line of text it is given.
 
     Raises:
@@ -296,88 +330,99 @@ def wpgd(
     """
     loss = _check_attack(model, x, y, loss, batch_size, threat)
     _check_steps(steps, step_ratio)
+    passes = _passes(model, x, batch_size, precision, compiled)
     with _prepared(model):
-        return _attack(model, _plain(x), _plain(y), threat, loss, steps, step_ratio, batch_size, progress=progress)
+        return _attack(passes, _plain(x), _plain(y), threat, loss, steps, step_ratio, progress=progress)
 
 
 def _attack(
-    model: nn.Module,
+    passes: _Passes,
     x: Tensor,
     y: Tensor,
     threat: Threat,
     loss: Loss,
     steps: int,
     step_ratio: float,
-    batch_size: int,
     *,
-    upsilon: float | None = None,
+    upsilon: Callable[[Tensor], Tensor] | None = None,
     start: Tensor | None = None,
     last: bool = False,
     progress: Progress = False,
 ) -> Attack:
     """The one attack loop, on checked input and a prepared model.
 
-    `upsilon` makes delta the share of this batch, eq. 5.5; `start` replaces x_0 = x; `last` gives the last iterate, as
-    training wants it, and saves its forward pass (accuracy, loss and correct are then those of the iterate before).
+    `upsilon` makes delta the share of this batch, eq. 5.5: it is given the batch's own sensitivity and returns that of
+    the set. `start` replaces x_0 = x. `last` gives the last iterate, as training wants it, and saves its forward pass
+    (accuracy, loss and correct are then those of the iterate before).
 
     An image that a step did not move keeps its loss, its gradient and its prediction, so only the moved ones are looked
-    at again: under ReDLR a misclassified image costs nothing until a projection moves it.
+    at again: under ReDLR a misclassified image costs nothing until a projection moves it. Which ones those are is all
+    that the host asks the device for before the end.
     """
     n, p, q, r, s = len(x), threat.p, threat.q, threat.r, threat.s
     delta: Tensor | float = threat.delta
     x_adv = (x if start is None else start).clone()
-    direction = torch.zeros_like(x, dtype=torch.int8 if s == 1 else x.dtype)
     norm, value = x.new_zeros(n), x.new_zeros(n)
-    distance = _norm(x_adv - x, r)
     correct = torch.zeros(n, dtype=torch.bool, device=x.device)
-    moved = torch.arange(n, device=x.device)
-    history: dict[str, list[float]] = {"accuracy": [], "loss": [], "upsilon": []}
-    best: tuple[Tensor, Tensor, float, float] | None = None
-    name = f"W_{p:g} attack"
-    for k in _track(range(steps if last else steps + 1), name, progress):
-        finite = torch.ones((), dtype=torch.bool, device=x.device)
-        for rows in _chunks(moved, batch_size):
-            correct[rows], value[rows], gradient, good = _look(model, x_adv[rows], y[rows], loss, backward=k < steps)
-            finite &= good
+    finite = torch.ones((), dtype=torch.bool, device=x.device)
+    hits, losses, upsilons = [], [], []
+    everyone = passes.batches(n)
+    batches = everyone
+    for k in _track(range(steps if last else steps + 1), f"W_{p:g} attack", progress):
+        directions = []
+        for rows in batches:
+            look = _look(passes, x_adv[rows], y[rows], s, loss, backward=k < steps)
+            correct[rows], value[rows] = look.correct, look.loss
+            finite &= look.finite
             if k < steps:
-                norm[rows] = _norm(gradient, s)
-                direction[rows] = _steepest(gradient, norm[rows], s)
-        if not (finite & value.isfinite().all() & norm.isfinite().all()):
-            raise _NotFiniteError(NOT_FINITE)
-        history["accuracy"].append(correct.sum().item() / n)
-        history["loss"].append(value.mean().item())
+                norm[rows] = look.norm
+                directions.append(look.direction)
+        hits.append(correct.sum())
+        losses.append(value.mean())
         if k == 0:
             was_correct = correct.clone()
-        elif not last and (best is None or history["accuracy"][-1] < best[2]):
-            best = (x_adv.clone(), correct.clone(), history["accuracy"][-1], history["loss"][-1])
+        if k == 1 and not last:
+            x_best, best_correct, best_hits, best_loss = x_adv.clone(), correct.clone(), hits[1], losses[1]
+        elif k > 1 and not last:
+            better = hits[k] < best_hits
+            for rows in everyone:
+                x_best[rows] = torch.where(better, x_adv[rows], x_best[rows])
+            best_correct = torch.where(better, correct, best_correct)
+            best_hits, best_loss = torch.where(better, hits[k], best_hits), torch.where(better, losses[k], best_loss)
         if k == steps:
             break
 
-        current = _mean(norm, q)
-        history["upsilon"].append(current.item())
+        upsilons.append(_mean(norm, q))
         if k == 0 and upsilon is not None:
-            delta = threat.delta * (current / upsilon) ** (q - 1) if upsilon > 0 else 0.0
-        share = _share(norm, current, q) * (step_ratio * delta / steps)
-        moved = norm.nonzero()[:, 0]
-        for rows in _chunks(moved, batch_size):
-            step = x_adv[rows] + _per_image(share[rows], x) * direction[rows]
-            distance[rows] = _norm(step - x[rows], r)
-            x_adv[rows] = step
-        budget = _budgets(distance, p, delta)
-        outside = (distance > budget).nonzero()[:, 0]
-        for rows in _chunks(outside, batch_size):
-            x_adv[rows] = _shrink(x_adv[rows], x[rows], distance[rows], budget[rows], r)
-        if len(outside):
-            moved = torch.cat([moved, outside]).unique()
-        for rows in _chunks(moved, batch_size):
-            x_adv[rows] = x_adv[rows].clamp(0, 1)
-            distance[rows] = _norm(x_adv[rows] - x[rows], r)
+            delta = threat.delta * _share(upsilons[0], upsilon(upsilons[0]), q)
+        step = _share(norm, upsilons[k], q) * (step_ratio * delta / steps)
+        for rows, direction in zip(batches, directions, strict=True):
+            x_adv[rows] += _per_image(step[rows], x) * direction
+        moved = norm > 0
+        # The steps are step_ratio delta / steps long: until they add up to delta, the set cannot have left the ball.
+        if start is not None or step_ratio * (k + 1) > 0.999 * steps:
+            distance = _distances(x_adv, x, everyone, r)
+            budget = _budgets(distance, p, delta)
+            for rows in everyone:
+                x_adv[rows] = _pull_back(x_adv[rows], x[rows], distance[rows], budget[rows], r)
+            moved |= distance > budget
+        x_adv.clamp_(0, 1)
+        batches = everyone if loss in SLOPED else passes.batches(n, moved.nonzero()[:, 0])
 
-    if best is None:
-        best = (x_adv, correct, history["accuracy"][-1], history["loss"][-1])
-    found, correct, accuracy, mean_loss = best
-    reached = _mean(torch.cat([_norm(a - b, r) for a, b in zip(found.split(512), x.split(512), strict=True)]), p)
-    return Attack(found, accuracy, mean_loss, reached.item(), correct, was_correct, history)
+    _check_finite(finite)
+    if last:
+        x_best, best_correct, best_hits, best_loss = x_adv, correct, hits[-1], losses[-1]
+    history = {"accuracy": [h / n for h in _floats(hits)], "loss": _floats(losses), "upsilon": _floats(upsilons)}
+    reached = _mean(_distances(x_best, x, everyone, r), p)
+    return Attack(x_best, best_hits.item() / n, best_loss.item(), reached.item(), best_correct, was_correct, history)
+
+
+def _distances(x_adv: Tensor, x: Tensor, batches: Sequence[Rows], r: float) -> Tensor:
+    """How far each image has gone, (n,), without a copy of the set."""
+    distance = x.new_empty(len(x))
+    for rows in batches:
+        distance[rows] = _norm(x_adv[rows] - x[rows], r)
+    return distance
 
 
 def wpgd_budget(
@@ -391,6 +436,8 @@ def wpgd_budget(
     steps: int = 20,
     step_ratio: float = 1.0,
     batch_size: int = 512,
+    precision: str = "float32",
+    compiled: bool = False,
     progress: Progress = False,
 ) -> Attack:
     """W-PGD-budget: each batch attacked on its own with the radius delta_B = delta Upsilon_B / Upsilon, eq. 5.5.
@@ -412,10 +459,11 @@ def wpgd_budget(
     loss = _check_attack(model, x, y, loss, batch_size, threat)
     _check_steps(steps, step_ratio)
     _check_number("upsilon", upsilon, above=0)
+    passes = _passes(model, x, batch_size, precision, compiled)
     with _prepared(model):
         batches = list(zip(_plain(x).split(batch_size), _plain(y).split(batch_size), strict=True))
         attacks = [
-            _attack(model, xb, yb, threat, loss, steps, step_ratio, batch_size, upsilon=upsilon)
+            _attack(passes, xb, yb, threat, loss, steps, step_ratio, upsilon=lambda own: own.new_tensor(upsilon))
             for xb, yb in _track(batches, "W-PGD-budget", progress)
         ]
     sizes = torch.tensor([len(xb) / len(x) for xb, _ in batches], dtype=torch.float64)
@@ -471,6 +519,8 @@ def evaluate(
     delta: float = 8 / 255,
     steps: int = 20,
     batch_size: int = 512,
+    precision: str = "float32",
+    compiled: bool = False,
     progress: Progress = False,
 ) -> Scores:
     """The three accuracies of the paper's tables (Section 6): clean, W_inf (20 steps, CE) and W_2 (20 steps, ReDLR).
@@ -478,6 +528,7 @@ def evaluate(
     Arguments, and the errors raised, are those of `wpgd`.
     """
     options: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "progress": progress}
+    options |= {"precision": precision, "compiled": compiled}
     pointwise = wpgd(model, x, y, Threat(p=math.inf, delta=delta), loss="ce", **options)
     distributional = wpgd(model, x, y, Threat(p=2, delta=delta), loss="redlr", **options)
     correct = {"clean": pointwise.was_correct, "w_inf": pointwise.correct, "w_2": distributional.correct}
@@ -488,6 +539,7 @@ def evaluate(
 # Section 5, "Training vs Fine-tuning": perturb a pre-trained network, then Algorithm 1
 # ---------------------------------------------------------------------------------------------------------------------
 
+PRECISIONS = ("float32", "bfloat16")
 PERTURBATIONS = ("whole", "last_layer")
 CONSISTENCIES = ("ce_detached", "ce", "kl")
 
@@ -558,6 +610,9 @@ class FinetuneConfig:
     epochs: int = 20
     batch_size: int = 512
     sample: float = 0.1  # fraction of the training set that estimates Upsilon at every minibatch
+    upsilon_from: str = "sample"  # "batch": instead, the latest minibatches' own sensitivities, which cost nothing
+    precision: str = "float32"  # "bfloat16": autocast of the network throughout, validation included
+    compiled: bool = False  # the network goes through torch.compile, with CUDA graphs on a GPU
     seed: int = 0
     # What the paper leaves open:
     consistency: str = (
@@ -584,6 +639,8 @@ class FinetuneConfig:
         _check_choice("reinit", self.reinit, ("default", "xavier"))
         _check_choice("schedule", self.schedule, ("constant", "cosine"))
         _check_choice("first_upsilon", self.first_upsilon, ("sample", "full"))
+        _check_choice("upsilon_from", self.upsilon_from, ("sample", "batch"))
+        _check_choice("precision", self.precision, PRECISIONS)
         _check_threat(self.threat)
         _check_number("tau", self.tau, above=0)
         for name in ("eta", "sample"):
@@ -596,8 +653,8 @@ class FinetuneConfig:
         for name in ("epochs", "batch_size"):
             _check_number(name, getattr(self, name), at_least=1, whole=True)
         _check_number("seed", self.seed, at_least=0, below=2**63, whole=True)
-        if not isinstance(self.augment, bool):
-            raise WdatError(f"augment must be True or False, not {self.augment!r}")
+        _check_flag("augment", self.augment)
+        _check_flag("compiled", self.compiled)
 
 
 @dataclass(frozen=True)
@@ -622,6 +679,7 @@ def finetune(
     val: Images | None,
     config: FinetuneConfig,
     *,
+    eval_batch_size: int = 512,
     on_epoch: Callable[[int, nn.Module], dict[str, float] | None] | None = None,
     progress: Progress = False,
 ) -> History:
@@ -633,56 +691,72 @@ def finetune(
 
     Args:
         model: changed in place; mode, `requires_grad` flags and gradients are given back as they were.
-        train, val: pairs (x, y) as `wpgd` takes them, on the model's device; val None keeps the last epoch.
+        train, val: pairs (x, y) as `wpgd` takes them; val None keeps the last epoch.
         config: see `FinetuneConfig`.
+        eval_batch_size: how many images the network sees at once, at most, wherever that changes nothing but the speed
+            (in eval mode: the attack, Upsilon, validation).
         on_epoch: called with the epoch and the model; a dict that it returns joins the epoch's history.
 
     Raises:
         WdatError: for the faults of input that `wpgd` names, and when the objective is no longer finite.
     """
     x, y = train
-    loss = _check_attack(model, x, y, "redlr", config.batch_size, config.threat)
+    _check_number("eval_batch_size", eval_batch_size, at_least=1, whole=True)
+    loss = _check_attack(model, x, y, "redlr", eval_batch_size, config.threat)
     if val is not None:
-        _check_attack(model, *val, "redlr", config.batch_size, config.threat)
+        _check_attack(model, *val, "redlr", eval_batch_size, config.threat)
     threat, steps, step_ratio, batch_size = config.threat, config.steps, config.step_ratio, config.batch_size
     if config.augment and x.ndim != 4:
         raise WdatError(f"augment needs images of shape (n, c, h, w), not {tuple(x.shape)}: use augment=False")
+    passes = _passes(model, x, eval_batch_size, config.precision, config.compiled)
+    net = passes.call
+    in_train_mode = config.attack_mode == "train" and config.perturb == "whole"
+    # Batch statistics are those of the whole minibatch.
+    attack_passes = replace(passes, batch_size=batch_size) if in_train_mode else passes
     generator = torch.Generator().manual_seed(config.seed)
-    upsilons: list[float] = []
+    in_sample = config.sample * len(x)
+    recent: deque[Tensor] = deque(maxlen=max(8, round(in_sample / batch_size)))
+    upsilons: list[Tensor] = []
 
     def draw(count: int) -> Tensor:
         return torch.randperm(len(x), generator=generator)[:count].to(x.device)
 
-    def update_upsilon() -> float:
+    def update_upsilon(own: Tensor) -> Tensor:
+        recent.append(own)
         everything = config.first_upsilon == "full" and not upsilons
-        rows = draw(len(x) if everything else max(1, round(config.sample * len(x))))
-        estimate = _sensitivity(model, x[rows], y[rows], threat, loss, batch_size).item()
+        if config.upsilon_from == "batch" and not everything:
+            estimate = _mean(torch.stack([*recent]), threat.q)
+        else:
+            rows = draw(len(x) if everything else max(1, round(in_sample)))
+            estimate = _sensitivity(attack_passes, x[rows], y[rows], threat, loss).to(own)
         upsilons.append(upsilons[-1] + config.eta * (estimate - upsilons[-1]) if upsilons else estimate)
         return upsilons[-1]
 
-    def perturbed(xb: Tensor, labels: Tensor, threat: Threat, loss: Loss, upsilon: float | None) -> Tensor:
+    def perturbed(xb: Tensor, labels: Tensor, threat: Threat, loss: Loss, **options: Any) -> Tensor:
         start = _random_start(xb, threat, config.random_start, generator) if config.random_start else None
-        options: dict[str, Any] = {"upsilon": upsilon, "start": start, "last": True}
-        return _attack(model, xb, labels, threat, loss, steps, step_ratio, batch_size, **options).x_adv
+        return _attack(
+            attack_passes, xb, labels, threat, loss, steps, step_ratio, start=start, last=True, **options
+        ).x_adv
 
     def objective(rows: Tensor) -> Tensor:
-        xb, yb = x[rows], y[rows]
+        xb, yb = x[rows].to(passes.device), y[rows].to(passes.device)
         if config.augment:
             xb = _crop_and_flip(xb, generator)
-        with _prepared(model, training=config.attack_mode == "train" and config.perturb == "whole"):
-            upsilon = update_upsilon()
+        with _prepared(model, training=in_train_mode):
             with torch.no_grad():
-                labels = yb if config.attack_label == "true" else model(xb).argmax(1)
-            x_adv = perturbed(xb, labels, threat, loss, upsilon)
-            x_point = perturbed(xb, yb, replace(threat, p=math.inf), ce, None) if config.gamma else None
-        logits = model(xb)
-        total = F.cross_entropy(logits, yb) + config.beta * _consistency(config.consistency, logits, model(x_adv))
+                labels = yb if config.attack_label == "true" else net(xb).argmax(1)
+            x_adv = perturbed(xb, labels, threat, loss, upsilon=update_upsilon)
+            x_point = perturbed(xb, yb, replace(threat, p=math.inf), ce) if config.gamma else None
+        logits = net(xb).to(xb.dtype)
+        total = F.cross_entropy(logits, yb)
+        total = total + config.beta * _consistency(config.consistency, logits, net(x_adv).to(xb.dtype))
         if x_point is not None:
-            total = total + config.gamma * _consistency(config.consistency, logits, model(x_point))
+            total = total + config.gamma * _consistency(config.consistency, logits, net(x_point).to(xb.dtype))
         return total
 
     def validate(x: Tensor, y: Tensor) -> dict[str, float]:
-        attack = wpgd(model, x, y, threat, steps=steps, step_ratio=step_ratio, batch_size=batch_size)
+        with _prepared(model):
+            attack = _attack(passes, _plain(x), _plain(y), threat, loss, steps, step_ratio)
         return {"clean": attack.history["accuracy"][0], "w_2": attack.accuracy}
 
     with _seeded(model, generator), _untouched(model), torch.inference_mode(False), torch.enable_grad():
@@ -707,7 +781,7 @@ def finetune(
             on_epoch=on_epoch,
             progress=progress,
         )
-    return History(epochs, best, upsilons)
+    return History(epochs, best, _floats(upsilons))
 
 
 def _consistency(reading: str, logits: Tensor, logits_adv: Tensor) -> Tensor:
@@ -745,13 +819,14 @@ class PretrainConfig:
     weight_decay: float = 5e-4
     average: float = 0.0  # decay of the exponential moving average of the weights, at every step; 0 is none
     augment: bool = True  # pad-4 crop and flip
-    precision: str = "float32"  # or "bfloat16": autocast of the network during training
+    precision: str = "float32"  # "bfloat16": autocast of the network throughout, validation included
+    compiled: bool = False  # the network goes through torch.compile, with CUDA graphs on a GPU
     seed: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.threat, Threat) or self.threat.p != math.inf:
             raise WdatError("threat must be a Threat with p = inf: TRADES trains against a pointwise attack")
-        _check_choice("precision", self.precision, ("float32", "bfloat16"))
+        _check_choice("precision", self.precision, PRECISIONS)
         _check_number("rate", self.rate, above=0)
         for name in ("beta", "weight_decay"):
             _check_number(name, getattr(self, name), at_least=0)
@@ -762,8 +837,8 @@ class PretrainConfig:
         for name in ("epochs", "batch_size"):
             _check_number(name, getattr(self, name), at_least=1, whole=True)
         _check_number("seed", self.seed, at_least=0, below=2**63, whole=True)
-        if not isinstance(self.augment, bool):
-            raise WdatError(f"augment must be True or False, not {self.augment!r}")
+        _check_flag("augment", self.augment)
+        _check_flag("compiled", self.compiled)
 
 
 def pretrain(
@@ -790,25 +865,24 @@ def pretrain(
         raise WdatError(f"augment needs images of shape (n, c, h, w), not {tuple(x.shape)}: use augment=False")
     generator = torch.Generator().manual_seed(config.seed)
 
-    def kl(logits: Tensor, target: Tensor) -> Tensor:
-        return F.kl_div(logits.log_softmax(1), target, reduction="none").sum(1)
+    passes = _passes(model, x, config.batch_size, config.precision, config.compiled)
 
     def objective(rows: Tensor) -> Tensor:
-        xb, yb = x[rows], y[rows]
+        xb, yb = x[rows].to(passes.device), y[rows].to(passes.device)
         if config.augment:
             xb = _crop_and_flip(xb, generator)
         start = (xb + 0.001 * torch.randn(xb.shape, generator=generator).to(xb)).clamp(0, 1)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-            with _prepared(model):
-                with torch.no_grad():
-                    target = model(xb).to(x.dtype).softmax(1)
-                arguments = (config.threat, kl, config.steps, config.step_ratio, config.batch_size)
-                x_adv = _attack(model, xb, target, *arguments, start=start, last=True).x_adv
-            logits, logits_adv = model(xb).to(x.dtype), model(x_adv).to(x.dtype)
+        with _prepared(model):
+            with torch.no_grad():
+                target = passes.call(xb).to(xb.dtype).softmax(1)
+            arguments = (config.threat, _kl, config.steps, config.step_ratio)
+            x_adv = _attack(passes, xb, target, *arguments, start=start, last=True).x_adv
+        logits, logits_adv = passes.call(xb).to(xb.dtype), passes.call(x_adv).to(xb.dtype)
         return F.cross_entropy(logits, yb) + config.beta * _consistency("kl", logits, logits_adv)
 
     def validate(x: Tensor, y: Tensor) -> dict[str, float]:
-        attack = wpgd(shown, x, y, config.threat, loss="ce", batch_size=config.batch_size)
+        options: dict[str, Any] = {"precision": config.precision, "compiled": config.compiled}
+        attack = wpgd(shown, x, y, config.threat, loss="ce", batch_size=config.batch_size, **options)
         return {"clean": attack.history["accuracy"][0], "w_inf": attack.accuracy}
 
     with _seeded(model, generator), _untouched(model), torch.inference_mode(False), torch.enable_grad():
@@ -960,15 +1034,17 @@ def _mean(values: Tensor, order: float, weights: Tensor | None = None) -> Tensor
 def _norm(x: Tensor, order: float) -> Tensor:
     """The l_order norm of each image, (n, ...) to (n,); scaled first where powers could overflow."""
     dims = tuple(range(1, x.ndim))
-    if order in (1, math.inf):
-        return torch.linalg.vector_norm(x, order, dims)
-    top = torch.linalg.vector_norm(x, math.inf, dims)
+    if order == 1:
+        return x.abs().sum(dims)  # on a CPU several times as fast as vector_norm, as is the next
+    top = x.abs().amax(dims)
+    if order == math.inf:
+        return top
     return top * torch.linalg.vector_norm(x / _per_image(torch.where(top > 0, top, 1.0), x), order, dims)
 
 
-def _chunks(rows: Tensor, size: int) -> Sequence[Tensor]:
-    """The row numbers, `size` at a time; nothing where there are none, so that no model meets an empty batch."""
-    return rows.split(size) if len(rows) else ()
+def _floats(values: Sequence[Tensor]) -> list[float]:
+    """Numbers that stayed on the device, read all at once."""
+    return torch.stack([*values]).tolist() if values else []
 
 
 def _per_image(values: Tensor, x: Tensor) -> Tensor:
@@ -979,6 +1055,53 @@ def _per_image(values: Tensor, x: Tensor) -> Tensor:
 def _plain(x: Tensor) -> Tensor:
     """`x` outside the caller's graph, and an ordinary tensor if the caller made it in inference mode."""
     return x.clone() if x.is_inference() else x.detach()
+
+
+@dataclass(frozen=True)
+class _Passes:
+    """How images go through the model."""
+
+    call: Callable[[Tensor], Tensor]
+    device: torch.device  # of the model; images elsewhere come to it a batch at a time
+    batch_size: int  # images at once, at most
+    fixed: bool  # always as many, since the model is compiled for one shape
+
+    def batches(self, n: int, rows: Tensor | None = None) -> Sequence[Rows]:
+        """Which of n images go together: all of them as slices, or the given row numbers in even shares."""
+        size = min(self.batch_size, n)
+        if rows is None and not (self.fixed and n % size):
+            return [slice(i, i + size) for i in range(0, n, size)]
+        rows = torch.arange(n, device=self.device) if rows is None else rows
+        if not len(rows):
+            return []
+        if self.fixed:
+            return torch.cat([rows, rows[-1:].expand(-len(rows) % size)]).split(size)  # an image twice is no harm
+        return rows.tensor_split(math.ceil(len(rows) / size))
+
+
+def _passes(model: nn.Module, x: Tensor, batch_size: int, precision: str, compiled: bool) -> _Passes:
+    _check_choice("precision", precision, PRECISIONS)
+    _check_flag("compiled", compiled)
+    device = next((t.device for t in [*model.parameters(), *model.buffers()]), x.device)
+    call: Callable[[Tensor], Tensor] = model
+    if compiled:
+        fast = torch.compile(model, dynamic=False, mode="reduce-overhead")
+
+        def call(x: Tensor) -> Tensor:
+            try:
+                return fast(x)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                reason = " ".join(str(error).split())[:300]
+                raise WdatError(f"torch.compile fails on this model, use compiled=False ({reason})") from error
+
+    if precision == "float32":
+        return _Passes(call, device, batch_size, compiled)
+
+    def lower(x: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16):
+            return call(x)
+
+    return _Passes(lower, device, batch_size, compiled)
 
 
 @contextmanager
@@ -1059,9 +1182,10 @@ def _check_attack(model: nn.Module, x: Tensor, y: Tensor, loss: str | Loss, batc
         raise WdatError(f"images must be a floating-point tensor in [0, 1], not {kind}: divide bytes by 255")
     if x.ndim < 2 or x.numel() == 0:
         raise WdatError(f"images must have shape (n, c, h, w) with at least one image, not {tuple(x.shape)}")
-    if not ((x >= 0) & (x <= 1)).all():
+    least, most = x.aminmax()
+    if not (least >= 0 and most <= 1):
         raise WdatError(
-            f"images must lie in [0, 1], these span [{x.min():.4g}, {x.max():.4g}]: normalisation belongs in the model"
+            f"images must lie in [0, 1], these span [{least:.4g}, {most:.4g}]: normalisation belongs in the model"
         )
     if not isinstance(y, Tensor) or y.dtype != torch.int64:
         raise WdatError(f"labels must be an int64 tensor, not {y.dtype if isinstance(y, Tensor) else type(y).__name__}")
@@ -1078,15 +1202,20 @@ def _check_attack(model: nn.Module, x: Tensor, y: Tensor, loss: str | Loss, batc
 
     if not isinstance(model, nn.Module):
         raise WdatError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-    for tensor in [*model.parameters(), *model.buffers()]:
-        if tensor.device != x.device:
-            raise WdatError(f"the model is on {tensor.device}, the images are on {x.device}: move one to the other")
+    devices = {tensor.device for tensor in [*model.parameters(), *model.buffers()]} or {x.device}
+    device = min(devices, key=str)
+    if len(devices) > 1 or device.type == "meta" or x.device not in (device, torch.device("cpu")):
+        where = " and ".join(sorted(map(str, devices)))
+        raise WdatError(
+            f"the model is on {where}, the images are on {x.device}: put the model on one device, and the images"
+            " there or on the CPU"
+        )
     kinds = {p.dtype for p in model.parameters() if p.is_floating_point()}
     if kinds and x.dtype not in kinds:
         raise WdatError(f"the model is {kinds.pop()}, the images are {x.dtype}: convert one to the other")
-    with _prepared(model), torch.no_grad():
+    with _prepared(model), torch.enable_grad():
         try:
-            logits = model(x[:1])
+            logits = model(_plain(x[:1]).to(device, copy=True).requires_grad_())
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             raise WdatError(f"the model does not take images of shape {tuple(x.shape[1:])}: {error}") from error
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1:
@@ -1104,6 +1233,11 @@ def _check_attack(model: nn.Module, x: Tensor, y: Tensor, loss: str | Loss, batc
 def _check_steps(steps: int, step_ratio: float) -> None:
     _check_number("steps", steps, at_least=1, whole=True)
     _check_number("step_ratio", step_ratio, above=0)
+
+
+def _check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise WdatError(f"{name} must be True or False, not {value!r}")
 
 
 def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:

@@ -161,7 +161,7 @@ BAD_MODELS = {
     "device": (network("conv").to("meta"), ("model is on meta", "images are on cpu")),
     "a buffer on another device": (
         nn.Sequential(network("conv"), nn.BatchNorm1d(4, affine=False).to("meta")),
-        ("model is on meta", "images are on cpu"),
+        ("model is on cpu and meta", "images are on cpu"),
     ),
 }
 
