@@ -169,12 +169,14 @@ def sensitivity(
 
 
 def _sensitivity(passes: _Passes, x: Tensor, y: Tensor, threat: Threat, loss: Loss) -> Tensor:
-    looks = [
-        _look(passes, xb, yb, threat.s, loss)
-        for xb, yb in zip(x.split(passes.batch_size), y.split(passes.batch_size), strict=True)
-    ]
-    upsilon = _mean(torch.cat([look.norm for look in looks]), threat.q)
-    _check_finite(torch.stack([look.finite for look in looks]).all() & upsilon.isfinite())
+    norm = x.new_zeros(len(x))
+    finite = torch.ones((), dtype=torch.bool, device=x.device)
+    for rows in passes.batches(len(x)):
+        look = _look(passes, x[rows], y[rows], threat.s, loss)
+        norm[rows] = look.norm
+        finite &= look.finite
+    upsilon = _mean(norm, threat.q)
+    _check_finite(finite & upsilon.isfinite())
     return upsilon
 
 
@@ -282,13 +284,13 @@ class Attack:
         history: "accuracy" and "loss" of x_0..x_steps, "upsilon" of x_0..x_(steps-1), each a list of floats.
     """
 
-    x_adv: Tensor
+    x_adv: Tensor = field(repr=False)
     accuracy: float
     loss: float
     distance: float
-    correct: Tensor
-    was_correct: Tensor
-    history: dict[str, list[float]]
+    correct: Tensor = field(repr=False)
+    was_correct: Tensor = field(repr=False)
+    history: dict[str, list[float]] = field(repr=False)
 
 
 def wpgd(
@@ -508,7 +510,7 @@ class Scores:
     clean: float
     w_inf: float
     w_2: float
-    correct: dict[str, Tensor]
+    correct: dict[str, Tensor] = field(repr=False)
 
 
 def evaluate(

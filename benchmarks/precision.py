@@ -1,0 +1,72 @@
+"""Accuracy under attack in float32, in bfloat16 and compiled, on the full test set; one record.
+
+python benchmarks/precision.py --data data [--network demo] [--device auto] [--out runs]
+"""
+
+import argparse
+import datetime
+import shlex
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+import companion
+from wdat_core import evaluate
+from wdat_networks import load_network
+
+WAYS = {
+    "float32": {},
+    "bfloat16": {"precision": "bfloat16"},
+    "float32, compiled": {"compiled": True},
+    "bfloat16, compiled": {"precision": "bfloat16", "compiled": True},
+}
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", default="data", help="folder of CIFAR-10, or embedded")
+    parser.add_argument("--network", default="demo")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--images", type=int, default=10_000)
+    parser.add_argument("--out", type=Path, default=companion.RUNS)
+    given = parser.parse_args(arguments)
+    core = companion.core_digest()
+    settings = companion.Settings(
+        network=given.network, data=given.data, train_images=1, val_images=1, test_images=given.images
+    ).resolved()
+    device = companion.pick_device(given.device)
+    network = load_network(given.network, companion.ROOT / settings.models)
+    model = network.model.to(device)
+    data = companion.load_data(settings, device)
+    batch = 128 if device.type == "cpu" else 1000
+    scores, seconds = {}, {}
+    for way, options in WAYS.items():
+        begin = time.perf_counter()
+        scores[way] = evaluate(model, *data.test, batch_size=batch, progress=companion.progress(way), **options)
+        seconds[way] = round(time.perf_counter() - begin, 1)
+        print(way, scores[way], f"{seconds[way]} s", flush=True)
+    record = {
+        "schema": companion.SCHEMA,
+        "kind": "precision",
+        "network": {"name": network.name, "source": network.source, "digest": network.digest},
+        "data": {"source": data.source, "digest": data.digest, "test": len(data.test[1])},
+        "config": {"batch_size": batch, "steps": 20, "delta": 8 / 255},
+        "metrics": {way: {m: getattr(s, m) for m in companion.METRICS} for way, s in scores.items()},
+        "correct": {way: {m: companion.pack(s.correct[m]) for m in companion.METRICS} for way, s in scores.items()},
+        "seconds": seconds,
+        "device": companion.device_name(device),
+        "versions": companion.versions(),
+        "core": core,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "benchmarks/precision.py", "--network", given.network]),
+    }
+    print(companion.write_record(record, given.out))
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    main(sys.argv[1:])

@@ -1,0 +1,107 @@
+"""How far two estimates of Upsilon are from that of the whole training set, along a fine-tuning run; one record.
+
+python benchmarks/upsilon.py --data data [--tau 0.01] [--epochs 2] [--every 8] [--device auto] [--out runs]
+
+The run is Algorithm 1 with the paper's estimate, 10 % of the training set afresh at every minibatch. At every 8th
+minibatch the sensitivity of the whole set is computed beside it, and the estimate that costs nothing: the mean over the
+latest minibatches' own sensitivities.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import shlex
+import sys
+import time
+from collections import deque
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+import companion
+import wdat_core
+from wdat_core import FinetuneConfig, finetune, sensitivity
+from wdat_networks import load_network
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", default="data", help="folder of CIFAR-10, or embedded")
+    parser.add_argument("--network", default="demo")
+    parser.add_argument("--train-images", type=int, default=40_000)
+    parser.add_argument("--tau", type=float, default=0.01)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--every", type=int, default=8)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, default=companion.RUNS)
+    given = parser.parse_args(arguments)
+    core = companion.core_digest()
+    settings = companion.Settings(
+        network=given.network, data=given.data, train_images=given.train_images, val_images=1, test_images=1
+    ).resolved()
+    device = companion.pick_device(given.device)
+    network = load_network(given.network, companion.ROOT / settings.models)
+    model = network.model.to(device)
+    data = companion.load_data(settings, device)
+    batch = 128 if device.type == "cpu" else 1000
+    config = FinetuneConfig(tau=given.tau, epochs=given.epochs, eta=1.0)
+    begin = time.perf_counter()
+    points = follow(model, data.train, config, batch, given.every)
+    record = {
+        "schema": companion.SCHEMA,
+        "kind": "upsilon",
+        "network": {"name": network.name, "source": network.source, "digest": network.digest},
+        "data": {"source": data.source, "digest": data.digest, "train": len(data.train[1])},
+        "config": companion.plain(dataclasses.asdict(config)),
+        "points": points,
+        "seconds": {"total": round(time.perf_counter() - begin, 1)},
+        "device": companion.device_name(device),
+        "versions": companion.versions(),
+        "core": core,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(
+            ["python", "benchmarks/upsilon.py", "--network", given.network, "--tau", f"{given.tau:g}"]
+        ),
+    }
+    print(companion.write_record(record, given.out))
+
+
+def follow(model, train, config: FinetuneConfig, batch: int, every: int) -> dict:
+    """The minibatches looked at and, at each, "whole", "sample" and "batch", three values of Upsilon."""
+    x, y = train
+    window: deque = deque(maxlen=max(8, round(config.sample * len(x) / config.batch_size)))
+    points: dict = {"minibatch": [], "whole": [], "sample": [], "batch": []}
+    attack, seen = wdat_core._attack, 0
+
+    def watched(*arguments, upsilon=None, **options):
+        """An attack of `finetune` or of its validation; only the former is given `upsilon`."""
+
+        def noted(own):
+            nonlocal seen
+            estimate = upsilon(own)
+            window.append(own.item())
+            if seen % every == 0:
+                mean = (sum(v**2 for v in window) / len(window)) ** 0.5
+                row = {"whole": sensitivity(model, x, y, config.threat, batch_size=batch)}
+                row |= {"minibatch": seen, "sample": estimate.item(), "batch": mean}
+                for name, value in row.items():
+                    points[name].append(value)
+                print(row, flush=True)
+            seen += 1
+            return estimate
+
+        return attack(*arguments, upsilon=noted if upsilon else None, **options)
+
+    wdat_core._attack = watched
+    try:
+        finetune(model, train, None, config, eval_batch_size=batch)
+    finally:
+        wdat_core._attack = attack
+    return points
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    main(sys.argv[1:])
