@@ -106,6 +106,9 @@ class Settings:
     beta: float = 6.0
     steps: int = 20
     consistency: str = "ce_detached"
+    upsilon_from: str = "sample"
+    precision: str = "float32"
+    compiled: bool = False
     seed: int = 0
     device: str = "auto"
     models: str = "models"
@@ -153,6 +156,10 @@ class Settings:
             _check(name, getattr(self, name), int, above=0)
         _check("seed", self.seed, int, above=-1)
         _check("consistency", self.consistency, str, choices=("ce_detached", "ce", "kl"))
+        _check("upsilon_from", self.upsilon_from, str, choices=("sample", "batch"))
+        _check("precision", self.precision, str, choices=("float32", "bfloat16"))
+        if not isinstance(self.compiled, bool):
+            raise ParameterError(f"compiled must be True or False, not {self.compiled!r}")
         most = (
             {"train_images": 4000, "val_images": 1000, "test_images": 1000}
             if self.data == "embedded"
@@ -314,6 +321,7 @@ KEYS = {
     "schema", "kind", "network", "data", "config", "metrics", "correct", "history",
     "seconds", "device", "versions", "core", "created", "command",
 }  # fmt: skip
+LATER = {"upsilon_from": "sample", "precision": "float32", "compiled": False}  # fields of a later version, as before
 Record = dict[str, Any]
 
 
@@ -339,6 +347,7 @@ def finetune_grid(settings: Settings, perturb: str, *, notebook: str) -> list[Re
     data = load_data(settings, device)
     model = network.model.to(device)
     options: dict[str, Any] = {"delta": settings.delta, "steps": settings.steps}
+    options |= {"precision": settings.precision, "compiled": settings.compiled}
     batch = 128 if device.type == "cpu" else 1024  # a CPU is faster on smaller batches
     begin = time.perf_counter()
     before = evaluate(model, *data.test, **options, batch_size=batch, progress=progress("baseline"))
@@ -357,11 +366,14 @@ def finetune_grid(settings: Settings, perturb: str, *, notebook: str) -> list[Re
             epochs=int(settings.epochs or 0),
             batch_size=int(settings.batch_size or 0),
             consistency=settings.consistency,
+            upsilon_from=settings.upsilon_from,
+            precision=settings.precision,
+            compiled=settings.compiled,
             seed=settings.seed,
         )
         tuned = copy.deepcopy(model)
         begin = time.perf_counter()
-        history = finetune(tuned, data.train, data.val, config, progress=progress(label))
+        history = finetune(tuned, data.train, data.val, config, eval_batch_size=batch, progress=progress(label))
         middle = time.perf_counter()
         after = evaluate(tuned, *data.test, **options, batch_size=batch, progress=progress(label))
         seconds = {
@@ -525,8 +537,11 @@ def write_record(record: Record, folder: Path) -> Path:
 
 
 def protocol(record: Record) -> str:
-    """A digest of everything that decides a record's numbers but for tau, eta, the seed and rounding."""
-    config = {k: v for k, v in record["config"].items() if k not in ("tau", "eta", "seed")}
+    """A digest of everything that decides a record's numbers but for tau, eta, the seed and rounding.
+
+    A field that came with a later version counts only where it is not as before, so that older records stay comparable.
+    """
+    config = {k: v for k, v in record["config"].items() if k not in ("tau", "eta", "seed") and v != LATER.get(k, ...)}
     what = [record["kind"], record["network"], record["data"], config]
     return digest(json.dumps(what, sort_keys=True).encode())
 
@@ -735,12 +750,14 @@ def describe(records: Sequence[Record], title: str) -> Any:
     seeds = sorted({x["config"]["seed"] for x in records})
     stand_in = r["network"]["name"] in STAND_INS
     epochs = "epoch" if config["epochs"] == 1 else "epochs"
+    others = "".join(f", `{k}={config[k]}`" for k, usual in LATER.items() if config.get(k, usual) != usual)
     return Markdown(
         f"**{title}.** Network `{r['network']['name']}` ({r['network']['source']}"
         f"{'; a stand-in, none of the paper’s networks' if stand_in else ''}), {data['source']}: {data['train']:,} for"
         f" training, {data['val']:,} for validation, {data['test']:,} for test. {config['epochs']} {epochs} at"
-        f" batch size {config['batch_size']}, `perturb={config['perturb']}`, `consistency={config['consistency']}`, β ="
-        f" {config['beta']:g}, δ = {255 * config['threat']['delta']:.4g}/255, {config['steps']} steps,"
+        f" batch size {config['batch_size']}, `perturb={config['perturb']}`,"
+        f" `consistency={config['consistency']}`{others},"
+        f" β = {config['beta']:g}, δ = {255 * config['threat']['delta']:.4g}/255, {config['steps']} steps,"
         f" seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}. On {r['device']}:"
         f" {sum(s['finetune'] for s in seconds) / len(seconds):.0f} s of fine-tuning and"
         f" {sum(s['evaluate'] for s in seconds) / len(seconds):.0f} s of evaluation a column, in the mean;"

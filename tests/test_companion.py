@@ -66,6 +66,9 @@ def test_grid_is_all_of_the_paper_or_the_one_asked_for():
         ({"seed": -1}, "seed must be at least 0"),
         ({"preset": "papr"}, "preset must be one of demo, paper"),
         ({"consistency": "mse"}, "consistency must be one of"),
+        ({"precision": "float16"}, "precision must be one of float32, bfloat16"),
+        ({"compiled": 1}, "compiled must be True or False, not 1"),
+        ({"upsilon_from": "full"}, "upsilon_from must be one of sample, batch"),
         ({"network": 7}, "network must be a text"),
         ({"test_images": 1001}, "test_images is 1001, and the 'embedded' data has 1000"),
         ({"preset": "paper", "train_images": 45_000}, "CIFAR-10 has 50000"),
@@ -319,6 +322,18 @@ def test_records_of_another_protocol_are_not_mixed_in(run, tmp_path):
     assert len(companion.read_records(tmp_path)) == 2 and not companion.recorded_like(records, tmp_path)
     companion.write_record({**records[0], "config": {**records[0]["config"], "seed": 5}}, tmp_path)
     assert len(companion.recorded_like(records, tmp_path)) == 1
+
+
+def test_records_made_before_a_field_was_there_are_comparable(run, tmp_path):
+    """Not to have the field is to have its first value, and no other."""
+    records, _ = run
+    config = {k: v for k, v in records[0]["config"].items() if k not in companion.LATER}
+    companion.write_record({**records[0], "config": config}, tmp_path)
+    assert len(companion.recorded_like(records, tmp_path)) == 1
+    other = [{**records[0], "config": {**records[0]["config"], "precision": "bfloat16"}}]
+    assert not companion.recorded_like(other, tmp_path)
+    assert "precision=bfloat16" in companion.describe(other, "This").data
+    assert "precision" not in companion.describe(records, "This").data
 
 
 def test_paired_interval():
