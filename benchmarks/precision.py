@@ -8,7 +8,6 @@ python benchmarks/precision.py --data data [--network demo] [--device auto] [--o
 import argparse
 import datetime
 import math
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -74,7 +73,8 @@ def main(arguments: list[str]) -> None:
         "versions": companion.versions(),
         "core": core,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "benchmarks/precision.py", "--network", given.network]),
+        "command": f"python benchmarks/precision.py --data {'embedded' if given.data == 'embedded' else 'data'}"
+        f" --network {given.network} --images {given.images}",
     }
     print(companion.write_record(record, given.out))
 

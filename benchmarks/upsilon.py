@@ -10,7 +10,6 @@ latest minibatches' own sensitivities.
 import argparse
 import dataclasses
 import datetime
-import shlex
 import sys
 import time
 from collections import deque
@@ -61,9 +60,9 @@ def main(arguments: list[str]) -> None:
         "versions": companion.versions(),
         "core": core,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(
-            ["python", "benchmarks/upsilon.py", "--network", given.network, "--tau", f"{given.tau:g}"]
-        ),
+        "command": f"python benchmarks/upsilon.py --data {'embedded' if given.data == 'embedded' else 'data'}"
+        f" --network {given.network} --train-images {given.train_images} --tau {given.tau:g} --epochs {given.epochs}"
+        f" --every {given.every}",
     }
     print(companion.write_record(record, given.out))
 
