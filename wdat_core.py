@@ -21,14 +21,22 @@ Conventions, everywhere in this file:
 from __future__ import annotations
 
 import copy
+import ctypes
+import hashlib
+import io
 import math
+import os
+import pickle
+import signal
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -192,6 +200,27 @@ class _Look:
 
 
 def _look(passes: _Passes, x: Tensor, y: Tensor, s: float, loss: Loss, backward: bool = True) -> _Look:
+    try:
+        return _look_at_once(passes, x, y, s, loss, backward)
+    except RuntimeError as error:
+        if not _out_of_memory(error):
+            raise
+    # Out of the except clause, where the failed pass still held its memory.
+    half = len(x) // 2
+    if passes.whole or not half:
+        raise WdatError(
+            f"out of memory on {passes.device} with {len(x)} images at once"
+            + (f": a batch_size of {half} takes about half of it" if half else ": the network is too large for it")
+        )
+    passes.batch_size = min(passes.batch_size, half)
+    if passes.device.type == "cuda":
+        torch.cuda.empty_cache()
+    first, second = (_look(passes, x[part], y[part], s, loss, backward) for part in (slice(half), slice(half, None)))
+    parts = {f.name: torch.cat([getattr(first, f.name), getattr(second, f.name)]) for f in fields(_Look)[:-1]}
+    return _Look(**parts, finite=first.finite & second.finite)
+
+
+def _look_at_once(passes: _Passes, x: Tensor, y: Tensor, s: float, loss: Loss, backward: bool) -> _Look:
     home = x.device
     with torch.enable_grad() if backward else torch.no_grad():
         x = x.detach().to(passes.device).requires_grad_(backward)
@@ -368,8 +397,7 @@ def _attack(
     correct = torch.zeros(n, dtype=torch.bool, device=x.device)
     finite = torch.ones((), dtype=torch.bool, device=x.device)
     hits, losses, upsilons = [], [], []
-    everyone = passes.batches(n)
-    batches = everyone
+    batches = passes.batches(n)
     for k in _track(range(steps if last else steps + 1), f"W_{p:g} attack", progress):
         directions = []
         for rows in batches:
@@ -387,7 +415,7 @@ def _attack(
             x_best, best_correct, best_hits, best_loss = x_adv.clone(), correct.clone(), hits[1], losses[1]
         elif k > 1 and not last:
             better = hits[k] < best_hits
-            for rows in everyone:
+            for rows in passes.batches(n):
                 x_best[rows] = torch.where(better, x_adv[rows], x_best[rows])
             best_correct = torch.where(better, correct, best_correct)
             best_hits, best_loss = torch.where(better, hits[k], best_hits), torch.where(better, losses[k], best_loss)
@@ -403,26 +431,26 @@ def _attack(
         moved = norm > 0
         # The steps are step_ratio delta / steps long: until they add up to delta, the set cannot have left the ball.
         if start is not None or step_ratio * (k + 1) > 0.999 * steps:
-            distance = _distances(x_adv, x, everyone, r)
+            distance = _distances(passes, x_adv, x, r)
             budget = _budgets(distance, p, delta)
-            for rows in everyone:
+            for rows in passes.batches(n):
                 x_adv[rows] = _pull_back(x_adv[rows], x[rows], distance[rows], budget[rows], r)
             moved |= distance > budget
         x_adv.clamp_(0, 1)
-        batches = everyone if loss in SLOPED else passes.batches(n, moved.nonzero()[:, 0])
+        batches = passes.batches(n, None if loss in SLOPED else moved.nonzero()[:, 0])
 
     _check_finite(finite)
     if last:
         x_best, best_correct, best_hits, best_loss = x_adv, correct, hits[-1], losses[-1]
     history = {"accuracy": [h / n for h in _floats(hits)], "loss": _floats(losses), "upsilon": _floats(upsilons)}
-    reached = _mean(_distances(x_best, x, everyone, r), p)
+    reached = _mean(_distances(passes, x_best, x, r), p)
     return Attack(x_best, best_hits.item() / n, best_loss.item(), reached.item(), best_correct, was_correct, history)
 
 
-def _distances(x_adv: Tensor, x: Tensor, batches: Sequence[Rows], r: float) -> Tensor:
+def _distances(passes: _Passes, x_adv: Tensor, x: Tensor, r: float) -> Tensor:
     """How far each image has gone, (n,), without a copy of the set."""
     distance = x.new_empty(len(x))
-    for rows in batches:
+    for rows in passes.batches(len(x)):
         distance[rows] = _norm(x_adv[rows] - x[rows], r)
     return distance
 
@@ -668,11 +696,13 @@ class History:
             start), "clean", "w_2" or "w_inf" on the validation set if there was one, and what `on_epoch` returned.
         best: the epoch (from 1) whose weights the model now has: best on validation, the last without one.
         upsilon: the moving estimate Upsilon at every minibatch (fine-tuning only).
+        finished: False where `stop_after` ended the run; the model then has its latest weights, and best is so far.
     """
 
     epochs: list[dict[str, float]]
     best: int
     upsilon: list[float]
+    finished: bool = True
 
 
 def finetune(
@@ -682,6 +712,9 @@ def finetune(
     config: FinetuneConfig,
     *,
     eval_batch_size: int = 512,
+    resume: str | os.PathLike[str] | None = None,
+    save_every: float = 60.0,
+    stop_after: float | None = None,
     on_epoch: Callable[[int, nn.Module], dict[str, float] | None] | None = None,
     progress: Progress = False,
 ) -> History:
@@ -697,10 +730,16 @@ def finetune(
         config: see `FinetuneConfig`.
         eval_batch_size: how many images the network sees at once, at most, wherever that changes nothing but the speed
             (in eval mode: the attack, Upsilon, validation).
-        on_epoch: called with the epoch and the model; a dict that it returns joins the epoch's history.
+        resume: file of the run's checkpoint. Where it exists the run goes on from it, and ends with the weights and the
+            history of one that was never stopped, bit for bit on the same machine; a checkpoint of another run is
+            refused. SIGTERM and SIGINT (in the main thread) write it before they end the run. It stays at the end.
+        save_every: seconds between two checkpoints, >= 0; one more is written after every epoch.
+        stop_after: seconds after which the run writes its checkpoint and returns, at the end of a minibatch.
+        on_epoch: called with the epoch and the model; a dict of numbers that it returns joins the epoch's history.
 
     Raises:
-        WdatError: for the faults of input that `wpgd` names, and when the objective is no longer finite.
+        WdatError: for the faults of input that `wpgd` names, when loss, gradient or logits are no longer finite, and
+            when the checkpoint cannot be written or belongs to another run.
     """
     x, y = train
     _check_number("eval_batch_size", eval_batch_size, at_least=1, whole=True)
@@ -714,11 +753,12 @@ def finetune(
     net = passes.call
     in_train_mode = config.attack_mode == "train" and config.perturb == "whole"
     # Batch statistics are those of the whole minibatch.
-    attack_passes = replace(passes, batch_size=batch_size) if in_train_mode else passes
+    attack_passes = replace(passes, batch_size=batch_size, whole=True) if in_train_mode else passes
     generator = torch.Generator().manual_seed(config.seed)
     in_sample = config.sample * len(x)
-    recent: deque[Tensor] = deque(maxlen=max(8, round(in_sample / batch_size)))
     upsilons: list[Tensor] = []
+    recent: deque[Tensor] = deque(maxlen=max(8, round(in_sample / batch_size)))
+    checkpoint = _checkpoint(resume, save_every, stop_after, model, train, val, config)
 
     def draw(count: int) -> Tensor:
         return torch.randperm(len(x), generator=generator)[:count].to(x.device)
@@ -769,7 +809,7 @@ def finetune(
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimiser, lambda i: 1.0 if config.schedule == "constant" else (1 + math.cos(math.pi * i / total)) / 2
         )
-        epochs, best = _train(
+        return _train(
             model,
             objective,
             optimiser,
@@ -782,8 +822,10 @@ def finetune(
             score="w_2",
             on_epoch=on_epoch,
             progress=progress,
+            checkpoint=checkpoint,
+            generator=generator,
+            memory={"upsilon": upsilons, "recent": recent},
         )
-    return History(epochs, best, _floats(upsilons))
 
 
 def _consistency(reading: str, logits: Tensor, logits_adv: Tensor) -> Tensor:
@@ -849,6 +891,9 @@ def pretrain(
     val: Images | None,
     config: PretrainConfig,
     *,
+    resume: str | os.PathLike[str] | None = None,
+    save_every: float = 60.0,
+    stop_after: float | None = None,
     on_epoch: Callable[[int, nn.Module], dict[str, float] | None] | None = None,
     progress: Progress = False,
 ) -> History:
@@ -868,6 +913,7 @@ def pretrain(
     generator = torch.Generator().manual_seed(config.seed)
 
     passes = _passes(model, x, config.batch_size, config.precision, config.compiled)
+    checkpoint = _checkpoint(resume, save_every, stop_after, model, train, val, config)
 
     def objective(rows: Tensor) -> Tensor:
         xb, yb = x[rows].to(passes.device), y[rows].to(passes.device)
@@ -909,7 +955,7 @@ def pretrain(
             pct_start=max(config.warm_up, 1.5 / (total + 1)),  # a warm-up of exactly one step divides by zero in torch
             cycle_momentum=False,
         )
-        epochs, best = _train(
+        return _train(
             model,
             objective,
             optimiser,
@@ -921,9 +967,10 @@ def pretrain(
             score="w_inf",
             on_epoch=on_epoch,
             progress=progress,
+            checkpoint=checkpoint,
+            generator=generator,
             averaged=averaged,
         )
-    return History(epochs, best, [])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -944,45 +991,115 @@ def _train(
     score: str,
     on_epoch: Callable[[int, nn.Module], dict[str, float] | None] | None,
     progress: Progress,
+    checkpoint: _Checkpoint,
+    generator: torch.Generator,
+    memory: dict[str, Any] | None = None,
     averaged: torch.optim.swa_utils.AveragedModel | None = None,
-) -> tuple[list[dict[str, float]], int]:
+) -> History:
     """SGD on `objective` over the batches of each epoch; the model ends with the weights of the best epoch.
 
     The best epoch is that of the highest validation `score`, the earliest among equals; the last without validation.
+    `memory` holds the lists that the objective appends to; they are kept in the checkpoint like everything else.
+
+    Parameters change in one place only, in which no signal is let in: whenever the run ends, the state at the end of
+    the last finished minibatch is that of the parameters as they are and of the rest as it was noted then.
     """
     trained = [p for group in optimiser.param_groups for p in group["params"]]
     shown = model if averaged is None else averaged.module
+    memory = memory or {}
+    stateful: dict[str, Any] = {"model": model, "optimiser": optimiser, "schedule": schedule, "averaged": averaged}
+    stateful = {name: part for name, part in stateful.items() if part is not None}
+    order: Sequence[Tensor] = ()
+    losses: list[float] = []
     rows: list[dict[str, float]] = []
-    best, best_state = 0, copy.deepcopy(model.state_dict())
-    begin = time.perf_counter()
-    for epoch in range(1, epochs + 1):
-        losses: list[float] = []
-        for batch in _track(batches(), f"epoch {epoch}/{epochs}", progress):
-            model.train(training)
-            for parameter in model.parameters():
-                parameter.requires_grad_(False)
-            for parameter in trained:
-                parameter.requires_grad_(True)
-            optimiser.zero_grad()
-            with _blamed_on_the_rate(optimiser, epoch, len(losses) + 1):
-                loss = objective(batch)
-                losses.append(loss.item())
-                if not math.isfinite(losses[-1]):
-                    raise _NotFiniteError
-            loss.backward()
-            optimiser.step()
-            schedule.step()
-            if averaged is not None:
-                averaged.update_parameters(model)
-        row = {"epoch": epoch, "loss": sum(losses) / len(losses), "seconds": time.perf_counter() - begin}
-        with _blamed_on_the_rate(optimiser, epoch, len(losses)):
-            row |= validate() if validate else {}
-        row |= (on_epoch(epoch, shown) or {}) if on_epoch else {}
-        rows.append(row)
-        if validate is None or best == 0 or row[score] > rows[best - 1][score]:
-            best, best_state = epoch, copy.deepcopy(shown.state_dict())
+    best, best_state, spent = 0, copy.deepcopy(model.state_dict()), 0.0
+    saved = checkpoint.load()
+    if saved:
+        for name, part in stateful.items():
+            part.load_state_dict(saved[name])
+        order, losses, rows, best, best_state, spent = (
+            saved[name] for name in ("order", "losses", "rows", "best", "best_state", "spent")
+        )
+        for name, values in saved["memory"].items():
+            memory[name].extend(values.to(trained[0].device))
+        _set_random_state(model, generator, saved["random"])
+    begin = time.perf_counter() - spent
+
+    def noted() -> dict[str, Any]:
+        """What changes within a minibatch, or is replaced; cheap."""
+        if checkpoint.path is None:
+            return {}
+        return {
+            "order": order,
+            "losses": [*losses],
+            "rows": [*rows],
+            "best": best,
+            "best_state": best_state,
+            "memory": {name: [*values] for name, values in memory.items()},
+            "buffers": {name: buffer.clone() for name, buffer in model.named_buffers()},
+            "random": _random_state(model, generator),
+            "spent": time.perf_counter() - begin,
+        }
+
+    def save(note: dict[str, Any]) -> None:
+        if checkpoint.path is None:
+            return
+        state = {name: part.state_dict() for name, part in stateful.items()}
+        state["memory"] = {name: torch.stack([*values]) for name, values in note["memory"].items() if values}
+        state["model"] = {name: note["buffers"].get(name, value) for name, value in state["model"].items()}
+        checkpoint.save(note | state)
+
+    with checkpoint.signals() as signals:
+        note = noted()
+        try:
+            if not saved:
+                save(note)  # a folder that cannot be written is better known now
+            while len(rows) < epochs:
+                epoch = len(rows) + 1
+                if not order:
+                    with signals.held():
+                        order = batches()
+                        note = noted()
+                for batch in _track(order[len(losses) :], f"epoch {epoch}/{epochs}", progress):
+                    model.train(training)
+                    for parameter in model.parameters():
+                        parameter.requires_grad_(False)
+                    for parameter in trained:
+                        parameter.requires_grad_(True)
+                    optimiser.zero_grad()
+                    with _blamed_on_the_rate(optimiser, epoch, len(losses) + 1), _blamed_on_the_batch(len(batch)):
+                        loss = objective(batch)
+                        loss.backward()
+                        gradients = [p.grad.isfinite().all() for p in trained if p.grad is not None]
+                        _check_finite(torch.stack([loss.isfinite(), *gradients]).all())
+                    with signals.held():
+                        optimiser.step()
+                        schedule.step()
+                        if averaged is not None:
+                            averaged.update_parameters(model)
+                        losses.append(loss.item())
+                        note = noted()
+                    if checkpoint.time_is_up():
+                        save(note)
+                        return History(rows, best, _floats(memory.get("upsilon", [])), finished=False)
+                    if checkpoint.is_due():
+                        save(note)
+                row = {"epoch": epoch, "loss": sum(losses) / len(losses), "seconds": time.perf_counter() - begin}
+                with _blamed_on_the_rate(optimiser, epoch, len(losses)):
+                    row |= validate() if validate else {}
+                row |= (on_epoch(epoch, shown) or {}) if on_epoch else {}
+                with signals.held():
+                    rows.append(row)
+                    if validate is None or best == 0 or row[score] > rows[best - 1][score]:
+                        best, best_state = epoch, copy.deepcopy(shown.state_dict())
+                    order, losses = (), []
+                    note = noted()
+                save(note)
+        except _Interrupt:
+            save(note)
+            raise
     model.load_state_dict(best_state)
-    return rows, best
+    return History(rows, best, _floats(memory.get("upsilon", [])))
 
 
 @contextmanager
@@ -994,6 +1111,23 @@ def _blamed_on_the_rate(optimiser: torch.optim.Optimizer, epoch: int, minibatch:
             f"training diverged in epoch {epoch}, minibatch {minibatch}, at learning rate"
             f" {optimiser.param_groups[0]['lr']:g}: the objective or the network is no longer finite: try a smaller one"
         ) from error
+
+
+@contextmanager
+def _blamed_on_the_batch(size: int) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if not _out_of_memory(error):
+            raise
+        raise WdatError(
+            f"out of memory in the SGD step on a minibatch of {size} images: a batch_size of {max(1, size // 2)} takes"
+            " about half of it; the attack alone is split by itself"
+        ) from error
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.cuda.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _random_start(x: Tensor, threat: Threat, fraction: float, generator: torch.Generator) -> Tensor:
@@ -1012,6 +1146,189 @@ def _crop_and_flip(x: Tensor, generator: torch.Generator, pad: int = 4) -> Tenso
     j = left + torch.where(flip == 1, w - 1 - j, j)
     images = torch.arange(n, device=x.device)[:, None, None]
     return F.pad(x, (pad,) * 4).permute(0, 2, 3, 1)[images, i[:, :, None], j[:, None, :]].permute(0, 3, 1, 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: a run that is stopped at any moment goes on from the last one as if it had never been stopped
+# ---------------------------------------------------------------------------------------------------------------------
+
+CHECKPOINT = b"wdat_core checkpoint 1\n"
+
+
+class _Interrupt(BaseException):
+    """SIGTERM or SIGINT, while a run that has a checkpoint goes on."""
+
+
+@dataclass
+class _Checkpoint:
+    """The file in which a training run is kept; without a path it keeps nothing and nothing is caught."""
+
+    path: Path | None
+    identity: dict[str, str]  # what must be the same for the run to go on: the words of the user to their values
+    every: float  # seconds
+    stop_at: float  # on the clock of time.monotonic
+    written: float = field(default_factory=time.monotonic)
+
+    def is_due(self) -> bool:
+        return time.monotonic() - self.written >= self.every
+
+    def time_is_up(self) -> bool:
+        return time.monotonic() >= self.stop_at
+
+    def load(self) -> dict[str, Any] | None:
+        """What was saved last, None where nothing was. Nothing in the file is executed."""
+        if self.path is None or not self.path.exists():
+            return None
+        try:
+            content = self.path.read_bytes()
+        except OSError as error:
+            raise WdatError(f"the checkpoint {self.path} cannot be read ({error})") from error
+        head, content = content[: len(CHECKPOINT) + 32], content[len(CHECKPOINT) + 32 :]
+        try:
+            if head != CHECKPOINT + hashlib.sha256(content).digest():
+                raise pickle.UnpicklingError
+            saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError) as error:
+            raise WdatError(
+                f"{self.path} is damaged, or no checkpoint of this version: remove it to start anew, or put back a copy"
+            ) from error
+        for name, value in self.identity.items():
+            if saved["identity"].get(name) != value:
+                there = f": there it was {saved['identity'].get(name)}, here it is {value}" if len(value) < 60 else ""
+                raise WdatError(
+                    f"the checkpoint {self.path} belongs to another run, it differs in {name}{there}:"
+                    " give resume another file, or remove this one"
+                )
+        return saved
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Whole or not at all: whatever happens meanwhile, the file under this name is the last good one."""
+        assert self.path is not None
+        stream = io.BytesIO()
+        torch.save(state | {"identity": self.identity}, stream)
+        content = stream.getbuffer()
+        part = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with part.open("wb") as file:
+                    file.write(CHECKPOINT + hashlib.sha256(content).digest())
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                part.replace(self.path)
+            finally:
+                part.unlink(missing_ok=True)
+        except OSError as error:
+            raise WdatError(
+                f"the checkpoint {self.path} could not be written ({error}): make room or give resume another file, and"
+                " start again; the run goes on from the last one that was"
+            ) from error
+        self.written = time.monotonic()
+
+    @contextmanager
+    def signals(self) -> Iterator[_Signals]:
+        """Where there is a checkpoint, SIGTERM and SIGINT raise `_Interrupt`; outside they do what they did before.
+
+        Python lets only the main thread handle signals; in another one the run is kept every minute all the same.
+        """
+        signals = _Signals()
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        if self.path is None or threading.current_thread() is not threading.main_thread():
+            yield signals
+            return
+        before = {number: signal.signal(number, signals) for number in numbers}
+        try:
+            yield signals
+        except _Interrupt:
+            pass
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        if signals.received is not None:
+            signal.raise_signal(signals.received)
+            raise SystemExit(128 + signals.received)  # the handler of the caller has let it pass
+
+
+class _Signals:
+    """A signal handler that raises at once, or at the end of `held`."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.holding = False
+
+    def __call__(self, number: int, frame: Any) -> None:
+        first, self.received = self.received is None, number
+        if first and not self.holding:
+            raise _Interrupt
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        self.holding = True
+        try:
+            yield
+        finally:
+            self.holding = False
+        if self.received is not None:
+            raise _Interrupt
+
+
+def _checkpoint(
+    resume: str | os.PathLike[str] | None,
+    save_every: float,
+    stop_after: float | None,
+    model: nn.Module,
+    train: Images,
+    val: Images | None,
+    config: FinetuneConfig | PretrainConfig,
+) -> _Checkpoint:
+    """Checks the three arguments about checkpoints; must be called before the model is changed."""
+    _check_number("save_every", save_every, at_least=0)
+    if stop_after is not None:
+        _check_number("stop_after", stop_after, at_least=0)
+    if resume is None:
+        if stop_after is not None:
+            raise WdatError("stop_after needs resume, the file from which the next run goes on")
+        return _Checkpoint(None, {}, save_every, math.inf)
+    if not isinstance(resume, (str, os.PathLike)) or not os.fspath(resume):
+        raise WdatError(f"resume must be the path of a file, not {resume!r}")
+    path = Path(resume)
+    if path.is_dir():
+        raise WdatError(f"resume must be the path of a file, and {path} is a folder")
+    identity = {
+        **{f.name: repr(getattr(config, f.name)) for f in fields(config)},
+        "the network": _digest(*model.state_dict().values(), names=[*model.state_dict()]),
+        "the training images": _digest(*train),
+        "the validation images": "none" if val is None else _digest(*val),
+        "the version of wdat_core.py": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+    }
+    stop_at = math.inf if stop_after is None else time.monotonic() + stop_after
+    return _Checkpoint(path, identity, save_every, stop_at)
+
+
+def _digest(*tensors: Tensor, names: Sequence[str] = ()) -> str:
+    """SHA-256 of names, shapes, types and values, a thousand images at a time; on any device the same."""
+    total = hashlib.sha256(repr([*names]).encode())
+    for tensor in tensors:
+        total.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+        for part in tensor.detach().split(1000) if tensor.ndim else [tensor.detach()]:
+            part = part.cpu().contiguous()
+            if part.numel():
+                total.update((ctypes.c_char * part.nbytes).from_address(part.data_ptr()))
+    return total.hexdigest()
+
+
+def _random_state(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+    """The states of all generators that a training run draws from."""
+    state = {"run": generator.get_state(), "cpu": torch.get_rng_state()}
+    return state | {str(d): torch.get_device_module(d).get_rng_state(d) for d in _accelerators(model)}
+
+
+def _set_random_state(model: nn.Module, generator: torch.Generator, state: dict[str, Tensor]) -> None:
+    generator.set_state(state["run"].cpu())
+    torch.set_rng_state(state["cpu"].cpu())
+    for device in _accelerators(model):
+        torch.get_device_module(device).set_rng_state(state[str(device)].cpu(), device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1059,14 +1376,15 @@ def _plain(x: Tensor) -> Tensor:
     return x.clone() if x.is_inference() else x.detach()
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Passes:
     """How images go through the model."""
 
     call: Callable[[Tensor], Tensor]
     device: torch.device  # of the model; images elsewhere come to it a batch at a time
-    batch_size: int  # images at once, at most
+    batch_size: int  # images at once, at most; halved where the device has no room for them
     fixed: bool  # always as many, since the model is compiled for one shape
+    whole: bool = False  # never fewer, since the model is in train mode and looks at the batch
 
     def batches(self, n: int, rows: Tensor | None = None) -> Sequence[Rows]:
         """Which of n images go together: all of them as slices, or the given row numbers in even shares."""
@@ -1131,10 +1449,15 @@ def _prepared(model: nn.Module, training: bool = False) -> Iterator[None]:
         yield
 
 
+def _accelerators(model: nn.Module) -> list[torch.device]:
+    """The devices of the model that have random numbers of their own."""
+    return [d for d in {p.device for p in model.parameters()} if d.type != "cpu"]
+
+
 @contextmanager
 def _seeded(model: nn.Module, generator: torch.Generator) -> Iterator[None]:
     """The global generators, which layers such as dropout use, seeded from `generator`; given back as they were."""
-    devices = [d for d in {p.device for p in model.parameters()} if d.type != "cpu"]
+    devices = _accelerators(model)
     seed = int(torch.randint(2**62, (), generator=generator))
     with torch.random.fork_rng(devices, device_type=devices[0].type if devices else "cuda"):
         # torch.manual_seed would seed every other device as well, and those are not given back.
