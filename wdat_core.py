@@ -1013,7 +1013,7 @@ def _train(
     losses: list[float] = []
     rows: list[dict[str, float]] = []
     best, best_state, spent = 0, copy.deepcopy(model.state_dict()), 0.0
-    saved = checkpoint.load()
+    saved, checkpoint.saved = checkpoint.saved, None
     if saved:
         for name, part in stateful.items():
             part.load_state_dict(saved[name])
@@ -1023,6 +1023,7 @@ def _train(
         for name, values in saved["memory"].items():
             memory[name].extend(values.to(trained[0].device))
         _set_random_state(model, generator, saved["random"])
+    fresh, saved = saved is None, None  # it may be as large as three networks
     begin = time.perf_counter() - spent
 
     def noted() -> dict[str, Any]:
@@ -1052,7 +1053,7 @@ def _train(
     with checkpoint.signals() as signals:
         note = noted()
         try:
-            if not saved:
+            if fresh:
                 save(note)  # a folder that cannot be written is better known now
             while len(rows) < epochs:
                 epoch = len(rows) + 1
@@ -1168,6 +1169,7 @@ class _Checkpoint:
     every: float  # seconds
     stop_at: float  # on the clock of time.monotonic
     written: float = field(default_factory=time.monotonic)
+    saved: dict[str, Any] | None = None  # what the run goes on from
 
     def is_due(self) -> bool:
         return time.monotonic() - self.written >= self.every
@@ -1177,7 +1179,8 @@ class _Checkpoint:
 
     def load(self) -> dict[str, Any] | None:
         """What was saved last, None where nothing was. Nothing in the file is executed."""
-        if self.path is None or not self.path.exists():
+        assert self.path is not None
+        if not self.path.exists():
             return None
         try:
             content = self.path.read_bytes()
@@ -1303,7 +1306,9 @@ def _checkpoint(
         "the version of wdat_core.py": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
     }
     stop_at = math.inf if stop_after is None else time.monotonic() + stop_after
-    return _Checkpoint(path, identity, save_every, stop_at)
+    checkpoint = _Checkpoint(path, identity, save_every, stop_at)
+    checkpoint.saved = checkpoint.load()
+    return checkpoint
 
 
 def _digest(*tensors: Tensor, names: Sequence[str] = ()) -> str:

@@ -1,0 +1,432 @@
+"""A run that is stopped at any moment and goes on is the run that was never stopped; all else is said in one line."""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from killable import RUNS, result, train
+from tiny import images, network
+from torch import nn
+
+import wdat_core
+from wdat_core import CHECKPOINT, FinetuneConfig, Threat, WdatError, _Checkpoint, finetune, wpgd
+
+HERE = Path(__file__).resolve().parent
+KILLS = int(os.environ.get("WDAT_KILLS", "20"))
+posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+every_run = pytest.mark.parametrize("name", RUNS)
+
+
+def assert_same(a, b):
+    """Bit for bit."""
+    assert a["rows"] == b["rows"] and a["best"] == b["best"] and a["upsilon"] == b["upsilon"]
+    assert a["state"].keys() == b["state"].keys()
+    for name, value in a["state"].items():
+        assert torch.equal(value, b["state"][name]), name
+
+
+@pytest.fixture(scope="module")
+def unstopped():
+    """What each run gives when nothing is kept and nothing stops it."""
+    found = {}
+
+    def of(name):
+        if name not in found:
+            found[name] = result(*train(name))
+        return found[name]
+
+    return of
+
+
+def contents(path):
+    """What is in a checkpoint file."""
+    content = path.read_bytes()
+    return torch.load(io.BytesIO(content[len(CHECKPOINT) + 32 :]), weights_only=True)
+
+
+# ------------------------------------------------------------------------------------------------ stopped and resumed
+
+
+@every_run
+def test_keeping_a_run_changes_nothing(name, unstopped, tmp_path):
+    assert_same(result(*train(name, resume=tmp_path / "run", save_every=0)), unstopped(name))
+
+
+@every_run
+def test_a_run_in_pieces_of_one_minibatch_is_the_same(name, unstopped, tmp_path):
+    pieces = 0
+    while True:
+        model, history = train(name, resume=str(tmp_path / "run"), stop_after=0)
+        pieces += 1
+        if history.finished:
+            break
+        assert history.epochs == unstopped(name)["rows"][:0] or history.best
+    assert pieces == 3 * 3 + 1
+    assert_same(result(model, history), unstopped(name))
+
+
+def test_a_finished_run_is_not_repeated(unstopped, tmp_path):
+    epochs = []
+    for _ in range(2):
+        run = train("whole", resume=tmp_path / "run", on_epoch=lambda epoch, model: epochs.append(epoch))
+        assert_same(result(*run), unstopped("whole"))
+    assert epochs == [1, 2, 3]
+
+
+def test_the_run_goes_on_after_an_exception_of_the_caller(unstopped, tmp_path):
+    """Everything up to the last checkpoint is kept, also when `on_epoch` fails."""
+
+    def fails(epoch, model):
+        if epoch == 2:
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        train("whole", resume=tmp_path / "run", save_every=0, on_epoch=fails)
+    assert len(contents(tmp_path / "run")["rows"]) == 1 and len(contents(tmp_path / "run")["losses"]) == 3
+    assert_same(result(*train("whole", resume=tmp_path / "run")), unstopped("whole"))
+
+
+def test_a_checkpoint_a_minute_and_one_an_epoch(tmp_path, monkeypatch):
+    saves = []
+    save = _Checkpoint.save
+    monkeypatch.setattr(_Checkpoint, "save", lambda self, state: (saves.append(len(state["rows"])), save(self, state)))
+    train("last layer", resume=tmp_path / "run")
+    assert saves == [0, 1, 2, 3]
+    saves.clear()
+    clock = iter(range(0, 10**6, 25))  # seconds, at every look at it
+    monkeypatch.setattr(wdat_core.time, "monotonic", lambda: float(next(clock)))
+    train("last layer", resume=tmp_path / "other")
+    assert len(saves) > 4
+
+
+# ---------------------------------------------------------------------------------------------------- killed processes
+
+
+class Server:
+    """The process of killable.py, which starts a child for each run."""
+
+    def __init__(self):
+        self.process = subprocess.Popen(
+            [sys.executable, HERE / "killable.py"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])},
+        )
+        self.errors = []
+        threading.Thread(target=lambda: self.errors.extend(self.process.stderr), daemon=True).start()
+
+    def start(self, **order):
+        self.process.stdin.write(json.dumps(order, default=str) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def wait(self):
+        """The exit code of the child, minus the number of the signal that ended it."""
+        return int(self.process.stdout.readline())
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = Server()
+    yield server
+    server.process.stdin.close()
+    server.process.wait()
+
+
+@posix
+def test_killed_at_random_moments_a_run_ends_as_if_never_killed(server, unstopped, tmp_path):
+    """SIGKILL, with a checkpoint at every minibatch, so that many kills come while one is being written."""
+    for warm in ("cold", "warm"):  # the server imports torch first
+        begin = time.monotonic()
+        server.start(run="whole", resume=tmp_path / warm, out=tmp_path / "out", save_every=0)
+        assert server.wait() == 0
+        takes = time.monotonic() - begin
+    moments = random.Random(0)
+    kills = finished = half_written = 0
+    while kills < KILLS:
+        name = list(RUNS)[finished % len(RUNS)]
+        path, out = tmp_path / f"run{finished}", tmp_path / f"out{finished}"
+        while not out.exists():
+            child = server.start(run=name, resume=path, out=out, save_every=0)
+            time.sleep(moments.uniform(0, takes))
+            with contextlib.suppress(ProcessLookupError):  # it was faster
+                os.kill(child, signal.SIGKILL)
+            code = server.wait()
+            assert code in (-signal.SIGKILL, 0), server.errors
+            kills += code != 0
+            half_written += len(list(tmp_path.glob("*.tmp")))
+            for part in tmp_path.glob("*.tmp"):
+                part.unlink()
+        assert_same(torch.load(out, weights_only=True), unstopped(name))
+        finished += 1
+    print(f"{kills} kills in {finished} runs, {half_written} of them while a checkpoint was written")
+
+
+@posix
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_at_once_with_a_checkpoint(number, server, unstopped, tmp_path):
+    """Within a minibatch that would take seconds; nothing of the minibatches before it is lost."""
+    path, out = tmp_path / "run", tmp_path / "out"
+    child = server.start(run="whole", resume=path, out=out, slow=0.05, save_every=10**6)
+    while not path.exists():
+        time.sleep(0.01)
+    time.sleep(1.2)
+    begin = time.monotonic()
+    os.kill(child, number)
+    code = server.wait()
+    assert code == (-number if number == signal.SIGTERM else 130)
+    assert time.monotonic() - begin < 0.5
+    kept = contents(path)
+    assert kept["losses"] or kept["rows"]
+    server.start(run="whole", resume=path, out=out, slow=0.0)
+    assert server.wait() == 0
+    got = torch.load(out, weights_only=True)
+    assert_same(got, unstopped("whole"))
+
+
+def test_in_another_thread_the_run_is_kept_all_the_same(unstopped, tmp_path):
+    results = []
+    thread = threading.Thread(target=lambda: results.append(result(*train("whole", resume=tmp_path / "run"))))
+    thread.start()
+    thread.join()
+    assert_same(results[0], unstopped("whole"))
+
+
+def test_handlers_of_the_caller_come_back(tmp_path):
+    def mine(number, frame):
+        pass
+
+    before = signal.signal(signal.SIGTERM, mine)
+    try:
+        train("whole", resume=tmp_path / "run")
+        assert signal.getsignal(signal.SIGTERM) is mine
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# -------------------------------------------------------------------------------------------- disks and damaged files
+
+
+@posix
+def test_a_file_that_may_not_grow_ends_the_run_in_one_line(server, tmp_path):
+    """As on a full disk; what was written before is whole."""
+    path, out = tmp_path / "run", tmp_path / "out"
+    train("whole", resume=path, stop_after=0)
+    size, before = path.stat().st_size, path.read_bytes()
+    server.errors.clear()
+    server.start(run="whole", resume=path, out=out, save_every=0, largest_file=size // 2)
+    assert server.wait() == 3
+    time.sleep(0.1)
+    (line,) = server.errors
+    assert "could not be written" in line and "make room" in line
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["run"]
+    server.start(run="whole", resume=path, out=out)
+    assert server.wait() == 0
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(unstopped, tmp_path, monkeypatch):
+    path = tmp_path / "run"
+    train("whole", resume=path, stop_after=0)
+    before = path.read_bytes()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(WdatError, match=r"No space left on device.*make room"):
+        patch.setattr(wdat_core.os, "fsync", full)
+        train("whole", resume=path, save_every=0)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+    assert_same(result(*train("whole", resume=path)), unstopped("whole"))
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_training(tmp_path):
+    (tmp_path / "file").write_text("")
+    seen = []
+    with pytest.raises(WdatError, match=r"could not be written"):
+        train("whole", resume=tmp_path / "file" / "run", on_epoch=lambda epoch, model: seen.append(epoch))
+    assert not seen
+
+
+def test_a_damaged_checkpoint_is_never_taken(tmp_path):
+    """Each byte of the file changed, and the file cut off after each."""
+    path = tmp_path / "run"
+    train("last layer", resume=path, stop_after=0)
+    whole = path.read_bytes()
+    checkpoint = _Checkpoint(path, {}, 60, 0)
+    assert checkpoint.load()
+    stride = 1 + len(whole) // 3000
+    for i in range(0, len(whole), stride):
+        for broken in (whole[:i] + bytes([whole[i] ^ 1 << i % 8]) + whole[i + 1 :], whole[:i]):
+            path.write_bytes(broken)
+            with pytest.raises(WdatError, match=r"is damaged, or no checkpoint of this version: remove it"):
+                checkpoint.load()
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, (str(HERE / "executed"),)
+
+
+def test_nothing_in_a_checkpoint_is_executed(tmp_path):
+    stream = io.BytesIO()
+    torch.save({"identity": {}, "model": Malicious()}, stream)
+    content = stream.getvalue()
+    (tmp_path / "run").write_bytes(CHECKPOINT + hashlib.sha256(content).digest() + content)
+    with pytest.raises(WdatError, match="is damaged"):
+        _Checkpoint(tmp_path / "run", {}, 60, 0).load()
+    assert not (HERE / "executed").exists()
+
+
+# ----------------------------------------------------------------------------------------------- whose checkpoint it is
+
+
+def small(**fields):
+    return FinetuneConfig(threat=Threat(delta=0.05), steps=1, epochs=2, batch_size=5, **fields)
+
+
+OTHERS = {
+    "tau": (lambda m, x, y, v: (m, (x, y), v, small(tau=0.1)), r"tau: there it was 0\.01, here it is 0\.1"),
+    "threat": (
+        lambda m, x, y, v: (m, (x, y), v, replace(small(), threat=Threat(p=3.0, delta=0.05))),
+        r"threat: there it was Threat\(p=2\.0, .*here it is Threat\(p=3\.0",
+    ),
+    "epochs": (lambda m, x, y, v: (m, (x, y), v, replace(small(), epochs=3)), r"epochs: there it was 2, here it is 3"),
+    "network": (lambda m, x, y, v: (network("full", seed=1), (x, y), v, small()), r"the network:"),
+    "architecture": (lambda m, x, y, v: (network("mlp"), (x, y), v, small()), r"the network:"),
+    "images": (lambda m, x, y, v: (m, (x.flip(0), y.flip(0)), v, small()), r"the training images:"),
+    "labels": (lambda m, x, y, v: (m, (x, (y + 1) % 4), v, small()), r"the training images:"),
+    "validation": (lambda m, x, y, v: (m, (x, y), None, small()), r"the validation images"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_a_checkpoint_of_another_run_is_refused_with_the_difference(case, tmp_path):
+    path = tmp_path / "run"
+    x, y = images(10, network("full"))
+    finetune(network("full"), (x, y), (x, y), small(), resume=path, stop_after=0)
+    before = path.read_bytes()
+    change, words = OTHERS[case]
+    model, *arguments = change(network("full"), x, y, (x, y))
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(WdatError, match=rf"belongs to another run, it differs in {words}"):
+        finetune(model, *arguments, resume=path)
+    assert path.read_bytes() == before
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_a_checkpoint_of_another_version_of_the_code_is_refused(tmp_path, monkeypatch):
+    train("whole", resume=tmp_path / "run", stop_after=0)
+    (tmp_path / "core.py").write_text("another")
+    monkeypatch.setattr(wdat_core, "__file__", str(tmp_path / "core.py"))
+    with pytest.raises(WdatError, match=r"differs in the version of wdat_core\.py"):
+        train("whole", resume=tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"resume": 3}, r"resume must be the path of a file, not 3"),
+        ({"resume": ""}, r"resume must be the path of a file, not ''"),
+        ({"resume": HERE}, r"resume must be the path of a file, and .* is a folder"),
+        ({"stop_after": 5}, r"stop_after needs resume"),
+        ({"resume": "x", "stop_after": -1}, r"stop_after must be a number at least 0"),
+        ({"resume": "x", "save_every": "often"}, r"save_every must be a number"),
+    ],
+)
+def test_wrong_arguments_are_named(options, words):
+    with pytest.raises(WdatError, match=words):
+        train("whole", **options)
+
+
+# ---------------------------------------------------------------------------------------------- guards while it runs
+
+
+def test_a_run_that_diverges_keeps_its_last_good_checkpoint(tmp_path):
+    path = tmp_path / "run"
+    x, y = images(10, network("full"))
+    with pytest.raises(WdatError, match=r"diverged in epoch \d+, minibatch \d+, at learning rate 1e\+200.*smaller"):
+        finetune(network("full"), (x, y), None, small(tau=1e200), resume=path, save_every=0)
+    assert all(value.isfinite().all() for value in contents(path)["best_state"].values())
+
+
+class Endless(nn.Module):
+    """A loss that is finite, and whose gradient in the parameters is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.scale = network("mlp"), nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+    def forward(self, x):
+        return self.inner(x) + self.scale.sqrt()
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
+    model = Endless()
+    x, y = images(10, model.inner)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(WdatError, match=r"diverged in epoch 1, minibatch 1"):
+        finetune(model, (x, y), None, small(noise=0.0))
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+class Small(nn.Module):
+    """A network on a device with room for a few images at once."""
+
+    def __init__(self, inner, room, message="CUDA out of memory"):
+        super().__init__()
+        self.inner, self.room, self.error = inner, room, torch.cuda.OutOfMemoryError(message)
+        self.largest = 0
+
+    def forward(self, x):
+        if len(x) > self.room:
+            raise self.error
+        self.largest = max(self.largest, len(x))
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("loss", ["ce", "redlr"])
+@pytest.mark.parametrize("room", [1, 3, 7])
+def test_out_of_memory_an_attack_looks_at_fewer_images_at_once(room, loss):
+    model = network("mlp")
+    x, y = images(20, model)
+    threat = Threat(delta=0.05)
+    plain = wpgd(model, x, y, threat, loss=loss, steps=4)
+    little = Small(model, room)
+    attack = wpgd(little, x, y, threat, loss=loss, steps=4)
+    torch.testing.assert_close(attack.x_adv, plain.x_adv, rtol=0, atol=1e-12)
+    assert torch.equal(attack.correct, plain.correct) and 1 <= little.largest <= room
+
+
+def test_out_of_memory_with_one_image_is_named():
+    model = Small(network("mlp"), 1)
+    x, y = images(4, model.inner)
+    wpgd(model, x, y, Threat(delta=0.05), steps=1)
+    model.room = 0
+    with pytest.raises(WdatError, match=r"model does not take|out of memory"):
+        wpgd(model, x, y, Threat(delta=0.05), steps=1)
+
+
+def test_out_of_memory_in_the_sgd_step_says_what_would_fit():
+    """The attack is split by itself, the step cannot be: its batch statistics are those of the minibatch."""
+    model = Small(network("full"), 6)
+    x, y = images(24, model.inner)
+    config = FinetuneConfig(threat=Threat(delta=0.05), steps=1, epochs=1, batch_size=12)
+    with pytest.raises(
+        WdatError, match=r"out of memory in the SGD step on a minibatch of 12 images: a batch_size of 6"
+    ):
+        finetune(model, (x, y), None, config)
