@@ -12,6 +12,7 @@ import csv
 import dataclasses
 import datetime
 import difflib
+import fnmatch
 import functools
 import hashlib
 import io
@@ -19,10 +20,14 @@ import json
 import math
 import os
 import platform
+import re
+import shutil
 import sys
+import tempfile
 import time
 import types
-from collections.abc import Callable, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -49,6 +54,15 @@ PAPER_NETWORKS: dict[str, dict[str, Any]] = {
     "Gowal2020Uncovering_28_10_extra": {"paper": "Gowal et al. (2020)", "architecture": "WRN-28-10", "clean": 89.48},
     "Cui2023Decoupled_WRN-28-10": {"paper": "Cui et al. (2023)", "architecture": "WRN-28-10", "clean": 92.16},
     "Wang2023Better_WRN-28-10": {"paper": "Wang et al. (2023)", "architecture": "WRN-28-10", "clean": 92.44},
+}
+# RobustBench's LICENSE: its weights are under the MIT licence, but for names that begin with one of these.
+LICENCES = {
+    "Hendrycks2019Using": "Apache-2.0",
+    "Pang2020Boosting": "Apache-2.0",
+    "Gowal2020Uncovering": "Apache-2.0",
+    "Ding2020MMA": "CC-BY-NC-SA-4.0",
+    "Rebuffi2021Fixing": "Apache-2.0",
+    "Gowal2021Improving": "Apache-2.0",
 }
 STAND_INS = {"demo": (16, 64, 128)}  # name -> widths of wdat_networks.SmallResNet
 
@@ -112,6 +126,8 @@ class Settings:
     seed: int = 0
     device: str = "auto"
     models: str = "models"
+    stop_after: float | None = None
+    export: str | None = None
 
     @classmethod
     def from_notebook(cls, namespace: dict[str, Any]) -> Settings:
@@ -146,6 +162,10 @@ class Settings:
     def _check(self) -> None:
         for name in ("network", "data", "device", "models"):
             _check(name, getattr(self, name), str)
+        if self.export is not None:
+            _check("export", self.export, str)
+        if self.stop_after is not None:
+            _check("stop_after", self.stop_after, float, above=0)
         if self.tau is not None:
             _check("tau", self.tau, float, above=0)
         if self.eta is not None:
@@ -231,7 +251,7 @@ def load_data(settings: Settings, device: torch.device | str = "cpu") -> Data:
         parts = {name: embedded(name) for name in ("train", "val", "test")}
         source = "embedded CIFAR-10 images"
     else:
-        folder = _from_root(str(settings.data))
+        folder = from_root(str(settings.data))
         x, y = cifar10(folder, train=True)
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
         train, val = order[: settings.train_images], order[len(order) - int(settings.val_images or 0) :]
@@ -263,13 +283,13 @@ def embedded(part: str) -> tuple[Tensor, Tensor]:
 
     path = ASSETS / f"images_{part}.webp"
     try:
-        index = json.loads((ASSETS / "images.json").read_text(encoding="utf-8"))[part]
-        sheet = np.asarray(Image.open(path).convert("RGB"))
+        index = json.loads(verified(ASSETS, "images.json"))[part]
+        sheet = np.asarray(Image.open(io.BytesIO(verified(ASSETS, path.name))).convert("RGB"))
         if digest(sheet.tobytes()) != index["digest"]:
             raise OSError("its pixels are not those that were stored")
     except (OSError, ValueError) as error:
         raise ParameterError(
-            f"{path} or images.json beside it is damaged or missing: restore both from the repository"
+            f"{path} or images.json beside it is damaged or missing: restore both and SHA256SUMS from the repository"
             f" ({one_line(error)})"
         ) from error
     rows, columns = sheet.shape[0] // 32, sheet.shape[1] // 32
@@ -287,7 +307,11 @@ def cifar10(folder: Path, train: bool) -> tuple[Tensor, Tensor]:
     from torchvision.datasets import CIFAR10
 
     try:
-        dataset = CIFAR10(str(folder), train=train, download=True)  # checks md5 sums before it unpickles
+        try:
+            dataset = CIFAR10(str(folder), train)  # checks md5 sums before it unpickles
+        except RuntimeError:  # files are missing or damaged
+            _fetch_cifar10(folder)
+            dataset = CIFAR10(str(folder), train)
     except Exception as error:  # urllib, tarfile, pickle and the file system each have their own
         raise ParameterError(
             f"CIFAR-10 is not in {folder} and could not be put there ({one_line(error)}): place"
@@ -296,7 +320,26 @@ def cifar10(folder: Path, train: bool) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(dataset.data).permute(0, 3, 1, 2), torch.tensor(dataset.targets)
 
 
-def _from_root(path: str) -> Path:
+def _fetch_cifar10(folder: Path) -> None:
+    """The files of CIFAR-10 into the folder, each whole, from its archive there or downloaded.
+
+    Torchvision writes the archive and what it unpacks under their final names at once, where an interruption leaves
+    halves and a second process reads them.
+    """
+    from torchvision.datasets import CIFAR10
+
+    batches, archive = folder / CIFAR10.base_folder, folder / CIFAR10.filename
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as part:
+        if archive.exists():
+            shutil.copy(archive, part)  # where its md5 sum is wrong, it is fetched anew
+        CIFAR10(part, download=True)
+        batches.mkdir(exist_ok=True)
+        for file in (Path(part) / CIFAR10.base_folder).iterdir():
+            file.replace(batches / file.name)
+
+
+def from_root(path: str | Path) -> Path:
     """A path given to a notebook; relative ones start at the repository, wherever the notebook runs."""
     return ROOT / Path(path).expanduser()
 
@@ -312,15 +355,90 @@ def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: first under another name, which no other process has.
+
+    Raises:
+        OSError: there is no room, or no right to write.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_sums(folder: Path, names: Sequence[str]) -> None:
+    """Write SHA256SUMS, the digests of files in a folder, as `sha256sum --check` and `verified` read it."""
+    lines = [f"{digest((folder / name).read_bytes())}  {name}\n" for name in sorted(names)]
+    write_whole(folder / "SHA256SUMS", "".join(lines).encode())
+
+
+def verified(folder: Path, name: str) -> bytes:
+    """The content of a file that SHA256SUMS in its folder lists.
+
+    Raises:
+        OSError: it is missing, cannot be read, or is not what it was when its digest was taken.
+    """
+    content = (folder / name).read_bytes()
+    listed = (folder / "SHA256SUMS").read_text(encoding="utf-8", errors="replace").splitlines()
+    if f"{digest(content)}  {name}" not in listed:
+        raise OSError(f"{name} does not have the digest that SHA256SUMS beside it lists")
+    return content
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs and records
 # ---------------------------------------------------------------------------------------------------------------------
 
 SCHEMA = 1
-KEYS = {
-    "schema", "kind", "network", "data", "config", "metrics", "correct", "history",
-    "seconds", "device", "versions", "core", "created", "command",
-}  # fmt: skip
+
+# What a record of each kind has to have: fields (* is any), each with the pattern of a text, the range of a whole
+# number, the least and the most of any other number, or None for whatever is there.
+Rules = dict[str, str | range | tuple[float, float] | None]
+_SHA256, _COUNT, _FRACTION, _AMOUNT = "[0-9a-f]{64}", range(1, 10**9), (0, 1), (0, sys.float_info.max)
+_TEXT = r"[^<>\[\]|`\n]+"  # shown within Markdown: nothing in it may be markup
+_EVERY: Rules = {
+    "config.*": None,
+    "seconds.*": _AMOUNT,
+    "device": _TEXT,
+    "versions.*": _TEXT,
+    "versions.python": _TEXT,
+    "versions.torch": _TEXT,
+    "core": _SHA256,
+    "created": r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00",
+    "command": f"(papermill|python) {_TEXT}",
+}
+_SUBJECT: Rules = {"network.name": r"[\w.-]+", "network.digest": _SHA256, "data.digest": _SHA256}
+_SUBJECT |= {"network.source": _TEXT, "data.source": _TEXT}
+_TRAINED: Rules = _EVERY | _SUBJECT | {"data.train": _COUNT, "data.val": range(10**9), "data.test": _COUNT}
+_TRAINED |= {"history.best": _COUNT, "history.epochs.*.epoch": _COUNT, "history.epochs.*.loss": _AMOUNT}
+
+
+def _scores(when: str) -> Rules:
+    return {f"metrics.{when}.{m}": _FRACTION for m in METRICS} | {f"correct.{when}.{m}": ".+" for m in METRICS}
+
+
+RULES: dict[str, Rules] = {
+    "finetune": _TRAINED
+    | _scores("before")
+    | _scores("after")
+    | {"seconds.baseline": _AMOUNT, "seconds.finetune": _AMOUNT, "seconds.evaluate": _AMOUNT}
+    | {"history.upsilon.*": _AMOUNT, "history.epochs.*.clean": _FRACTION, "history.epochs.*.w_2": _FRACTION},
+    "pretrain": _TRAINED | _scores("after"),
+    "precision": _EVERY | _SUBJECT | {"data.test": _COUNT, "metrics.*": _FRACTION},
+    "upsilon": _EVERY | _SUBJECT | {"data.train": _COUNT, "points.*": _AMOUNT},
+    "reliability": _EVERY | {"figures.*": range(10**9), "figures.tests": _COUNT, "seconds.total": _AMOUNT},
+    "benchmark": _EVERY
+    | {"config.rounds": _COUNT, "seconds.total": _AMOUNT}
+    | dict.fromkeys(("rows*", "growth*", "memory*", "throughput*")),
+}
+CONFIGS = {"finetune": "FinetuneConfig", "pretrain": "PretrainConfig", "upsilon": "FinetuneConfig"}  # of wdat_core
 LATER = {"upsilon_from": "sample", "precision": "float32", "compiled": False}  # fields of a later version, as before
 Record = dict[str, Any]
 
@@ -328,7 +446,9 @@ Record = dict[str, Any]
 def finetune_grid(settings: Settings, perturb: str, *, notebook: str) -> list[Record]:
     """One record for each (tau, eta) of the settings: Algorithm 1 and the three accuracies before and after it.
 
-    Every record is written to runs/ as soon as its column is done. The network is fine-tuned anew for each column.
+    Every record is written to runs/ as soon as its column is done, and the network exported if the settings name a
+    folder for it. The network is fine-tuned anew for each column. While a column is computed it is kept in runs/ every
+    minute; the same settings go on from there, with the same result.
 
     Args:
         perturb: "whole" or "last_layer".
@@ -336,14 +456,16 @@ def finetune_grid(settings: Settings, perturb: str, *, notebook: str) -> list[Re
 
     Raises:
         ParameterError: network or data are not to be had (see `load_network`, `load_data`), or the loaded network's
-            clean accuracy is not the published one.
+            clean accuracy is not the published one; or the time of `stop_after` is up, for this column.
     """
     from wdat_core import FinetuneConfig, Threat, evaluate, finetune
-    from wdat_networks import load_network
+    from wdat_networks import check_export, export, load_network
 
     core = core_digest()
     device = pick_device(settings.device)
-    network = load_network(str(settings.network), _from_root(settings.models))
+    network = load_network(str(settings.network), from_root(settings.models))
+    if settings.export is not None:
+        check_export(network.name, settings.export)
     data = load_data(settings, device)
     model = network.model.to(device)
     options: dict[str, Any] = {"delta": settings.delta, "steps": settings.steps}
@@ -372,14 +494,28 @@ def finetune_grid(settings: Settings, perturb: str, *, notebook: str) -> list[Re
             seed=settings.seed,
         )
         tuned = copy.deepcopy(model)
+        kept = RUNS / f"{digest(repr([config, batch, network.digest, data.digest, core]).encode())[:16]}.checkpoint"
+        history = finetune(
+            tuned,
+            data.train,
+            data.val,
+            config,
+            eval_batch_size=batch,
+            resume=kept,
+            stop_after=settings.stop_after,
+            progress=progress(label),
+        )
+        if not history.finished:
+            raise ParameterError(
+                f"stopped after {settings.stop_after:g} seconds, as asked, with {len(history.epochs)} of"
+                f" {config.epochs} epochs of {label} done: the same command goes on from there"
+            )
         begin = time.perf_counter()
-        history = finetune(tuned, data.train, data.val, config, eval_batch_size=batch, progress=progress(label))
-        middle = time.perf_counter()
         after = evaluate(tuned, *data.test, **options, batch_size=batch, progress=progress(label))
         seconds = {
             "baseline": baseline_seconds,
-            "finetune": middle - begin,
-            "evaluate": time.perf_counter() - middle,
+            "finetune": history.seconds,
+            "evaluate": time.perf_counter() - begin,
         }
         scores = {"before": before, "after": after}
         record = {
@@ -404,14 +540,21 @@ def finetune_grid(settings: Settings, perturb: str, *, notebook: str) -> list[Re
         }
         write_record(record, RUNS)
         records.append(record)
+        if settings.export is not None:
+            print(f"exported to {export(tuned, record, settings.export)}")
+        kept.unlink(missing_ok=True)
     return records
 
 
 def _command(settings: Settings, notebook: str, tau: float, eta: float) -> str:
-    """The papermill line that computes this column again; a folder for CIFAR-10 is called data."""
+    """The papermill line that computes this column again; a folder for CIFAR-10 is called data, one of exports so."""
     defaults = {**dataclasses.asdict(Settings()), **PRESETS[settings.preset]}
-    column = dataclasses.replace(settings, tau=tau, eta=eta, data="embedded" if settings.data == "embedded" else "data")
-    given = {k: v for k, v in dataclasses.asdict(column).items() if v != defaults[k] and k not in ("device", "models")}
+    name = Path(str(settings.network)).name
+    network = name if name == settings.network else f"exports/{name}"
+    data = "embedded" if settings.data == "embedded" else "data"
+    column = dataclasses.replace(settings, tau=tau, eta=eta, network=network, data=data)
+    own = ("device", "models", "stop_after", "export")
+    given = {k: v for k, v in dataclasses.asdict(column).items() if v != defaults[k] and k not in own}
     return " ".join(
         [
             f"papermill notebooks/{notebook}.ipynb out.ipynb",
@@ -515,25 +658,96 @@ def write_record(record: Record, folder: Path) -> Path:
     Raises:
         ParameterError: the folder cannot be written, or the disk is full.
     """
-    config = record["config"]
-    what = [record["kind"], record["network"]["name"], config.get("perturb", "")]
-    what += [f"{key}{config[key]:g}" for key in ("tau", "eta", "seed") if key in config]
-    path = folder / f"{'-'.join(filter(None, what))}-{protocol(record)[:8]}.json"
-    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    path = folder / f"{record_stem(record)}-{protocol(record)[:8]}.json"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with part.open("w", encoding="utf-8", newline="\n") as file:
-                file.write(json.dumps(record, indent=1, allow_nan=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        write_whole(path, record_bytes(record))
     except OSError as error:
         message = f"the record {path} could not be written ({one_line(error)}): make room and run again"
         raise ParameterError(message) from error
     return path
+
+
+def record_stem(record: Record) -> str:
+    """Kind, network (of a benchmark: device), perturbation, tau, eta and seed, as they begin the name of a file."""
+    config = record["config"]
+    subject = record["network"]["name"] if "network" in record else re.sub(r"\W+", "_", record["device"])
+    what = [record["kind"], subject, config.get("perturb", "")]
+    what += [f"{key}{str(config[key]).removesuffix('.0')}" for key in ("tau", "eta", "seed") if key in config]
+    return "-".join(filter(None, what))
+
+
+def record_bytes(record: Record) -> bytes:
+    """A record as it is stored: its last key is the digest of all the others, which `parse_record` takes off again."""
+    return (json.dumps({**record, "digest": _seal(record)}, indent=1, allow_nan=False) + "\n").encode()
+
+
+def _seal(record: Record) -> str:
+    as_read = json.loads(json.dumps(record, allow_nan=False))  # where every key is a text
+    return digest(json.dumps(as_read, sort_keys=True).encode())
+
+
+def parse_record(content: bytes) -> Record:
+    """A stored record that is as it was written, and all of whose fields can be what they say they are.
+
+    Raises:
+        ValueError: it is damaged, partial, edited or foreign.
+    """
+    try:
+        record = json.loads(content)
+        if not isinstance(record, dict) or record.get("schema") != SCHEMA or record.get("kind") not in RULES:
+            raise ValueError(f"not a record of schema {SCHEMA}")
+        if record.pop("digest", None) != _seal(record):
+            raise ValueError("not as it was written: its digest is another")
+        leaves = dict(_leaves(record))
+        for field, rule in RULES[record["kind"]].items():
+            found = {name: value for name, value in leaves.items() if fnmatch.fnmatchcase(name, field)}
+            if not found:
+                raise ValueError(f"{field} is missing")
+            for name, value in found.items():
+                if not _fits(value, rule):
+                    raise ValueError(f"{name} cannot be {value!r}")
+        _check_config(record)
+        _check_bits(record)
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"not a record of schema {SCHEMA} ({one_line(error)})") from error
+    return record
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Everything in a record that holds nothing else, as ("metrics.after.clean", 0.637); positions count as names."""
+    parts = dict(enumerate(value)) if isinstance(value, list) else value if isinstance(value, dict) else {}
+    if not parts:
+        yield name, value
+    for key, part in parts.items():
+        yield from _leaves(part, f"{name}.{key}" if name else str(key))
+
+
+def _fits(value: Any, rule: str | range | tuple[float, float] | None) -> bool:
+    if isinstance(rule, str):
+        return isinstance(value, str) and re.fullmatch(rule, value) is not None
+    if isinstance(rule, range):
+        return type(value) is int and value in rule  # True is no number here
+    return rule is None or (type(value) in (int, float) and rule[0] <= value <= rule[1])
+
+
+def _check_config(record: Record) -> None:
+    """The configuration is one that wdat_core would run."""
+    import wdat_core
+
+    if record["kind"] in CONFIGS:
+        threat = {name: math.inf if value == "inf" else value for name, value in record["config"]["threat"].items()}
+        getattr(wdat_core, CONFIGS[record["kind"]])(**{**record["config"], "threat": wdat_core.Threat(**threat)})
+
+
+def _check_bits(record: Record) -> None:
+    """Each accuracy is the mean of its images."""
+    for when, packed in record.get("correct", {}).items():
+        for metric, text in packed.items():
+            n, value = record["data"]["test"], record["metrics"][when][metric]
+            if len(base64.b64decode(text, validate=True)) != math.ceil(n / 8):
+                raise ValueError(f"correct.{when}.{metric} is not of {n} images")
+            if not math.isclose(unpack(text, n).mean(), value, abs_tol=1e-6):
+                raise ValueError(f"metrics.{when}.{metric} is {value!r}, and {unpack(text, n).mean()} of its images")
 
 
 def protocol(record: Record) -> str:
@@ -542,7 +756,7 @@ def protocol(record: Record) -> str:
     A field that came with a later version counts only where it is not as before, so that older records stay comparable.
     """
     config = {k: v for k, v in record["config"].items() if k not in ("tau", "eta", "seed") and v != LATER.get(k, ...)}
-    what = [record["kind"], record["network"], record["data"], config]
+    what = [record["kind"], record.get("network"), record.get("data"), config]
     return digest(json.dumps(what, sort_keys=True).encode())
 
 
@@ -551,9 +765,7 @@ def read_records(folder: Path = RESULTS, kind: str = "finetune") -> list[Record]
     records = []
     for path in sorted(folder.glob("*.json")):
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(record, dict) or record.get("schema") != SCHEMA or not set(record) >= KEYS:
-                raise ValueError(f"not a record of schema {SCHEMA}")
+            record = parse_record(path.read_bytes())
         except (OSError, ValueError) as error:
             print(f"skipped {path.name}: {one_line(error)}", file=sys.stderr)
             continue
@@ -635,8 +847,13 @@ def paper_value(
 
 
 def _paper_rows() -> list[dict[str, str]]:
-    with (ASSETS / "paper.csv").open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+    try:
+        return list(csv.DictReader(io.StringIO(verified(ASSETS, "paper.csv").decode())))
+    except OSError as error:
+        raise ParameterError(
+            f"the paper's numbers are damaged or missing: restore {ASSETS / 'paper.csv'} and SHA256SUMS beside it from"
+            f" the repository ({one_line(error)})"
+        ) from error
 
 
 def accuracy(records: Sequence[Record], when: str, metric: str) -> Estimate:
@@ -766,6 +983,82 @@ def describe(records: Sequence[Record], title: str) -> Any:
     )
 
 
+def model_card(record: Record, base: str, weights: str, known: str) -> str:
+    """The model card of an exported network, in Markdown: what it is, how it was made, its numbers and its limits.
+
+    Args:
+        record: of the fine-tuning.
+        base: the stand-in or network of RobustBench whose architecture it has.
+        weights: the file of its weights, with SHA-256 `known`.
+    """
+    own = base in STAND_INS
+    licence = "MIT" if own else next((v for k, v in LICENCES.items() if base.startswith(k)), "MIT")
+    network, data, config = record["network"], record["data"], record["config"]
+    rows = [
+        f"| {label} | {accuracy([record], 'before', m).text()} | {accuracy([record], 'after', m).text()}"
+        f" | {change([record], m).text(signed=True)} |"
+        for m, label in METRICS.items()
+    ]
+    load = (
+        "from wdat_networks import load_network  # of the companion\n\n"
+        'model = load_network("path/to/this/folder", "models").model'
+        if own
+        else "from robustbench.utils import load_model  # 1.1.1 wants a module autoattack: pyautoattack is one\n\n"
+        f'model = load_model("{base}", model_dir="path/to/this/folder", dataset="cifar10", threat_model="Linf")'
+    )
+    return f"""# {base}, fine-tuned
+
+A classifier of CIFAR-10: `{network["name"]}` after Algorithm 1 of *Wasserstein Distributional Adversarial Training for
+Deep Neural Networks* (arXiv 2502.09352). Images (b, 3, 32, 32) with values in [0, 1] go in, 10 logits come out.
+
+```python
+{load}
+```
+
+AutoAttack takes it as it is, with images that are `contiguous()`.
+
+## How it was made
+
+{describe([record], "The run").data}
+
+| | |
+|---|---|
+| command | `{record["command"]}` |
+| started from | `{network["name"]}`, {network["source"]}; SHA-256 `{network["digest"]}` |
+| images | {data["source"]}; SHA-256 `{data["digest"]}` |
+| weights | `{weights}`; SHA-256 `{known}` |
+| epoch kept | {record["history"]["best"]} of {config["epochs"]}, the best on validation images under W₂ |
+| code | `wdat_core.py`; SHA-256 `{record["core"]}` |
+| finished | {record["created"]} |
+
+The configuration, seed included:
+
+```json
+{json.dumps(config, indent=1)}
+```
+
+## Accuracy
+
+In per cent, on {data["test"]:,} test images that training did not see. ± is half of a 95 % interval of sampling those
+images, for a change that of the paired differences. It does not hold what another seed of the training would change.
+
+| attack | before | after | change |
+|---|---|---|---|
+{chr(10).join(rows)}
+
+## Limits
+
+An accuracy under attack is an upper bound: a stronger attack, AutoAttack among them, may find less. The numbers are
+for images like those of CIFAR-10, for perturbations of at most {255 * config["threat"]["delta"]:.4g}/255 in the l_inf
+norm (pointwise, W∞; in the mean, W₂), and say nothing of other images, sizes or norms. Nothing here is fit to protect
+people or property.
+
+## Licence
+
+{licence}{"" if own else f", as RobustBench has it for the weights of {base}, from which these derive"}.
+"""
+
+
 def verdicts(table: int, recorded: Sequence[Record]) -> Any:
     """What the recorded runs say about each column of the paper, by rule, as Markdown.
 
@@ -854,3 +1147,248 @@ def plot_changes(table: int, records: Sequence[Record], recorded: Sequence[Recor
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     plt.close(figure)  # the caller shows it, once
     return figure
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Speed and memory, drawn from the records of benchmarks/speed.py
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+UNITS = {
+    "time relative to the baseline": "times as long",
+    "times as fast as the baseline": "times as fast",
+    "multiple of the baseline": "times its size",
+}
+
+
+ESTIMATES = {"sample": "a fresh 10 % (the paper)", "batch": "the latest minibatches"}
+
+
+def verdict(row: dict[str, Any]) -> str:
+    """Whether a row of a benchmark meets its target, or by how much it misses it; empty without a target or a value."""
+    if row["met"] is None:
+        return ""
+    return "met" if row["met"] else f"missed by {abs(row['ratio'] - float(row['target'].split()[-1])):.2f}"
+
+
+def describe_benchmark(record: Record) -> Any:
+    """Where and with what a benchmark ran, in one paragraph of Markdown."""
+    from IPython.display import Markdown
+
+    libraries = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    return Markdown(
+        f"**{record['device']}.** Recorded {record['created'][:10]} by `{record['command']}` in"
+        f" {record['seconds']['total'] / 60:.0f} minutes, {record['config']['rounds']} rounds after a warm-up."
+        f" {libraries}, core {record['core'][:8]}."
+    )
+
+
+def benchmark_table(record: Record) -> Any:
+    """The ratios of a benchmark as Markdown, a table for each group, and what could not be measured."""
+    from IPython.display import Markdown
+
+    measured: dict[str, list[str]] = {}
+    missing: dict[str, list[str]] = {}
+    for row in record["rows"]:
+        name, baseline = _symbols(row["name"]), _symbols(row["baseline"])
+        if row["ratio"] is None:
+            missing.setdefault(row["reason"], []).append(f"{name} ({row['network']}, {row['precision']})")
+            continue
+        remarks = [f"{row['images']:,} images, batches of {row['batch_size']}"]
+        if row["baseline_accuracy"] is not None:
+            remarks.append(f"accuracy {100 * row['accuracy']:.1f} % against {100 * row['baseline_accuracy']:.1f} %")
+        remarks += [row["note"]] if row["note"] else []
+        spread = f" ({row['low']:.2f} to {row['high']:.2f})" if row["rounds"] > 1 else ""
+        cells = [name, row["network"], baseline, f"**{row['ratio']:.2f}** {UNITS[row['unit']]}{spread}"]
+        cells += [f"{row['target']}: {verdict(row)}" if row["target"] else "–", "; ".join(remarks)]
+        measured.setdefault(row["group"], []).append("| " + " | ".join(cells) + " |")
+    blocks = []
+    for group, lines in measured.items():
+        head = f"| {group} | network | against | ratio (spread) | target | remarks |"
+        blocks.append("\n".join([head, "|---" * 6 + "|", *lines]))
+    for reason, names in missing.items():
+        blocks.append(f"Not measured: {'; '.join(dict.fromkeys(names))}. Reason: {reason}.")
+    return Markdown("\n\n".join(blocks))
+
+
+def throughput_table(record: Record) -> Any:
+    """What a GPU attains in absolute numbers, as Markdown."""
+    from IPython.display import Markdown
+
+    if not record["throughput"]:
+        return Markdown("Images a second, operations a second and minutes of training are measured on a GPU alone.")
+    columns = {
+        "images_per_second": "images attacked a second",
+        "tflop_per_second": "TFLOP/s",
+        "attack_gib": "attack, GiB",
+        "iteration_seconds": "iteration of Algorithm 1, s",
+        "training_gib": "training, GiB",
+        "projected_minutes": "the paper's fine-tuning, minutes (projected)",
+    }
+    lines = ["| | " + " | ".join(columns.values()) + " |", "|---" * (1 + len(columns)) + "|"]
+    for name, figures in record["throughput"].items():
+        cells = [f"{figures[key]:g}" if key in figures else "–" for key in columns]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return Markdown("\n".join(lines))
+
+
+def growth_table(record: Record) -> Any:
+    """The points of `plot_growth` as Markdown."""
+    from IPython.display import Markdown
+
+    lines = ["| by | seconds | peak memory / images |", "|---|---|---|"]
+    for axis in ("images", "steps", "epochs"):
+        cells = ["; ".join(f"{x:,}: {y:.2f}" for x, y in record[key].get(axis, [])) for key in ("growth", "memory")]
+        lines.append(f"| {axis} | " + " | ".join(cell or "–" for cell in cells) + " |")
+    return Markdown("\n".join(lines))
+
+
+def plot_ratios(record: Record) -> Figure:
+    """The ratios of a benchmark with spread and target: times on the left, speeds on the right, 1 is the baseline."""
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+
+    sns.set_theme(style="whitegrid", context="notebook")
+    panels = {unit: [r for r in record["rows"] if r["unit"] == unit and r["ratio"] is not None] for unit in UNITS}
+    del panels["multiple of the baseline"]
+    styles = {
+        True: {"color": RECORDED, "fmt": "o", "label": "target met"},
+        False: {"color": THIS_RUN, "fmt": "s", "label": "target missed"},
+        None: {"color": PAPER, "fmt": "D", "label": "no target"},
+    }
+    tallest = max(len(rows) for rows in panels.values())
+    figure, axes = plt.subplots(1, 2, figsize=(12, 1.6 + 0.5 * tallest), layout="constrained")
+    for axis, (unit, rows) in zip(axes, panels.items(), strict=True):
+        for met, style in styles.items():
+            points = [(len(rows) - 1 - i, r) for i, r in enumerate(rows) if r["met"] is met]
+            spread = [[r["ratio"] - r["low"] for _, r in points], [r["high"] - r["ratio"] for _, r in points]]
+            places = {"x": [r["ratio"] for _, r in points], "y": [y for y, _ in points], "xerr": spread}
+            axis.errorbar(**places, **style, markersize=7, capsize=3)
+            targets = [(float(r["target"].split()[-1]), y) for y, r in points if r["target"]]
+            axis.plot(*zip(*targets, strict=True) if targets else ([], []), "|", color="black", markersize=18)
+        axis.axvline(1, color="black", linewidth=1)
+        labels = [f"{_symbols(r['name'])}\nagainst {_symbols(r['baseline'])}" for r in rows]
+        axis.set_yticks(range(len(rows)), reversed(labels), fontsize=9)
+        axis.set_ylim(-0.6, len(rows) - 0.4)
+        axis.set_xlabel(unit)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    plt.close(figure)
+    return figure
+
+
+def plot_growth(record: Record) -> Figure:
+    """Seconds, with a line through the origin, and peak memory by images, steps and epochs."""
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+
+    sns.set_theme(style="whitegrid", context="notebook")
+    figure, axes = plt.subplots(2, 3, figsize=(10, 5.5), layout="constrained")
+    titles = {"images": "attack, by images", "steps": "attack, by steps", "epochs": "fine-tuning, by epochs"}
+    for (top, bottom), (name, title) in zip(axes.T, titles.items(), strict=True):
+        seconds, peaks = record["growth"].get(name, []), record["memory"].get(name, [])
+        if seconds:
+            slope = sum(x * y for x, y in seconds) / sum(x * x for x, _ in seconds)
+            end = 1.1 * max(x for x, _ in seconds)
+            top.plot([0, end], [0, slope * end], color=PAPER, linewidth=1)
+            top.plot(*zip(*seconds, strict=True), "o", color=RECORDED, markersize=7)
+        if peaks:
+            bottom.plot(*zip(*peaks, strict=True), "s", color=THIS_RUN, markersize=7)
+        top.set_title(title)
+        for axis in (top, bottom):
+            axis.set(xlabel=name, xlim=(0, None), ylim=(0, None))
+    axes[0, 0].set_ylabel("seconds")
+    axes[1, 0].set_ylabel("peak memory / images")
+    plt.close(figure)
+    return figure
+
+
+def precision_table(record: Record) -> Any:
+    """Accuracy under attack in each precision, and how far from float32, as Markdown."""
+    from IPython.display import Markdown
+
+    exact = record["metrics"]["float32"]
+    columns = ["", *METRICS.values(), "most apart", f"{METRICS['w_inf']}, seen in float32", "W₂, seen in float32"]
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for way, scores in record["metrics"].items():
+        apart = 100 * max(abs(scores[m] - exact[m]) for m in METRICS)
+        cells = [way, *(f"{100 * scores[m]:.2f}" for m in METRICS)]
+        cells.append("" if way == "float32" else f"{apart:.2f}: {'met' if apart <= 0.1 else 'missed'}")
+        cells += [f"{100 * scores['in_float32'][m]:.2f}" for m in ("w_inf", "w_2")]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines.append(
+        f"\nAccuracy in per cent on {record['data']['test']:,} test images of {record['data']['source']}, network"
+        f" `{record['network']['name']}`, on {record['device']}; core {record['core'][:8]}; `{record['command']}`."
+        " The target is 0.1 points."
+    )
+    return Markdown("\n".join(lines))
+
+
+def upsilon_table(records: Sequence[Record]) -> Any:
+    """The relative errors of two estimates of Upsilon along fine-tuning runs, as Markdown."""
+    from statistics import median
+
+    from IPython.display import Markdown
+
+    lines = ["| run | estimate | median error | greatest | passes it costs |", "|---|---|---|---|---|"]
+    for record in records:
+        points, config = record["points"], record["config"]
+        for name, title in ESTIMATES.items():
+            errors = [100 * abs(v / w - 1) for v, w in zip(points[name], points["whole"], strict=True)]
+            cost = "none" if name == "batch" else f"{config['sample'] * record['data']['train']:,.0f} a minibatch"
+            lines.append(f"| τ = {config['tau']:g} | {title} | {median(errors):.0f} % | {max(errors):.0f} % | {cost} |")
+    lines += [
+        f"\nτ = {r['config']['tau']:g}: {len(r['points']['whole'])} minibatches of {r['config']['epochs']} epoch(s),"
+        f" {r['data']['train']:,} images of {r['data']['source']}, network `{r['network']['name']}`, on {r['device']};"
+        f" core {r['core'][:8]}; `{r['command']}`."
+        for r in records
+    ]
+    return Markdown("\n".join(lines))
+
+
+def plot_upsilon(records: Sequence[Record]) -> Figure:
+    """Upsilon of the whole training set and its two estimates along fine-tuning runs."""
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+
+    sns.set_theme(style="whitegrid", context="notebook")
+    figure, axes = plt.subplots(1, len(records), figsize=(10, 3.6), sharey=True, squeeze=False, layout="constrained")
+    styles = {"whole": ("black", "-", "whole training set"), "sample": (RECORDED, "o", ESTIMATES["sample"])}
+    styles["batch"] = (THIS_RUN, "s", ESTIMATES["batch"])
+    for axis, record in zip(axes[0], records, strict=True):
+        for name, (colour, style, label) in styles.items():
+            axis.plot(record["points"]["minibatch"], record["points"][name], style, color=colour, label=label)
+        axis.set(title=f"τ = {record['config']['tau']:g}", xlabel="minibatch", yscale="log")
+    axes[0, 0].set_ylabel("Υ")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    plt.close(figure)
+    return figure
+
+
+def promises() -> list[dict[str, str]]:
+    """What the project promises: "promise", "tests" (file::name; ...) and "figure", with {names}."""
+    with (ASSETS / "promises.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def promises_table(record: Record | None) -> Any:
+    """Each promise with its tests, and with the figures of a reliability record where there is one, as Markdown."""
+    from IPython.display import Markdown
+
+    lines = ["| promise | tests | figures |", "|---|---|---|"]
+    for row in promises():
+        tests = "<br>".join(f"`{test.strip()}`" for test in row["tests"].split(";"))
+        figure = row["figure"].format(**record["figures"]) if record else ""
+        lines.append(f"| {row['promise']} | {tests} | {figure or '–'} |")
+    if record:
+        figures = record["figures"]
+        lines.append(
+            f"\n{figures['tests'] - figures['skipped']} tests passed, {figures['skipped']} skipped (no GPU here),"
+            f" in {record['seconds']['total'] / 60:.0f} minutes on {record['device']}; core {record['core'][:8]}, torch"
+            f" {record['versions']['torch']}; `{record['command']}`."
+        )
+    return Markdown("\n".join(lines))
+
+
+def _symbols(text: str) -> str:
+    """The names of the attacks as the page writes them."""
+    return text.replace("W_2", "W₂").replace("W_inf", "W∞").replace("Upsilon", "Υ")

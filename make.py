@@ -1,10 +1,11 @@
 """Set the project up in .venv and run it. Needs Python 3.11 to 3.13, a package index, and nothing else.
 
-python make.py demo     Table 4 with tau = 0.01, on the demo network, into out.ipynb
-python make.py test     every check there is: ruff, mypy, Table 4, the book, the tests, the notebooks
-python make.py book     the book, into _build/html
-python make.py lint     ruff and mypy
-python make.py clean    remove what the above left, except .venv
+python make.py demo       Table 4 with tau = 0.01, on the demo network, into out.ipynb
+python make.py test       every check there is: ruff, mypy, Table 4, the book, the tests, the notebooks
+python make.py book       the book, into _build/html
+python make.py benchmark  speed and memory as ratios to named baselines, other libraries among them; ten minutes
+python make.py lint       ruff and mypy
+python make.py clean      remove what the above left, except .venv and .venv-peers
 """
 
 import hashlib
@@ -18,10 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
+PEERS = ROOT / ".venv-peers"  # for the benchmark alone: libraries that do not get on with ours
 BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
-PYTHON = BIN / ("python.exe" if os.name == "nt" else "python")
-STAMP = VENV / "installed"
-REQUIREMENTS = ROOT / "requirements.txt"
 HTML = ROOT / "_build" / "html"
 LEFTOVERS = [
     "_build",
@@ -37,7 +36,15 @@ LEFTOVERS = [
 
 
 def python(*arguments):
-    return run(PYTHON, *arguments)
+    return run(python_of(VENV), *arguments)
+
+
+def benchmark():
+    problem = set_up(PEERS, ROOT / "benchmarks" / "requirements.txt")
+    if problem:
+        say("without the other libraries:", problem)
+    peers = [] if problem else ["--peers", python_of(PEERS)]
+    return python("benchmarks/speed.py", *peers)
 
 
 def table4(*parameters):
@@ -79,6 +86,7 @@ TARGETS = {
         "pytest": lambda: python("-m", "pytest", "--nbval", "-q"),
     },
     "book": {"book": book},
+    "benchmark": {"benchmark": benchmark},
     "lint": LINT,
     "clean": {"clean": clean},
 }
@@ -86,31 +94,40 @@ TARGETS = {
 # ----------------------------------------------------------------------------------------- environment
 
 
-def set_up():
-    """Make .venv as requirements.txt says, unless it is so already. The stamp is written last."""
-    # The path belongs to it, since a .venv that was moved is broken.
-    digest = hashlib.sha256(REQUIREMENTS.read_bytes() + str(ROOT).encode()).hexdigest()
-    if PYTHON.exists() and STAMP.exists() and STAMP.read_text(encoding="ascii") == digest:
-        return
+def python_of(environment):
+    return environment / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def set_up(environment, requirements, project=None):
+    """Make an environment as its requirements say, and with the project if given, unless it is so already.
+
+    Returns what went wrong, in one line, or None. The stamp is written last.
+    """
+    path, stamp = python_of(environment), environment / "installed"
+    # The root belongs to it, since an environment that was moved is broken.
+    digest = hashlib.sha256(requirements.read_bytes() + str(ROOT).encode()).hexdigest()
+    if path.exists() and stamp.exists() and stamp.read_text(encoding="ascii") == digest:
+        return None
     uv = shutil.which("uv")
     if uv and subprocess.run([uv, "--version"], capture_output=True).returncode:
         uv = None  # a version manager's shim with nothing behind it
     if not uv and not importlib.util.find_spec("ensurepip"):
-        sys.exit("make.py: this Python has no ensurepip: install uv, or python3-venv on Debian and Ubuntu")
-    say("setting up .venv, once (several GB on Linux: PyTorch comes with CUDA)")
+        return "this Python has no ensurepip: install uv, or python3-venv on Debian and Ubuntu"
+    say("setting up " + environment.name + ", once (several GB on Linux: PyTorch comes with CUDA)")
     if uv:
-        made = run(uv, "venv", "--quiet", "--clear", "--python", sys.executable, VENV)
-        install = [uv, "pip", "install", "--python", PYTHON]
+        made = run(uv, "venv", "--quiet", "--clear", "--python", sys.executable, environment)
+        install = [uv, "pip", "install", "--python", path]
     else:
-        made = run(sys.executable, "-m", "venv", "--clear", VENV)
-        install = [PYTHON, "-m", "pip", "install", "--disable-pip-version-check"]
+        made = run(sys.executable, "-m", "venv", "--clear", environment)
+        install = [path, "-m", "pip", "install", "--disable-pip-version-check"]
     if not made:
-        sys.exit("make.py: .venv could not be made; the reason is above")
-    if not run(*install, "-r", REQUIREMENTS):
-        sys.exit("make.py: the packages could not be installed; the reason is above (no network or index?)")
-    if not run(*install, "--quiet", "--no-deps", "--no-build-isolation", "--editable", "."):
-        sys.exit("make.py: the project itself could not be installed in .venv; the reason is above")
-    STAMP.write_text(digest, encoding="ascii")
+        return environment.name + " could not be made; the reason is above"
+    if not run(*install, "-r", requirements):
+        return "the packages could not be installed; the reason is above (no network or index?)"
+    if project and not run(*install, "--quiet", "--no-deps", "--no-build-isolation", "--editable", project):
+        return "the project itself could not be installed in " + environment.name + "; the reason is above"
+    stamp.write_text(digest, encoding="ascii")
+    return None
 
 
 def run(*command):
@@ -139,7 +156,9 @@ def main(arguments):
     if not (3, 11) <= sys.version_info < (3, 14):
         sys.exit("make.py: Python 3.11, 3.12 or 3.13 is needed, and this is " + sys.version.split()[0])
     if arguments != ["clean"]:
-        set_up()
+        problem = set_up(VENV, ROOT / "requirements.txt", ".")
+        if problem:
+            sys.exit("make.py: " + problem)
     failed = [name for name, step in TARGETS[arguments[0]].items() if not step()]
     if failed:
         sys.exit("make.py: FAILED: " + ", ".join(failed))

@@ -73,6 +73,9 @@ Rows = slice | Tensor
 class WdatError(ValueError):
     """Something the caller can put right; the message says what and how, and a notebook shows nothing but it."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))  # arrays and torch's own messages come with line breaks
+
     def _render_traceback_(self) -> list[str]:
         return [f"{type(self).__name__}: {self}"]
 
@@ -170,8 +173,8 @@ def sensitivity(
     Raises:
         WdatError: for the faults of input that `wpgd` names.
     """
-    loss = _check_attack(model, x, y, loss, batch_size, threat)
-    passes = _passes(model, x, batch_size, precision, compiled)
+    loss, classes = _check_attack(model, x, y, loss, batch_size, threat)
+    passes = _passes(model, x, batch_size, precision, compiled, classes)
     with _prepared(model):
         return float(_sensitivity(passes, _plain(x), _plain(y), threat, loss))
 
@@ -226,6 +229,7 @@ def _look_at_once(passes: _Passes, x: Tensor, y: Tensor, s: float, loss: Loss, b
         x = x.detach().to(passes.device).requires_grad_(backward)
         y = y.to(passes.device)
         logits = passes.call(x).to(x.dtype)
+        classes, finite = logits.detach().argmax(1), logits.detach().isfinite().all()  # a loss may write into logits
         value = loss(logits, y)
         if not isinstance(value, Tensor) or value.shape != x.shape[:1]:
             shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
@@ -237,10 +241,10 @@ def _look_at_once(passes: _Passes, x: Tensor, y: Tensor, s: float, loss: Loss, b
             (gradient,) = torch.autograd.grad(value.sum(), x, allow_unused=True, materialize_grads=True)
             norm = _norm(gradient, s)
             direction = _steepest(gradient, norm, s)
-    logits, value = logits.detach(), value.detach()
+    value = value.detach().to(x.dtype)
     labels = y if y.ndim == 1 else y.argmax(1)  # soft labels stand for their likeliest class
-    finite = logits.isfinite().all() & value.isfinite().all() & norm.isfinite().all()
-    return _Look(*(t.to(home) for t in (logits.argmax(1) == labels, value, norm, direction, finite)))
+    finite &= value.isfinite().all() & norm.isfinite().all()
+    return _Look(*(t.to(home) for t in (classes == labels, value, norm, direction, finite)))
 
 
 def _check_finite(finite: Tensor) -> None:
@@ -256,12 +260,12 @@ def _steepest(gradient: Tensor, norm: Tensor, s: float) -> Tensor:
     if s == 1:
         return gradient.sign().to(torch.int8)
     unit = gradient / _per_image(torch.where(norm > 0, norm, 1.0), gradient)
-    return unit.sign() * unit.abs() ** (s - 1)
+    return unit.sign() * _power(unit.abs(), s - 1)
 
 
 def _share(norm: Tensor, upsilon: Tensor, q: float) -> Tensor:
     """How far each image goes: (||g||_s / Upsilon)^(q-1), whose p-th power has mean 1. All 1 for p = inf."""
-    return torch.where(upsilon > 0, norm / upsilon, 0.0) ** (q - 1)
+    return _power(torch.where(upsilon > 0, norm / upsilon, 0.0), q - 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -276,6 +280,19 @@ def project(x_adv: Tensor, x: Tensor, threat: Threat) -> Tensor:
     every image shrinks from d_i to rho d_i, rho = delta / W_p, by clipping (l_inf) or scaling (any other norm). For
     p = inf, images further away than delta come back to delta and the others stay. The pixel range is not its business.
     """
+    _check_threat(threat)
+    for name, images in (("x_adv", x_adv), ("x", x)):
+        if not isinstance(images, Tensor) or images.dtype not in FLOATS or images.ndim < 2 or images.numel() == 0:
+            kind = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+            raise WdatError(f"{name} must be a floating-point tensor (n, ...) with at least one image, not {kind}")
+        _check_dense(name, images)
+        if not images.isfinite().all():
+            raise WdatError(f"{name} must be finite")
+    if (x_adv.shape, x_adv.dtype, x_adv.device) != (x.shape, x.dtype, x.device):
+        raise WdatError(
+            f"x_adv and x must be alike, not {tuple(x_adv.shape)} {x_adv.dtype} on {x_adv.device} and"
+            f" {tuple(x.shape)} {x.dtype} on {x.device}"
+        )
     distance = _norm(x_adv - x, threat.r)
     return _pull_back(x_adv, x, distance, _budgets(distance, threat.p, threat.delta), threat.r)
 
@@ -359,9 +376,10 @@ def wpgd(
     Raises:
         WdatError: names what is wrong with the images, the labels, the model or a parameter.
     """
-    loss = _check_attack(model, x, y, loss, batch_size, threat)
+    loss, classes = _check_attack(model, x, y, loss, batch_size, threat)
     _check_steps(steps, step_ratio)
-    passes = _passes(model, x, batch_size, precision, compiled)
+    _check_progress(progress)
+    passes = _passes(model, x, batch_size, precision, compiled, classes)
     with _prepared(model):
         return _attack(passes, _plain(x), _plain(y), threat, loss, steps, step_ratio, progress=progress)
 
@@ -425,12 +443,15 @@ def _attack(
         upsilons.append(_mean(norm, q))
         if k == 0 and upsilon is not None:
             delta = threat.delta * _share(upsilons[0], upsilon(upsilons[0]), q)
-        step = _share(norm, upsilons[k], q) * (step_ratio * delta / steps)
+        # 0 where an infinite step meets an image that is to stay; far enough for any pixel, and its norm is a number.
+        step = (_share(norm, upsilons[k], q) * (step_ratio * delta / steps)).nan_to_num(0.0)
+        step = step.clamp(max=math.sqrt(torch.finfo(x.dtype).max))
         for rows, direction in zip(batches, directions, strict=True):
             x_adv[rows] += _per_image(step[rows], x) * direction
         moved = norm > 0
         # The steps are step_ratio delta / steps long: until they add up to delta, the set cannot have left the ball.
-        if start is not None or step_ratio * (k + 1) > 0.999 * steps:
+        # Powers of order q - 1 and s - 1 know that length up to as many roundings.
+        if start is not None or step_ratio * (k + 1) > (0.999 - 8 * torch.finfo(x.dtype).eps * (q + s)) * steps:
             distance = _distances(passes, x_adv, x, r)
             budget = _budgets(distance, p, delta)
             for rows in passes.batches(n):
@@ -486,14 +507,26 @@ def wpgd_budget(
     Raises:
         WdatError: names what is wrong with the images, the labels, the model or a parameter.
     """
-    loss = _check_attack(model, x, y, loss, batch_size, threat)
+    loss, classes = _check_attack(model, x, y, loss, batch_size, threat)
     _check_steps(steps, step_ratio)
     _check_number("upsilon", upsilon, above=0)
-    passes = _passes(model, x, batch_size, precision, compiled)
+    _check_progress(progress)
+    passes = _passes(model, x, batch_size, precision, compiled, classes)
     with _prepared(model):
-        batches = list(zip(_plain(x).split(batch_size), _plain(y).split(batch_size), strict=True))
+        batches = list(
+            zip(_plain(x).split(min(batch_size, len(x))), _plain(y).split(min(batch_size, len(x))), strict=True)
+        )
         attacks = [
-            _attack(passes, xb, yb, threat, loss, steps, step_ratio, upsilon=lambda own: own.new_tensor(upsilon))
+            _attack(
+                passes,
+                xb,
+                yb,
+                threat,
+                loss,
+                steps,
+                step_ratio,
+                upsilon=lambda own: own.new_tensor(upsilon).clamp(min=torch.finfo(own.dtype).tiny),
+            )
             for xb, yb in _track(batches, "W-PGD-budget", progress)
         ]
     sizes = torch.tensor([len(xb) / len(x) for xb, _ in batches], dtype=torch.float64)
@@ -570,6 +603,7 @@ def evaluate(
 # ---------------------------------------------------------------------------------------------------------------------
 
 PRECISIONS = ("float32", "bfloat16")
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 PERTURBATIONS = ("whole", "last_layer")
 CONSISTENCIES = ("ce_detached", "ce", "kl")
 
@@ -600,14 +634,24 @@ def perturb_(
     _check_choice("how", how, PERTURBATIONS)
     _check_choice("reinit", reinit, ("default", "xavier"))
     _check_number("noise", noise, at_least=0)
-    generator = generator or torch.Generator().manual_seed(0)
+    _check_model(model)
+    if generator is None:
+        generator = torch.Generator().manual_seed(0)
+    elif not isinstance(generator, torch.Generator) or generator.device.type != "cpu":
+        raise WdatError(f"generator must be a torch.Generator on the CPU, not {generator!r}")
     if how == "whole":
+        parameters = [p for p in model.parameters() if p.is_floating_point()]
         with torch.no_grad():
-            for parameter in model.parameters():
+            moved = []
+            for parameter in parameters:
                 rms = parameter.square().mean().sqrt()
                 random = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-                parameter.add_(noise * rms * random.to(parameter.device))
-        return list(model.parameters())
+                moved.append(parameter + noise * rms * random.to(parameter.device))
+            if not all(m.is_meta or m.isfinite().all() for m in moved):
+                raise WdatError(f"noise of {noise!r} makes the parameters infinite or NaN: use less")
+            for parameter, value in zip(parameters, moved, strict=True):
+                parameter.copy_(value)
+        return parameters
     layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
     if not layers:
         raise WdatError('how="last_layer" needs a network with an nn.Linear layer; this one has none: use how="whole"')
@@ -696,13 +740,15 @@ class History:
             start), "clean", "w_2" or "w_inf" on the validation set if there was one, and what `on_epoch` returned.
         best: the epoch (from 1) whose weights the model now has: best on validation, the last without one.
         upsilon: the moving estimate Upsilon at every minibatch (fine-tuning only).
+        seconds: of the whole run, all its pieces together.
         finished: False where `stop_after` ended the run; the model then has its latest weights, and best is so far.
     """
 
     epochs: list[dict[str, float]]
     best: int
     upsilon: list[float]
-    finished: bool = True
+    seconds: float
+    finished: bool
 
 
 def finetune(
@@ -741,15 +787,16 @@ def finetune(
         WdatError: for the faults of input that `wpgd` names, when loss, gradient or logits are no longer finite, and
             when the checkpoint cannot be written or belongs to another run.
     """
+    _check_training(train, val, config, FinetuneConfig, on_epoch, progress)
     x, y = train
     _check_number("eval_batch_size", eval_batch_size, at_least=1, whole=True)
-    loss = _check_attack(model, x, y, "redlr", eval_batch_size, config.threat)
+    loss, classes = _check_attack(model, x, y, "redlr", eval_batch_size, config.threat)
     if val is not None:
         _check_attack(model, *val, "redlr", eval_batch_size, config.threat)
     threat, steps, step_ratio, batch_size = config.threat, config.steps, config.step_ratio, config.batch_size
     if config.augment and x.ndim != 4:
         raise WdatError(f"augment needs images of shape (n, c, h, w), not {tuple(x.shape)}: use augment=False")
-    passes = _passes(model, x, eval_batch_size, config.precision, config.compiled)
+    passes = _passes(model, x, eval_batch_size, config.precision, config.compiled, classes)
     net = passes.call
     in_train_mode = config.attack_mode == "train" and config.perturb == "whole"
     # Batch statistics are those of the whole minibatch.
@@ -804,6 +851,7 @@ def finetune(
     with _seeded(model, generator), _untouched(model), torch.inference_mode(False), torch.enable_grad():
         x, y = _plain(x), _plain(y)
         trained = perturb_(model, config.perturb, noise=config.noise, reinit=config.reinit, generator=generator)
+        _check_trainable(trained)
         optimiser = torch.optim.SGD(trained, config.tau, config.momentum, weight_decay=config.weight_decay)
         total = config.epochs * math.ceil(len(x) / batch_size)
         schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -815,7 +863,7 @@ def finetune(
             optimiser,
             schedule,
             config.epochs,
-            batches=lambda: draw(len(x)).split(batch_size),
+            batches=lambda: draw(len(x)).split(min(batch_size, len(x))),
             # A frozen layer stays in eval mode, or its batch statistics would train after all.
             training=config.update_mode == "train" and config.perturb == "whole",
             validate=None if val is None else partial(validate, *val),
@@ -904,15 +952,16 @@ def pretrain(
 
     Arguments, History and errors are those of `finetune`.
     """
+    _check_training(train, val, config, PretrainConfig, on_epoch, progress)
     x, y = train
-    _check_attack(model, x, y, "ce", config.batch_size, config.threat)
+    _, classes = _check_attack(model, x, y, "ce", config.batch_size, config.threat)
     if val is not None:
         _check_attack(model, *val, "ce", config.batch_size, config.threat)
     if config.augment and x.ndim != 4:
         raise WdatError(f"augment needs images of shape (n, c, h, w), not {tuple(x.shape)}: use augment=False")
     generator = torch.Generator().manual_seed(config.seed)
 
-    passes = _passes(model, x, config.batch_size, config.precision, config.compiled)
+    passes = _passes(model, x, config.batch_size, config.precision, config.compiled, classes)
     checkpoint = _checkpoint(resume, save_every, stop_after, model, train, val, config)
 
     def objective(rows: Tensor) -> Tensor:
@@ -940,8 +989,10 @@ def pretrain(
             decay = torch.optim.swa_utils.get_ema_multi_avg_fn(config.average)
             averaged = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=decay, use_buffers=True)
         shown = model if averaged is None else averaged.module
+        parameters = [p for p in model.parameters() if p.is_floating_point()]
+        _check_trainable(parameters)
         optimiser = torch.optim.SGD(
-            model.parameters(),
+            parameters,
             config.rate,
             config.momentum,
             weight_decay=config.weight_decay,
@@ -961,7 +1012,9 @@ def pretrain(
             optimiser,
             schedule,
             config.epochs,
-            batches=lambda: torch.randperm(len(x), generator=generator).to(x.device).split(config.batch_size),
+            batches=lambda: (
+                torch.randperm(len(x), generator=generator).to(x.device).split(min(config.batch_size, len(x)))
+            ),
             training=True,
             validate=None if val is None else partial(validate, *val),
             score="w_inf",
@@ -1026,6 +1079,9 @@ def _train(
     fresh, saved = saved is None, None  # it may be as large as three networks
     begin = time.perf_counter() - spent
 
+    def history(finished: bool) -> History:
+        return History(rows, best, _floats(memory.get("upsilon", [])), time.perf_counter() - begin, finished)
+
     def noted() -> dict[str, Any]:
         """What changes within a minibatch, or is replaced; cheap."""
         if checkpoint.path is None:
@@ -1070,11 +1126,14 @@ def _train(
                     optimiser.zero_grad()
                     with _blamed_on_the_rate(optimiser, epoch, len(losses) + 1), _blamed_on_the_batch(len(batch)):
                         loss = objective(batch)
+                        if not loss.requires_grad:
+                            raise WdatError("the model's output depends on no parameter that is to be trained")
                         loss.backward()
                         gradients = [p.grad.isfinite().all() for p in trained if p.grad is not None]
                         _check_finite(torch.stack([loss.isfinite(), *gradients]).all())
                     with signals.held():
-                        optimiser.step()
+                        with _blamed_on_the_rate(optimiser, epoch, len(losses) + 1):
+                            _step(optimiser)
                         schedule.step()
                         if averaged is not None:
                             averaged.update_parameters(model)
@@ -1082,13 +1141,18 @@ def _train(
                         note = noted()
                     if checkpoint.time_is_up():
                         save(note)
-                        return History(rows, best, _floats(memory.get("upsilon", [])), finished=False)
+                        return history(finished=False)
                     if checkpoint.is_due():
                         save(note)
                 row = {"epoch": epoch, "loss": sum(losses) / len(losses), "seconds": time.perf_counter() - begin}
                 with _blamed_on_the_rate(optimiser, epoch, len(losses)):
+                    _check_finite(torch.stack([t.isfinite().all() for t in shown.state_dict().values()]).all())
                     row |= validate() if validate else {}
-                row |= (on_epoch(epoch, shown) or {}) if on_epoch else {}
+                if on_epoch:
+                    more = on_epoch(epoch, shown)
+                    if not isinstance(more, dict | None):
+                        raise WdatError(f"on_epoch must return a dict of numbers or None, not {more!r}")
+                    row |= more or {}
                 with signals.held():
                     rows.append(row)
                     if validate is None or best == 0 or row[score] > rows[best - 1][score]:
@@ -1100,7 +1164,16 @@ def _train(
             save(note)
             raise
     model.load_state_dict(best_state)
-    return History(rows, best, _floats(memory.get("upsilon", [])))
+    return history(finished=True)
+
+
+def _step(optimiser: torch.optim.Optimizer) -> None:
+    try:
+        optimiser.step()
+    except RuntimeError as error:
+        if "without overflow" not in str(error):
+            raise
+        raise _NotFiniteError(NOT_FINITE) from error  # the type of the weights does not hold the rate
 
 
 @contextmanager
@@ -1110,7 +1183,7 @@ def _blamed_on_the_rate(optimiser: torch.optim.Optimizer, epoch: int, minibatch:
     except _NotFiniteError as error:
         raise WdatError(
             f"training diverged in epoch {epoch}, minibatch {minibatch}, at learning rate"
-            f" {optimiser.param_groups[0]['lr']:g}: the objective or the network is no longer finite: try a smaller one"
+            f" {optimiser.param_groups[0]['lr']:g}: the loss, the model or its gradient is not finite: try a lower one"
         ) from error
 
 
@@ -1118,6 +1191,12 @@ def _blamed_on_the_rate(optimiser: torch.optim.Optimizer, epoch: int, minibatch:
 def _blamed_on_the_batch(size: int) -> Iterator[None]:
     try:
         yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise WdatError(
+            "BatchNorm cannot train on a batch of one image: choose a batch_size that leaves no remainder of one"
+        ) from error
     except RuntimeError as error:
         if not _out_of_memory(error):
             raise
@@ -1293,7 +1372,7 @@ def _checkpoint(
         if stop_after is not None:
             raise WdatError("stop_after needs resume, the file from which the next run goes on")
         return _Checkpoint(None, {}, save_every, math.inf)
-    if not isinstance(resume, (str, os.PathLike)) or not os.fspath(resume):
+    if not isinstance(resume, (str, os.PathLike)) or str(resume) in ("", ".") or "\0" in str(resume):
         raise WdatError(f"resume must be the path of a file, not {resume!r}")
     path = Path(resume)
     if path.is_dir():
@@ -1345,13 +1424,18 @@ def _conjugate(p: float) -> float:
     return 1.0 if p == math.inf else p / (p - 1)
 
 
+def _power(x: Tensor, exponent: float) -> Tensor:
+    """x ** exponent for x >= 0 near 1 and below, also where the type of x does not hold the exponent (float16)."""
+    return x ** min(exponent, torch.finfo(x.dtype).max)
+
+
 def _mean(values: Tensor, order: float, weights: Tensor | None = None) -> Tensor:
     """(mean_i v_i^order)^(1/order) of values >= 0, their maximum for order inf; scaled first, so nothing overflows."""
     top = values.max()
     if order == math.inf:
         return top
     scale = torch.where(top > 0, top, 1.0)
-    powers = (values / scale) ** order
+    powers = _power(values / scale, order)
     return scale * (powers.mean() if weights is None else (powers * weights).sum()) ** (1 / order)
 
 
@@ -1404,20 +1488,31 @@ class _Passes:
         return rows.tensor_split(math.ceil(len(rows) / size))
 
 
-def _passes(model: nn.Module, x: Tensor, batch_size: int, precision: str, compiled: bool) -> _Passes:
+def _passes(
+    model: nn.Module, x: Tensor, batch_size: int, precision: str, compiled: bool, classes: int | None = None
+) -> _Passes:
     _check_choice("precision", precision, PRECISIONS)
     _check_flag("compiled", compiled)
     device = next((t.device for t in [*model.parameters(), *model.buffers()]), x.device)
-    call: Callable[[Tensor], Tensor] = model
+    run: Callable[[Tensor], Tensor] = model
     if compiled:
         fast = torch.compile(model, dynamic=False, mode="reduce-overhead")
 
-        def call(x: Tensor) -> Tensor:
+        def run(x: Tensor) -> Tensor:
             try:
                 return fast(x)
             except torch._dynamo.exc.TorchDynamoException as error:
                 reason = " ".join(str(error).split())[:300]
                 raise WdatError(f"torch.compile fails on this model, use compiled=False ({reason})") from error
+
+    def call(x: Tensor) -> Tensor:
+        logits = run(x.clone())  # a model may write into what it is given
+        if not isinstance(logits, Tensor) or logits.shape != (len(x), classes or logits.shape[-1]):
+            shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise WdatError(
+                f"the model must return logits of shape (b, classes), also for {len(x)} images; it returned {shape}"
+            )
+        return logits
 
     if precision == "float32":
         return _Passes(call, device, batch_size, compiled)
@@ -1496,7 +1591,9 @@ def _stderr_line(text: str) -> None:
     print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
-NOT_FINITE = "the model returns NaN or infinite values for these images, or its gradient there is not finite"
+NOT_FINITE = (
+    "the model or the loss returns NaN or infinite values for these images, or its gradient there is not finite"
+)
 
 
 def _check_threat(threat: Threat) -> None:
@@ -1504,12 +1601,15 @@ def _check_threat(threat: Threat) -> None:
         raise WdatError(f"threat must be a Threat, not {threat!r}")
 
 
-def _check_attack(model: nn.Module, x: Tensor, y: Tensor, loss: str | Loss, batch_size: int, threat: Threat) -> Loss:
+def _check_attack(
+    model: nn.Module, x: Tensor, y: Tensor, loss: str | Loss, batch_size: int, threat: Threat
+) -> tuple[Loss, int]:
     """Names the first fault of the images, the labels, the model or the loss; returns the loss as a function."""
     _check_threat(threat)
-    if not isinstance(x, Tensor) or not x.is_floating_point():
+    if not isinstance(x, Tensor) or x.dtype not in FLOATS:
         kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise WdatError(f"images must be a floating-point tensor in [0, 1], not {kind}: divide bytes by 255")
+    _check_dense("images", x)
     if x.ndim < 2 or x.numel() == 0:
         raise WdatError(f"images must have shape (n, c, h, w) with at least one image, not {tuple(x.shape)}")
     least, most = x.aminmax()
@@ -1519,6 +1619,7 @@ def _check_attack(model: nn.Module, x: Tensor, y: Tensor, loss: str | Loss, batc
         )
     if not isinstance(y, Tensor) or y.dtype != torch.int64:
         raise WdatError(f"labels must be an int64 tensor, not {y.dtype if isinstance(y, Tensor) else type(y).__name__}")
+    _check_dense("labels", y, meta_is_fine=True)
     if y.shape != x.shape[:1]:
         raise WdatError(f"labels must have shape ({len(x)},), one for each image, not {tuple(y.shape)}")
     if y.device != x.device:
@@ -1530,8 +1631,7 @@ def _check_attack(model: nn.Module, x: Tensor, y: Tensor, loss: str | Loss, batc
         raise WdatError(f"loss must be one of {', '.join(LOSSES)} or a function, not {loss!r}")
     function = LOSSES[loss] if isinstance(loss, str) else loss
 
-    if not isinstance(model, nn.Module):
-        raise WdatError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    _check_model(model)
     devices = {tensor.device for tensor in [*model.parameters(), *model.buffers()]} or {x.device}
     device = min(devices, key=str)
     if len(devices) > 1 or device.type == "meta" or x.device not in (device, torch.device("cpu")):
@@ -1545,7 +1645,7 @@ def _check_attack(model: nn.Module, x: Tensor, y: Tensor, loss: str | Loss, batc
         raise WdatError(f"the model is {kinds.pop()}, the images are {x.dtype}: convert one to the other")
     with _prepared(model), torch.enable_grad():
         try:
-            logits = model(_plain(x[:1]).to(device, copy=True).requires_grad_())
+            logits = model(_plain(x[:1]).to(device).requires_grad_().clone())
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             raise WdatError(f"the model does not take images of shape {tuple(x.shape[1:])}: {error}") from error
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1:
@@ -1557,7 +1657,39 @@ def _check_attack(model: nn.Module, x: Tensor, y: Tensor, loss: str | Loss, batc
     low, high = int(y.min()), int(y.max())
     if low < 0 or high >= classes:
         raise WdatError(f"labels must lie in 0..{classes - 1} for this model, these span {low}..{high}")
-    return function
+    return function, classes
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise WdatError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+
+
+def _check_training(train: Images, val: Images | None, config: Any, kind: type, on_epoch: Any, progress: Any) -> None:
+    """What training alone is given; before anything is unpacked."""
+    if not isinstance(config, kind):
+        raise WdatError(f"config must be a {kind.__name__}, not {type(config).__name__}")
+    for name, pair in (("train", train), ("val", val)):
+        if not (isinstance(pair, (tuple, list)) and len(pair) == 2) and not (name == "val" and pair is None):
+            raise WdatError(f"{name} must be a pair (images, labels), not {type(pair).__name__}")
+    if on_epoch is not None and not callable(on_epoch):
+        raise WdatError(f"on_epoch must be a function, not {on_epoch!r}")
+    _check_progress(progress)
+
+
+def _check_trainable(parameters: Sequence[nn.Parameter]) -> None:
+    if not parameters:
+        raise WdatError("the model has no floating-point parameter to train")
+
+
+def _check_progress(progress: Any) -> None:
+    if not isinstance(progress, bool) and not callable(progress):
+        raise WdatError(f"progress must be True, False or a function, not {progress!r}")
+
+
+def _check_dense(name: str, tensor: Tensor, meta_is_fine: bool = False) -> None:
+    if tensor.layout != torch.strided or (tensor.is_meta and not meta_is_fine):
+        raise WdatError(f"{name} must be a dense tensor with values, not {tensor.layout} on {tensor.device}")
 
 
 def _check_steps(steps: int, step_ratio: float) -> None:
@@ -1571,7 +1703,7 @@ def _check_flag(name: str, value: Any) -> None:
 
 
 def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise WdatError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
 
 
@@ -1590,6 +1722,7 @@ def _check_number(
     if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
         raise WdatError(f"{name} must be {kind}, not {value!r}")
     inside = value > above and value >= at_least and (value < below if at_most is None else value <= at_most)
+    inside &= whole or value == math.inf or abs(value) <= sys.float_info.max  # not an integer that no float holds
     if not inside:
         low = f"above {above:g}" if above > -math.inf else f"at least {at_least:g}"
         high = "" if at_most == math.inf else f" and at most {at_most:g}" if at_most else f" and below {below:g}"

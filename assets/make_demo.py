@@ -4,6 +4,7 @@
     python assets/make_demo.py weights --data data    pre-training, into runs/demo/ (an hour on one core)
     python assets/make_demo.py record  --data data    those weights into assets/, their record into results/
 
+Each writes the digests in assets/SHA256SUMS anew.
 `--data` is a folder for CIFAR-10 as torchvision keeps it; it is downloaded where it is missing.
 """
 
@@ -30,6 +31,7 @@ from wdat_networks import new_stand_in
 
 CONFIG = PretrainConfig(epochs=24, steps=5, step_ratio=2.0, batch_size=128, average=0.998, precision="bfloat16")
 PARTS = {"train": (True, 0, 4000), "val": (True, 4000, 5000), "test": (False, 0, 1000)}
+PUBLISHED = ["demo.safetensors", "images.json", *(f"images_{name}.webp" for name in PARTS), "paper.csv"]
 
 
 def images(data: Path) -> None:
@@ -116,3 +118,4 @@ if __name__ == "__main__":
     parser.add_argument("--data", type=Path, default=companion.ROOT / "data")
     arguments = parser.parse_args()
     {"images": images, "weights": weights, "record": record}[arguments.step](arguments.data)
+    companion.write_sums(ASSETS, PUBLISHED)

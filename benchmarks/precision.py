@@ -11,6 +11,7 @@ import math
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -20,7 +21,7 @@ import companion
 from wdat_core import Threat, wpgd
 from wdat_networks import load_network
 
-WAYS = {
+WAYS: dict[str, dict[str, Any]] = {
     "float32": {},
     "bfloat16": {"precision": "bfloat16"},
     "float32, compiled": {"compiled": True},
@@ -45,7 +46,8 @@ def main(arguments: list[str]) -> None:
     model = network.model.to(device)
     data = companion.load_data(settings, device)
     batch = 128 if device.type == "cpu" else 1000
-    metrics, seconds = {}, {}
+    metrics: dict[str, Any] = {}
+    seconds = {}
     for way, options in WAYS.items():
         begin = time.perf_counter()
         attacks = {

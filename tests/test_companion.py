@@ -70,6 +70,7 @@ def test_grid_is_all_of_the_paper_or_the_one_asked_for():
         ({"compiled": 1}, "compiled must be True or False, not 1"),
         ({"upsilon_from": "full"}, "upsilon_from must be one of sample, batch"),
         ({"network": 7}, "network must be a text"),
+        ({"export": True}, "export must be a text"),
         ({"test_images": 1001}, "test_images is 1001, and the 'embedded' data has 1000"),
         ({"preset": "paper", "train_images": 45_000}, "CIFAR-10 has 50000"),
     ],
@@ -104,9 +105,16 @@ def test_embedded_images_are_those_of_the_golden_file():
 
 
 def test_damaged_image_file_is_named(tmp_path, monkeypatch):
-    for path in companion.ASSETS.glob("images*"):
+    for path in (*companion.ASSETS.glob("images*"), companion.ASSETS / "SHA256SUMS"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     monkeypatch.setattr(companion, "ASSETS", tmp_path)
+    index = tmp_path / "images.json"
+    labels = index.read_text(encoding="utf-8")
+    index.write_text(labels.replace('"labels": "6', '"labels": "7'), encoding="utf-8")
+    with pytest.raises(ParameterError, match=r"damaged or missing.*images.json does not have the digest"):
+        companion.embedded("test")
+    index.write_text(labels, encoding="utf-8")
+    assert len(companion.embedded("test")[1]) == 1000
     sheet = tmp_path / "images_test.webp"
     for content in (sheet.read_bytes()[:10_000], b"", (tmp_path / "images_val.webp").read_bytes()):
         sheet.write_bytes(content)
@@ -143,6 +151,19 @@ def test_demo_network_is_what_its_record_says(tmp_path):
         correct = network.model(companion.floats(x)).argmax(1) == y
     recorded = companion.unpack(record["correct"]["after"]["clean"], record["data"]["test"])[:1000]
     assert np.abs(correct.numpy() - recorded).sum() <= 5  # images at the boundary, on another machine
+
+
+def test_damaged_stand_in_is_named(tmp_path, monkeypatch):
+    """A flipped bit in a number would load as well as any other number."""
+    for name in ("demo.safetensors", "SHA256SUMS"):
+        (tmp_path / name).write_bytes((companion.ASSETS / name).read_bytes())
+    monkeypatch.setattr(wdat_networks, "ASSETS", tmp_path)
+    assert wdat_networks.load_network("demo", tmp_path).name == "demo"
+    content = bytearray((tmp_path / "demo.safetensors").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "demo.safetensors").write_bytes(content)
+    with pytest.raises(ParameterError, match=r"demo.safetensors does not hold .* restore it"):
+        wdat_networks.load_network("demo", tmp_path)
 
 
 def test_unknown_network_gets_the_nearest(tmp_path):
@@ -259,15 +280,39 @@ def test_missing_device_is_named():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+SMALL = {"train_images": 60, "val_images": 20, "test_images": 50, "batch_size": 20, "steps": 2}
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A real run of two columns, as small as can be."""
     patch = pytest.MonkeyPatch()
     patch.setattr(companion, "RUNS", tmp_path_factory.mktemp("runs"))
-    sizes = {"train_images": 60, "val_images": 20, "test_images": 50, "batch_size": 20, "steps": 2}
-    records = companion.finetune_grid(Settings(eta=1, **sizes).resolved(), "whole", notebook="table4")
+    records = companion.finetune_grid(Settings(eta=1, **SMALL).resolved(), "whole", notebook="table4")
     yield records, companion.RUNS
     patch.undo()
+
+
+def test_a_column_stopped_by_its_time_goes_on_where_it_was(run, tmp_path, monkeypatch):
+    """In pieces of one minibatch: the record of a run that was never stopped, and nothing else left behind."""
+    monkeypatch.setattr(companion, "RUNS", tmp_path)
+    settings, stops = Settings(eta=1, tau=0.1, **SMALL, stop_after=1e-9).resolved(), 0
+    while True:
+        try:
+            (record,) = companion.finetune_grid(settings, "whole", notebook="table4")
+            break
+        except ParameterError as error:
+            assert "stopped after 1e-09 seconds, as asked" in str(error) and "the same command goes on" in str(error)
+            (kept,) = tmp_path.iterdir()
+            assert kept.suffix == ".checkpoint"
+            stops += 1
+    assert stops == 4 * 3
+    unstopped = run[0][0]
+    assert {k: record[k] for k in ("metrics", "correct", "config", "command")} == {
+        k: unstopped[k] for k in ("metrics", "correct", "config", "command")
+    }
+    assert record["history"]["upsilon"] == unstopped["history"]["upsilon"]
+    assert [path.suffix for path in tmp_path.iterdir()] == [".json"]
 
 
 def test_records_come_back_as_they_were_written(run):
@@ -351,7 +396,7 @@ def test_paired_interval():
 
 
 def test_command_repeats_the_column_exactly():
-    settings = from_notebook(delta=4 / 255, eta=1, seed=3)
+    settings = from_notebook(delta=4 / 255, eta=1, seed=3, export="anywhere")
     command = companion._command(settings, "table4", 0.01, 1.0)
     assert command == f"papermill notebooks/table4.ipynb out.ipynb -p tau 0.01 -p eta 1 -p delta {4 / 255!r} -p seed 3"
 
@@ -405,6 +450,14 @@ def test_paper_numbers_are_complete():
     assert counts == {1: 15, 2: 15, 5: 25} | dict.fromkeys((3, 4, 6, 7, 8, 9, 10, 11), 12)
 
 
+def test_damaged_paper_number_is_named(tmp_path, monkeypatch):
+    for name in ("paper.csv", "SHA256SUMS"):
+        (tmp_path / name).write_bytes((companion.ASSETS / name).read_bytes().replace(b"42.99", b"42.98"))
+    monkeypatch.setattr(companion, "ASSETS", tmp_path)
+    with pytest.raises(ParameterError, match=r"the paper's numbers are damaged or missing: restore .*paper.csv"):
+        companion.paper_value(4, "Zhang2019Theoretically", "w_2")
+
+
 def test_settings_and_notebook_agree_on_parameters():
     """Every field of Settings is a parameter of the notebook with the same default, and no other is."""
     parameters = papermill.inspect_notebook(companion.ROOT / "notebooks" / "table4.ipynb")
@@ -431,3 +484,18 @@ def test_readme_verdict_follows_from_the_records():
     )
     text = " ".join((companion.ROOT / "README.md").read_text(encoding="utf-8").split())
     assert contained == ("every W₂ interval contains 0" in text)
+
+
+def test_every_promise_names_tests_that_exist():
+    promises = companion.promises()
+    assert len(promises) > 10
+    for row in promises:
+        for test in row["tests"].split(";"):
+            file, _, name = test.strip().partition("::")
+            assert f"def {name}(" in (companion.ROOT / "tests" / file).read_text(encoding="utf-8"), test
+
+
+def test_figures_of_the_promises_are_in_the_record():
+    for record in companion.read_records(kind="reliability"):
+        assert "{" not in companion.promises_table(record).data
+    assert "–" in companion.promises_table(None).data

@@ -1,0 +1,295 @@
+"""The benchmark: what is compared is comparable, what is missing is said, and its record can be drawn. No timings."""
+
+import dataclasses
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import companion
+import wdat_core
+import wdat_networks
+from benchmarks import baselines, card, peers, races, speed
+from wdat_networks import WideResNet
+
+CPU = torch.device("cpu")
+NO_PEERS = sys.executable  # this environment has neither foolbox nor torchattacks
+
+
+@pytest.fixture(scope="module")
+def subject():
+    return baselines.demo(48, CPU)
+
+
+def plan(**changes):
+    return dataclasses.replace(speed.Plan(CPU, 1, NO_PEERS, **speed.QUICK), **changes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is timed
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("depth", "widen", "count"), [(28, 10, 36_479_194), (34, 10, 46_160_474)])
+def test_wide_networks_have_as_many_parameters_as_published(depth, widen, count):
+    with torch.device("meta"):
+        assert sum(p.numel() for p in WideResNet(depth, widen).parameters()) == count
+
+
+def test_wide_network_is_that_of_robustbench():
+    """With RobustBench's weights, in the order in which both store them, it is the same function."""
+    wdat_networks._zoo()  # so that robustbench finds what it imports
+    from robustbench.model_zoo.architectures.wide_resnet import WideResNet as Theirs
+
+    theirs, ours = Theirs(16, 10, 2).eval(), WideResNet(16, 2).eval()
+    weights = theirs.state_dict().values()
+    ours.load_state_dict(dict(zip(ours.state_dict(), weights, strict=True)))
+    x = torch.rand(4, 3, 32, 32)
+    assert torch.allclose(ours(x), theirs(x), atol=1e-6)
+
+
+def test_depth_of_a_wide_network_that_is_none():
+    with pytest.raises(companion.ParameterError, match=r"is 10, 16, 22, 28, ..., not 12"):
+        WideResNet(12, 1)
+
+
+def passes_of_attack(subject, **options):
+    """Without the first, of one image: the core sees whether the network takes it."""
+
+    def attack(model):
+        baselines.attacked(dataclasses.replace(subject, model=model), 16, **options)
+
+    (images, _), *passes = baselines.passes_of(subject.model, attack)
+    assert images == 1
+    return passes
+
+
+def test_attack_that_skips_nothing_makes_every_pass(subject):
+    assert passes_of_attack(subject) == baselines.every_pass(48, 16)
+
+
+def test_redlr_skips_and_can_be_made_not_to(subject):
+    assert baselines.gradients(passes_of_attack(subject, loss="redlr")) < 48 * baselines.STEPS
+    with baselines.no_image_skipped():
+        assert passes_of_attack(subject, loss="redlr") == baselines.every_pass(48, 16)
+
+
+def test_replay_makes_the_same_passes_again(subject):
+    """Those of Algorithm 1, which are of all kinds when the labels are the network's own answers."""
+
+    def train(model):
+        options = {"epochs": 1, "batch_size": 24, "steps": 2, "sample": 0.25, "attack_label": "predicted"}
+        config = wdat_core.FinetuneConfig(**options)
+        wdat_core.finetune(model, (subject.x, subject.y), None, config, eval_batch_size=10)
+
+    network = WideResNet(10, 1)
+    made = baselines.passes_of(network, train)
+    assert {gradient for _, gradient in made} == {"input", "parameters", "none"}
+    before = [p.clone() for p in network.parameters()]
+    again = baselines.passes_of(
+        network, lambda model: baselines.replay(dataclasses.replace(subject, model=model), made)
+    )
+    assert again == made
+    assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("batch_size", [32, 7])
+def test_published_way_finds_what_ours_finds(subject, batch_size):
+    accuracy, loss = baselines.published_way(subject, batch_size=batch_size)
+    ours = wdat_core.wpgd(subject.model, subject.x, subject.y, wdat_core.Threat())
+    assert abs(accuracy - ours.accuracy) * 48 < 1.5
+    assert loss == pytest.approx(ours.loss, abs=0.01)
+
+
+def test_without_the_libraries_the_subject_is_random_and_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    assert baselines.demo(4, CPU).name == "demo (random images)"
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    first, second = baselines.demo(4, CPU), baselines.demo(4, CPU)
+    assert first.name == "demo (random weights)"
+    assert torch.equal(first.model(first.x), second.model(second.x)) and torch.equal(first.y, second.y)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Races and rows
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def lap_of(*seconds):
+    laps = iter(seconds)
+    return lambda: races.Lap(next(laps), 0.5)
+
+
+def test_ratios_are_of_the_same_round_and_leave_the_warm_up_out():
+    done = races.contest({"a": lap_of(100, 2, 3, 8), "b": lap_of(1, 1, 2, 2)}, 3)
+    row = races.compare(done, "a", "b", races.TIME, target=1.05)
+    assert (row["low"], row["ratio"], row["high"], row["rounds"]) == (1.5, 2, 4, 3)
+    assert (row["target"], row["met"], companion.verdict(row)) == ("at most 1.05", False, "missed by 0.95")
+    row = races.compare(done, "b", "a", races.SPEED, target=2)
+    assert (row["ratio"], row["target"], row["met"], companion.verdict(row)) == (2, "at least 2", True, "met")
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (baselines.UnavailableError("not installed"), "not installed"),
+        (wdat_core.WdatError("torch.compile fails on this model"), "torch.compile fails on this model"),
+        (torch.OutOfMemoryError("tried to allocate"), "out of memory"),
+    ],
+)
+def test_contestant_that_cannot_start_has_rows_that_say_why(error, reason):
+    def broken():
+        raise error
+
+    done = races.contest({"a": lap_of(1, 1), "b": broken}, 1)
+    for names in (("a", "b"), ("b", "a")):
+        row = races.compare(done, *names, races.TIME, target=1)
+        assert (row["ratio"], row["met"], row["reason"]) == (None, None, reason)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Peers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_peer_is_timed_on_all_the_images(subject):
+    found = peers.run("pyautoattack", subject, 16)
+    clean = (subject.model(subject.x).argmax(1) == subject.y).sum().item()
+    assert found["gradients"] == clean * (baselines.STEPS + 1)
+    ours = baselines.attacked(subject, 16, p=float("inf"))
+    assert abs(found["accuracy"] - ours) < 0.1 and found["version"]
+
+
+def test_peers_that_are_not_there_are_named(subject):
+    with peers.worker(NO_PEERS, subject, 16) as ask:
+        for name in ("foolbox", "torchattacks"):
+            with pytest.raises(baselines.UnavailableError, match=f"{name} is not installed"):
+                ask(name)
+        assert ask("pyautoattack")["accuracy"] <= 1  # and the worker still answers
+
+
+def test_worker_that_dies_or_cannot_start(subject, tmp_path, monkeypatch):
+    with pytest.raises(baselines.UnavailableError, match="does not start"), peers.worker("no/python", subject, 16):
+        pass
+    monkeypatch.setattr(peers, "__file__", str(tmp_path / "no_worker.py"))
+    with peers.worker(NO_PEERS, subject, 16) as ask, pytest.raises(baselines.UnavailableError, match="exit code 2"):
+        ask("foolbox")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command, its record and its page
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    speed.main(["--quick", "--rounds", "1", "--device", "cpu", "--peers", NO_PEERS, "--out", str(folder)])
+    (record,) = companion.read_records(folder, kind="benchmark")
+    return record
+
+
+def test_quick_run_ends_in_a_record_with_every_group(record):
+    groups = {row["group"] for row in record["rows"]}
+    assert groups == {
+        "Attack: overhead",
+        "Attack: speed",
+        "Precision and compilation",
+        "Algorithm 1",
+        "Peak memory",
+        "Share of the card's rate",
+    }
+    assert all((row["ratio"] is None) == (row["reason"] is not None) for row in record["rows"])
+    assert set(record["growth"]) == set(record["memory"]) == {"images", "steps", "epochs"}
+    assert record["command"] == "python benchmarks/speed.py --device cpu --rounds 1 --quick"
+    assert "pyautoattack" in record["versions"]
+
+
+def test_what_is_missing_here_has_a_reason(record):
+    reasons = {row["reason"] for row in record["rows"] if row["ratio"] is None}
+    for words in (
+        "foolbox is not installed",
+        "torchattacks is not installed",
+        "left out of a quick run",
+        "needs a GPU",
+    ):
+        assert any(words in reason for reason in reasons)
+
+
+def test_damaged_record_of_a_benchmark_is_named(record, tmp_path, capsys):
+    path = companion.write_record(record, tmp_path)
+    text = path.read_text(encoding="utf-8")
+    (tmp_path / "other.json").write_text(text.replace('"rows"', '"lines"'), encoding="utf-8")
+    (tmp_path / "half.json").write_text(text[:1000], encoding="utf-8")
+    assert companion.read_records(tmp_path, kind="benchmark") == [record]
+    complaint = capsys.readouterr().err
+    assert "other.json" in complaint and "half.json" in complaint
+
+
+def test_table_has_every_row_and_the_reasons(record):
+    text = companion.benchmark_table(record).data
+    for row in record["rows"]:
+        if row["ratio"] is None:
+            assert row["reason"] in text
+        else:
+            assert f"**{row['ratio']:.2f}** {companion.UNITS[row['unit']]}" in text
+    assert "Reason: needs a GPU" in text and "None" not in text
+    assert companion.describe_benchmark(record).data.startswith(f"**{record['device']}.**")
+
+
+def test_figures_show_what_the_tables_say(record):
+    shown = [row["ratio"] for row in record["rows"] if row["ratio"] and row["unit"] != races.EXTENT]
+    figure = companion.plot_ratios(record)
+    drawn = [x for axis in figure.axes for c in axis.containers for x in c.lines[0].get_xdata()]
+    assert sorted(drawn) == pytest.approx(sorted(shown))
+    text = companion.growth_table(record).data
+    points = [point for key in ("growth", "memory") for axis in record[key].values() for point in axis]
+    assert all(f"{x:,}: {y:.2f}" in text for x, y in points)
+    drawn = [
+        p for axis in companion.plot_growth(record).axes for line in axis.lines for p in line.get_xydata().tolist()
+    ]
+    assert all(any(p == pytest.approx(q) for q in drawn) for p in points)
+
+
+def test_tables_and_figures_of_a_record_without_values(record):
+    rows = [{**row, "ratio": None, "met": None, "reason": "no electricity"} for row in record["rows"]]
+    empty = {**record, "rows": rows, "growth": {}, "memory": {}}
+    assert "Reason: no electricity" in companion.benchmark_table(empty).data
+    assert "| images | – | – |" in companion.growth_table(empty).data
+    assert not [c for axis in companion.plot_ratios(empty).axes for c in axis.containers if len(c.lines[0].get_xdata())]
+    companion.plot_growth(empty)
+
+
+def test_throughput_table(record):
+    assert "on a GPU alone" in companion.throughput_table(record).data
+    figures = {"demo, float32": {"images_per_second": 10.0}}  # where the memory ended at the iteration
+    assert "| demo, float32 | 10 | – |" in companion.throughput_table({**record, "throughput": figures}).data
+
+
+def test_figures_of_a_card_without_a_card(monkeypatch):
+    """The code that runs on a GPU runs; what it returns here is no measurement."""
+    for name in ("reset_peak_memory_stats", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: 0)
+    monkeypatch.setattr(card, "MATRIX", 8)
+    tiny = baselines.random_subject("tiny", lambda: nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), 8, CPU)
+    with card.tf32(True):
+        row, figures = card.on_the_card(tiny, 1, {"precision": "bfloat16", "compiled": False})
+    assert row["ratio"] > 0 and row["network"] == "tiny (random weights)"
+    assert set(figures) == {
+        "images_per_second", "tflop_per_second", "attack_gib", "iteration_seconds", "training_gib", "projected_minutes"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rounds", "0"], "--rounds must be at least 1"),
+        (["--device", "abacus"], "device 'abacus' is not to be had here"),
+        (["--groups", "attack", "--quick", "--peers", "no/python"], "the Python of the peers does not start"),
+    ],
+)
+def test_bad_argument_ends_in_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        speed.main(arguments)
+    assert message in f"{caught.value} {capsys.readouterr().err}"

@@ -1,0 +1,256 @@
+"""Downloads that break off, from a server on this machine: nothing half-done stays, and the next try starts anew."""
+
+import hashlib
+import http.server
+import io
+import pickle
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+import torchvision.datasets
+
+import companion
+import wdat_networks
+from companion import ParameterError
+
+NAME = "Zhang2019Theoretically"
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves `content` at any address, as `way` says: whole, cut after half, short (half, no length given), stalled."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.content, self.way = b"", "whole"
+        self.closing = threading.Event()
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+
+class Answer(http.server.BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self):
+        content, way = self.server.content, self.server.way
+        self.send_response(200)
+        self.send_header("Content-Type", "application/octet-stream")
+        if way != "short":
+            self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content if way == "whole" else content[: len(content) // 2])
+        self.wfile.flush()
+        if way == "stalled":
+            self.server.closing.wait()
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "127.0.0.1")
+    server = Server()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.closing.set()
+    server.shutdown()
+    server.server_close()
+
+
+def files(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights of RobustBench, which come through gdown
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def zoo(server, monkeypatch):
+    """RobustBench's own loader and gdown's own download; the drive is the server, the network small."""
+    entries = wdat_networks._zoo()
+    import gdown
+
+    def new_model():
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10))
+
+    download = gdown.download
+    monkeypatch.setattr(gdown, "download", lambda id, output: download(f"{server.url}/{id}", output, quiet=True))
+    monkeypatch.setitem(entries, NAME, {"model": new_model, "gdrive_id": "x"})
+    state, stored = new_model().state_dict(), io.BytesIO()
+    torch.save(state, stored)
+    server.content = stored.getvalue()
+    return state
+
+
+def load(folder):
+    return wdat_networks.load_network(NAME, folder)
+
+
+@pytest.mark.parametrize("way", ["cut", "short"])
+def test_interrupted_weights_leave_nothing_and_start_anew(zoo, server, tmp_path, way):
+    server.way = way
+    with pytest.raises(ParameterError, match=r"Zhang2019Theoretically.pt.*place the file .*WRN-34-10") as caught:
+        load(tmp_path)
+    assert "\n" not in str(caught.value) and not files(tmp_path)
+    server.way = "whole"
+    network = load(tmp_path)
+    assert torch.equal(network.model.state_dict()["1.weight"], zoo["1.weight"])
+    assert network.digest == hashlib.sha256(server.content).hexdigest()
+    assert files(tmp_path) == [f"cifar10/Linf/{NAME}.pt"]
+
+
+def test_ensemble_is_checked_member_by_member(zoo, server, tmp_path, monkeypatch):
+    """All but what failed is kept, and is not fetched again."""
+    entry = {"model": wdat_networks._zoo()[NAME]["model"], "gdrive_id": ["a", "b"]}
+    monkeypatch.setitem(wdat_networks._zoo(), NAME, entry)
+    download = wdat_networks._download
+
+    def fail_at_b(file_id, *arguments):
+        server.way = "cut" if file_id == "b" else "whole"
+        download(file_id, *arguments)
+
+    monkeypatch.setattr(wdat_networks, "_download", fail_at_b)
+    with pytest.raises(ParameterError, match=r"no weights at .*_m1.pt, and the download failed"):
+        load(tmp_path)
+    assert files(tmp_path) == [f"cifar10/Linf/{NAME}.pt_m0.pt"]
+
+
+def test_every_flipped_byte_of_weights_is_named(zoo, server, tmp_path):
+    """torch.load itself takes a file with a wrong number in it."""
+    path = tmp_path / "cifar10" / "Linf" / f"{NAME}.pt"
+    path.parent.mkdir(parents=True)
+    noticed = 0
+    for at in range(0, len(server.content), 1009):
+        content = bytearray(server.content)
+        content[at] ^= 1
+        path.write_bytes(content)
+        try:
+            state = load(tmp_path).model.state_dict()
+        except ParameterError as error:
+            assert f"{NAME}.pt" in str(error)
+            noticed += 1
+        else:  # between the numbers: padding of the archive
+            assert all(torch.equal(state[key], zoo[key]) for key in zoo)
+    assert noticed > 100
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CIFAR-10, which comes through torchvision
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def batch(seed):
+    pixels = np.random.default_rng(seed).integers(0, 256, (4, 3072), dtype=np.uint8)
+    return pickle.dumps({"data": pixels, "labels": [0, 1, 2, 3]})
+
+
+CONTENTS = {
+    **{f"data_batch_{i}": batch(i) for i in range(1, 6)},
+    "test_batch": batch(6),
+    "batches.meta": pickle.dumps({"label_names": list("abcd")}),
+}
+
+
+def archive():
+    stored = io.BytesIO()
+    with tarfile.open(fileobj=stored, mode="w:gz") as tar:
+        for name, content in CONTENTS.items():
+            member = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return stored.getvalue()
+
+
+def small_cifar10(monkeypatch, url, content):
+    """Torchvision's own class, which looks for an archive of 24 images in all."""
+    md5 = {name: hashlib.md5(content).hexdigest() for name, content in CONTENTS.items()}
+    batches = [[name, md5[name]] for name in md5 if name.startswith("data")]
+    small = {
+        "url": f"{url}/cifar-10-python.tar.gz",
+        "tgz_md5": hashlib.md5(content).hexdigest(),
+        "train_list": batches,
+        "test_list": [["test_batch", md5["test_batch"]]],
+        "meta": {**torchvision.datasets.CIFAR10.meta, "md5": md5["batches.meta"]},
+    }
+    for name, value in small.items():
+        monkeypatch.setattr(torchvision.datasets.CIFAR10, name, value)
+
+
+@pytest.fixture
+def cifar10(server, monkeypatch):
+    server.content = archive()
+    small_cifar10(monkeypatch, server.url, server.content)
+
+
+BATCHES = [f"cifar-10-batches-py/{name}" for name in sorted(CONTENTS)]
+
+
+@pytest.mark.parametrize("way", ["cut", "short"])
+def test_interrupted_cifar10_leaves_nothing_and_starts_anew(cifar10, server, tmp_path, way):
+    server.way = way
+    with pytest.raises(ParameterError, match=r"CIFAR-10 is not in .*place cifar-10-python.tar.gz") as caught:
+        companion.cifar10(tmp_path, train=True)
+    assert "\n" not in str(caught.value) and not files(tmp_path)
+    server.way = "whole"
+    assert len(companion.cifar10(tmp_path, train=True)[1]) == 20
+    server.way = "cut"  # all is there: nothing is fetched
+    assert len(companion.cifar10(tmp_path, train=False)[1]) == 4
+    assert files(tmp_path) == BATCHES
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:100], lambda content: content[:-1] + b"\0", lambda _: b""])
+def test_damaged_batch_is_fetched_anew(cifar10, server, tmp_path, damage):
+    companion.cifar10(tmp_path, train=True)
+    path = tmp_path / "cifar-10-batches-py" / "data_batch_3"
+    path.write_bytes(damage(path.read_bytes()))
+    server.way = "cut"
+    with pytest.raises(ParameterError, match="CIFAR-10 is not in"):
+        companion.cifar10(tmp_path, train=True)
+    server.way = "whole"
+    companion.cifar10(tmp_path, train=True)
+    assert path.read_bytes() == CONTENTS["data_batch_3"]
+
+
+def test_archive_placed_by_hand_is_used_if_it_is_whole(cifar10, server, tmp_path):
+    placed = tmp_path / "cifar-10-python.tar.gz"
+    placed.write_bytes(server.content)
+    server.way = "cut"
+    assert len(companion.cifar10(tmp_path, train=True)[1]) == 20
+    assert files(tmp_path) == [*BATCHES, placed.name]
+
+
+def test_half_an_archive_placed_by_hand_is_replaced_by_a_download(cifar10, server, tmp_path):
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(server.content[:1000])
+    server.way = "cut"
+    with pytest.raises(ParameterError, match="CIFAR-10 is not in"):
+        companion.cifar10(tmp_path, train=True)
+    server.way = "whole"
+    assert len(companion.cifar10(tmp_path, train=True)[1]) == 20
+
+
+def test_process_killed_in_a_download_leaves_no_half_file_under_a_final_name(cifar10, server, tmp_path):
+    code = (
+        "import sys, pathlib, torchvision.datasets, companion\n"
+        "torchvision.datasets.CIFAR10.url = sys.argv[1]\n"
+        "companion.cifar10(pathlib.Path(sys.argv[2]), train=True)\n"
+    )
+    server.way = "stalled"
+    arguments = [sys.executable, "-c", code, f"{server.url}/cifar-10-python.tar.gz", str(tmp_path)]
+    process = subprocess.Popen(arguments, cwd=companion.ROOT, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not any((tmp_path / name).stat().st_size for name in files(tmp_path)):
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert files(tmp_path)
+    assert not [name for name in files(tmp_path) if not name.startswith(".download-")]
+    server.closing.set()
+    server.way = "whole"
+    assert len(companion.cifar10(tmp_path, train=True)[1]) == 20

@@ -1,0 +1,197 @@
+"""A record that was damaged, cut short, edited or made up is named and skipped, whatever became of it."""
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+
+import companion
+
+SMALL = min(companion.RESULTS.glob("finetune-*.json"), key=lambda path: path.stat().st_size)
+
+
+@pytest.fixture
+def record():
+    return companion.parse_record(SMALL.read_bytes())
+
+
+def test_every_committed_record_is_whole_and_says_how_to_repeat_it(capsys):
+    records = [record for kind in companion.RULES for record in companion.read_records(kind=kind)]
+    assert len(records) == len(list(companion.RESULTS.glob("*.json"))) >= 14 and not capsys.readouterr().err
+    for record in records:
+        assert "/" not in record["device"] and str(companion.ROOT) not in json.dumps(record)
+
+
+def test_record_comes_back_as_it_was_written(record, tmp_path):
+    path = companion.write_record(record, tmp_path)
+    assert path.read_bytes() == SMALL.read_bytes() and path.name == SMALL.name
+    assert list(json.loads(path.read_bytes()))[-1] == "digest" and "digest" not in record
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Damage
+# ---------------------------------------------------------------------------------------------------------------------
+
+DAMAGE = {
+    "a flipped bit": lambda content, at: content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :],
+    "another digit or letter": lambda content, at: content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :],
+    "a lost byte": lambda content, at: content[:at] + content[at + 1 :],
+    "an end too early": lambda content, at: content[:at],
+    "zeros to the end": lambda content, at: content[:at] + bytes(len(content) - at),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_no_damage_to_any_byte_changes_what_is_read(record, damage):
+    """Most of it is named; the rest is in the white space, and what is read is the same."""
+    content, named = SMALL.read_bytes(), 0
+    for at in range(len(content)):
+        try:
+            assert companion.parse_record(DAMAGE[damage](content, at)) == record
+        except ValueError:
+            named += 1
+    assert named > len(content) / 2
+
+
+def test_damaged_files_are_named_in_one_line_each(record, tmp_path, capsys):
+    content = SMALL.read_bytes()
+    foreign = {"empty": b"", "deep": b"[" * 100_000, "image": b"\x89PNG\r\n\x1a\n\xff\xfe", "list": b"[]"}
+    flipped = {f"flipped{at}": DAMAGE["a flipped bit"](content, at) for at in range(0, len(content), 397)}
+    for name, damaged in {**foreign, **flipped, "good": content}.items():
+        (tmp_path / f"{name}.json").write_bytes(damaged)
+    (tmp_path / "folder.json").mkdir()
+    assert companion.read_records(tmp_path) == [record]
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(".json: ")[0] for line in lines] == sorted(
+        f"skipped {n}" for n in (*foreign, *flipped, "folder")
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole, but not true
+# ---------------------------------------------------------------------------------------------------------------------
+
+WRONG = [
+    ("schema", 2, "not a record of schema 1"),
+    ("kind", "finetunes", "not a record of schema 1"),
+    ("kind", ["finetune"], "not a record of schema 1"),
+    ("network.name", "../../demo", "network.name cannot be"),
+    ("network.digest", "abc", "network.digest cannot be 'abc'"),
+    ("network", "demo", "network.name is missing"),
+    ("data.digest", "A" * 64, "data.digest cannot be"),
+    ("data.test", 1000.0, "data.test cannot be 1000.0"),
+    ("data.test", 999, "999 images|of its images"),
+    ("data.test", 2000, "not of 2000 images"),
+    ("data.train", True, "data.train cannot be True"),
+    ("config.taux", 0.1, "unexpected keyword argument 'taux'"),
+    ("config.tau", 0, "tau must be"),
+    ("config.tau", "0.1", "tau must be"),
+    ("config.threat.r", "infinite", "r must be"),
+    ("config.threat", None, "not a record"),
+    ("config.consistency", "mse", "consistency must be"),
+    ("metrics.after.clean", 1.5, "metrics.after.clean cannot be 1.5"),
+    ("metrics.after.clean", "0.7", "metrics.after.clean cannot be '0.7'"),
+    ("metrics.after.w_2", 0.999, "metrics.after.w_2 is 0.999, and .* of its images"),
+    ("metrics.before", {}, "metrics.before.clean is missing"),
+    ("correct.after.w_2", "AAAA", "correct.after.w_2 is not of 1000 images"),
+    ("correct.after.w_2", "no base64!", "padding|base64"),
+    ("correct.later", {"clean": "AAAA"}, "later"),
+    ("history.best", 0, "history.best cannot be 0"),
+    ("history.upsilon", [1.0, -2.0], "history.upsilon.1 cannot be -2.0"),
+    ("history.epochs", [], "history.epochs.*.epoch is missing"),
+    ("seconds.finetune", None, "seconds.finetune cannot be None"),
+    ("device", {"name": "a CPU"}, "device is missing"),
+    ("device", "<script>", "device cannot be '<script>'"),
+    ("data.source", "[images](https://example.org)", "data.source cannot be"),
+    ("core", "latest", "core cannot be 'latest'"),
+    ("created", "yesterday", "created cannot be 'yesterday'"),
+    ("command", "rm -r .", "command cannot be"),
+]
+
+
+def changed(record, field, value):
+    inside = record = copy.deepcopy(record)
+    *path, last = field.split(".")
+    for part in path:
+        inside = inside[part]
+    inside[last] = value
+    return record
+
+
+@pytest.mark.parametrize(("field", "value", "message"), WRONG)
+def test_sealed_record_that_cannot_be_true_is_refused(record, field, value, message):
+    """Its digest is right: somebody sealed it, or this project wrote it wrongly."""
+    with pytest.raises(ValueError, match=message):
+        companion.parse_record(companion.record_bytes(changed(record, field, value)))
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_number_that_is_none_is_refused(value):
+    content = SMALL.read_bytes().replace(b'"best": ', f'"best": {value}, "worst": '.encode())
+    with pytest.raises(ValueError, match=r"not JSON compliant"):
+        companion.parse_record(content)
+
+
+@pytest.mark.parametrize("key", ["device", "config", "metrics", "correct", "history", "data", "network", "digest"])
+def test_record_without_a_key_is_refused(record, key):
+    stored = json.loads(companion.record_bytes({k: v for k, v in record.items() if k != key}))
+    if key == "digest":
+        del stored["digest"]
+    with pytest.raises(ValueError, match=f"{key}.* is missing|digest"):
+        companion.parse_record(json.dumps(stored).encode())
+
+
+def test_other_kinds_need_their_own_keys(record):
+    """A benchmark has no network, a measurement of Upsilon no accuracy."""
+    every = {k: record[k] for k in ("schema", "device", "versions", "core", "created", "command")}
+    every["seconds"] = {"total": 12.5}
+    empty = {"rows": [], "growth": {}, "memory": {}, "throughput": {}}
+    benchmark = {**every, "kind": "benchmark", "config": {"rounds": 3}, **empty}
+    upsilon = {**every, "kind": "upsilon", **{k: record[k] for k in ("network", "data", "config")}}
+    upsilon["points"] = {"minibatch": [0, 8], "whole": [40.5, 41.0]}
+    for whole, key in ((benchmark, "growth"), (upsilon, "points"), (upsilon, "data")):
+        assert companion.parse_record(companion.record_bytes(whole)) == whole
+        with pytest.raises(ValueError, match=f"{key}.* is missing"):
+            companion.parse_record(companion.record_bytes({k: v for k, v in whole.items() if k != key}))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names and writers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_runs_that_differ_have_names_that_differ(record, tmp_path):
+    """Also in a digit that is usually not shown."""
+    configs = [{"seed": 1234567}, {"seed": 1234568}, {"tau": 0.01}, {"tau": 0.010000001}, {"eta": 0.3}]
+    names = {companion.write_record({**record, "config": record["config"] | c}, tmp_path).name for c in configs}
+    assert len(names) == len(configs)
+
+
+def test_processes_that_write_the_same_record_at_once_do_no_harm(record, tmp_path):
+    code = (
+        "import json, sys, pathlib, companion\n"
+        "record = json.loads(pathlib.Path(sys.argv[1]).read_bytes())\n"
+        "del record['digest']\n"
+        "print(flush=True)\n"
+        "sys.stdin.readline()\n"
+        "for _ in range(50): companion.write_record(record, pathlib.Path(sys.argv[2]))\n"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": companion.ROOT}
+    writers = [subprocess.Popen([sys.executable, "-c", code, str(SMALL), str(tmp_path)], **pipes) for _ in range(3)]
+    for writer in writers:
+        writer.stdout.readline()  # ready
+    for writer in writers:
+        writer.stdin.write("\n")
+        writer.stdin.flush()
+    reads = 0
+    while any(writer.poll() is None for writer in writers):
+        for path in tmp_path.glob("*.json"):
+            assert companion.parse_record(path.read_bytes()) == record
+            reads += 1
+    for writer in writers:
+        assert writer.wait() == 0
+        writer.stdin.close()
+        writer.stdout.close()
+    assert reads and [path.name for path in tmp_path.iterdir()] == [SMALL.name]
