@@ -14,6 +14,7 @@ import math
 import os
 import random
 import re
+from collections import Counter
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
@@ -46,6 +47,7 @@ from wdat_core import (
 EXAMPLES = int(os.environ.get("WDAT_EXAMPLES", 40))
 drawn = settings(max_examples=EXAMPLES, derandomize="WDAT_EXAMPLES" not in os.environ, deadline=None, database=None)
 
+ENDS = Counter()  # how many cases ended in a result, and in an error
 CLASSES = 4
 SHAPES = ((2, 3, 3), (1, 1, 1), (7,), (2, 2, 1, 2))  # of an image
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -555,7 +557,15 @@ def outcome(call, odds, model, *things, may_change=lambda error: False):
         message, words = str(error), {word for odd in odds for word in odd.words}
         assert message and message.isprintable(), "more than one line"
         assert names_one_of(message, words), f"{message!r} names none of {words}"
+    ENDS["hostile_results" if error is None else "hostile_errors"] += 1
     return result
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ends(record_testsuite_property):
+    yield
+    for end, count in ENDS.items():
+        record_testsuite_property(end, count)
 
 
 def power_mean(values, order, reduce):
