@@ -1312,10 +1312,11 @@ class _Checkpoint:
     def signals(self) -> Iterator[_Signals]:
         """Where there is a checkpoint, SIGTERM and SIGINT raise `_Interrupt`; outside they do what they did before.
 
-        Python lets only the main thread handle signals; in another one the run is kept every minute all the same.
+        One that is ignored, as in a job in the background, stays so. Python lets only the main thread handle signals;
+        in another one the run is kept every minute all the same.
         """
         signals = _Signals()
-        numbers = (signal.SIGTERM, signal.SIGINT)
+        numbers = [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) is not signal.SIG_IGN]
         if self.path is None or threading.current_thread() is not threading.main_thread():
             yield signals
             return

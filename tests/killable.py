@@ -8,6 +8,7 @@ and computes nothing, so that a child starts in milliseconds.
 import importlib
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -60,6 +61,7 @@ def result(model, history):
 
 def main():
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests run in the background
     importlib.import_module("torch._dynamo")  # an optimiser would, in every child anew, for seconds
     for line in sys.stdin:
         order = json.loads(line)
