@@ -1157,7 +1157,7 @@ def plot_changes(table: int, records: Sequence[Record], recorded: Sequence[Recor
 UNITS = {
     "time relative to the baseline": "times as long",
     "times as fast as the baseline": "times as fast",
-    "multiple of the baseline": "times its size",
+    "multiple of the baseline": "times their size",
 }
 
 
@@ -1171,6 +1171,15 @@ def verdict(row: dict[str, Any]) -> str:
     return "met" if row["met"] else f"missed by {abs(row['ratio'] - float(row['target'].split()[-1])):.2f}"
 
 
+def missing(rows: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
+    """What a benchmark could not measure, by reason."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        if row["ratio"] is None:
+            found.setdefault(row["reason"], []).append(f"{row['name']} against {row['baseline']}")
+    return {reason: list(dict.fromkeys(names)) for reason, names in found.items()}
+
+
 def describe_benchmark(record: Record) -> Any:
     """Where and with what a benchmark ran, in one paragraph of Markdown."""
     from IPython.display import Markdown
@@ -1178,7 +1187,7 @@ def describe_benchmark(record: Record) -> Any:
     libraries = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     return Markdown(
         f"**{record['device']}.** Recorded {record['created'][:10]} by `{record['command']}` in"
-        f" {record['seconds']['total'] / 60:.0f} minutes, {record['config']['rounds']} rounds after a warm-up."
+        f" {record['seconds']['total'] / 60:.0f} min, rounds: {record['config']['rounds']}, after a warm-up."
         f" {libraries}, core {record['core'][:8]}."
     )
 
@@ -1188,26 +1197,24 @@ def benchmark_table(record: Record) -> Any:
     from IPython.display import Markdown
 
     measured: dict[str, list[str]] = {}
-    missing: dict[str, list[str]] = {}
     for row in record["rows"]:
-        name, baseline = _symbols(row["name"]), _symbols(row["baseline"])
         if row["ratio"] is None:
-            missing.setdefault(row["reason"], []).append(f"{name} ({row['network']}, {row['precision']})")
             continue
         remarks = [f"{row['images']:,} images, batches of {row['batch_size']}"]
         if row["baseline_accuracy"] is not None:
             remarks.append(f"accuracy {100 * row['accuracy']:.1f} % against {100 * row['baseline_accuracy']:.1f} %")
         remarks += [row["note"]] if row["note"] else []
         spread = f" ({row['low']:.2f} to {row['high']:.2f})" if row["rounds"] > 1 else ""
-        cells = [name, row["network"], baseline, f"**{row['ratio']:.2f}** {UNITS[row['unit']]}{spread}"]
+        cells = [_symbols(row["name"]), row["network"], _symbols(row["baseline"])]
+        cells += [f"**{row['ratio']:.2f}** {UNITS[row['unit']]}{spread}"]
         cells += [f"{row['target']}: {verdict(row)}" if row["target"] else "–", "; ".join(remarks)]
         measured.setdefault(row["group"], []).append("| " + " | ".join(cells) + " |")
     blocks = []
     for group, lines in measured.items():
         head = f"| {group} | network | against | ratio (spread) | target | remarks |"
         blocks.append("\n".join([head, "|---" * 6 + "|", *lines]))
-    for reason, names in missing.items():
-        blocks.append(f"Not measured: {'; '.join(dict.fromkeys(names))}. Reason: {reason}.")
+    for reason, names in missing(record["rows"]).items():
+        blocks.append(f"Not measured: {_symbols('; '.join(names))}. Reason: {reason}.")
     return Markdown("\n\n".join(blocks))
 
 
@@ -1244,7 +1251,7 @@ def growth_table(record: Record) -> Any:
 
 
 def plot_ratios(record: Record) -> Figure:
-    """The ratios of a benchmark with spread and target: times on the left, speeds on the right, 1 is the baseline."""
+    """The ratios of a benchmark with spread and target: times above, speeds below; at 1 is the baseline."""
     import matplotlib.pyplot as plt
     import seaborn as sns
 
@@ -1256,8 +1263,9 @@ def plot_ratios(record: Record) -> Figure:
         False: {"color": THIS_RUN, "fmt": "s", "label": "target missed"},
         None: {"color": PAPER, "fmt": "D", "label": "no target"},
     }
-    tallest = max(len(rows) for rows in panels.values())
-    figure, axes = plt.subplots(1, 2, figsize=(12, 1.6 + 0.5 * tallest), layout="constrained")
+    heights = [max(1, len(rows)) for rows in panels.values()]
+    size = (10, 2 + 0.5 * sum(heights))
+    figure, axes = plt.subplots(2, 1, figsize=size, height_ratios=heights, layout="constrained")
     for axis, (unit, rows) in zip(axes, panels.items(), strict=True):
         for met, style in styles.items():
             points = [(len(rows) - 1 - i, r) for i, r in enumerate(rows) if r["met"] is met]
@@ -1267,10 +1275,10 @@ def plot_ratios(record: Record) -> Figure:
             targets = [(float(r["target"].split()[-1]), y) for y, r in points if r["target"]]
             axis.plot(*zip(*targets, strict=True) if targets else ([], []), "|", color="black", markersize=18)
         axis.axvline(1, color="black", linewidth=1)
-        labels = [f"{_symbols(r['name'])}\nagainst {_symbols(r['baseline'])}" for r in rows]
+        labels = [_symbols(f"{r['name']}\nagainst {r['baseline']} · {r['network']}") for r in rows]
         axis.set_yticks(range(len(rows)), reversed(labels), fontsize=9)
-        axis.set_ylim(-0.6, len(rows) - 0.4)
-        axis.set_xlabel(unit)
+        axis.set_ylim(-0.6, max(1, len(rows)) - 0.4)
+        axis.set_xlabel(f"{unit} (a tick is the target)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     plt.close(figure)
     return figure
@@ -1284,6 +1292,7 @@ def plot_growth(record: Record) -> Figure:
     sns.set_theme(style="whitegrid", context="notebook")
     figure, axes = plt.subplots(2, 3, figsize=(10, 5.5), layout="constrained")
     titles = {"images": "attack, by images", "steps": "attack, by steps", "epochs": "fine-tuning, by epochs"}
+    highest = max((peak for points in record["memory"].values() for _, peak in points), default=1)
     for (top, bottom), (name, title) in zip(axes.T, titles.items(), strict=True):
         seconds, peaks = record["growth"].get(name, []), record["memory"].get(name, [])
         if seconds:
@@ -1293,9 +1302,8 @@ def plot_growth(record: Record) -> Figure:
             top.plot(*zip(*seconds, strict=True), "o", color=RECORDED, markersize=7)
         if peaks:
             bottom.plot(*zip(*peaks, strict=True), "s", color=THIS_RUN, markersize=7)
-        top.set_title(title)
-        for axis in (top, bottom):
-            axis.set(xlabel=name, xlim=(0, None), ylim=(0, None))
+        top.set(title=title, xlabel=name, xlim=(0, None), ylim=(0, None))
+        bottom.set(xlabel=name, xlim=(0, None), ylim=(0, 1.2 * highest))
     axes[0, 0].set_ylabel("seconds")
     axes[1, 0].set_ylabel("peak memory / images")
     plt.close(figure)

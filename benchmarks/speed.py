@@ -15,9 +15,11 @@ import dataclasses
 import datetime
 import json
 import math
+import os
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -143,6 +145,27 @@ def attack(plan: Plan) -> dict[str, Any]:
     return {"rows": rows + in_other_ways(done, redlr, compared), "versions": versions}
 
 
+def larger(plan: Plan) -> dict[str, Any]:
+    """The attack on wider networks, where it can skip nothing, against bare passes."""
+    rows = []
+    for name in plan.larger:
+        subject = wide(name, plan.larger_images, plan.device)
+        n, batch = len(subject.x), min(plan.batch_size, plan.larger_images)
+        everything = every_pass(n, batch)
+        done = contest(
+            {
+                "bare passes": timed(partial(replay, subject, everything), plan.device),
+                "W_2 attack, CE": timed(partial(attacked, subject, batch), plan.device),
+            },
+            plan.rounds,
+        )
+        about = {"network": subject.name, "images": n, "batch_size": batch, "precision": "float32"}
+        rows.append(
+            compare(done, "W_2 attack, CE", "bare passes", TIME, target=1.05, group="Attack: overhead", **about)
+        )
+    return {"rows": rows}
+
+
 def training(plan: Plan) -> dict[str, Any]:
     """One iteration of Algorithm 1 on the demo network against its bare passes, and in other ways."""
     subject, device = demo(plan.train_images, plan.device, "train"), plan.device
@@ -200,30 +223,9 @@ def in_other_ways(done: Race, name: str, compared: Callable[..., Row]) -> list[R
         other = f"{name}, {way}"
         note = None
         if "compiled" in way and other in done.laps:
-            note = f"compiled in {done.warm_up[other] - done.seconds(other):.0f} s, outside the timing"
+            note = f"compiled in {max(0, done.warm_up[other] - done.seconds(other)):.0f} s, outside the timing"
         rows.append(compared(other, name, SPEED, group="Precision and compilation", precision=way, note=note))
     return rows
-
-
-def larger(plan: Plan) -> dict[str, Any]:
-    """The attack on wider networks, where it can skip nothing, against bare passes."""
-    rows = []
-    for name in plan.larger:
-        subject = wide(name, plan.larger_images, plan.device)
-        n, batch = len(subject.x), min(plan.batch_size, plan.larger_images)
-        everything = every_pass(n, batch)
-        done = contest(
-            {
-                "bare passes": timed(partial(replay, subject, everything), plan.device),
-                "W_2 attack, CE": timed(partial(attacked, subject, batch), plan.device),
-            },
-            plan.rounds,
-        )
-        about = {"network": subject.name, "images": n, "batch_size": batch, "precision": "float32"}
-        rows.append(
-            compare(done, "W_2 attack, CE", "bare passes", TIME, target=1.05, group="Attack: overhead", **about)
-        )
-    return {"rows": rows}
 
 
 def memory(plan: Plan) -> dict[str, Any]:
@@ -273,7 +275,7 @@ def throughput(plan: Plan) -> dict[str, Any]:
 # The command
 # ---------------------------------------------------------------------------------------------------------------------
 
-GROUPS = {group.__name__: group for group in (attack, training, larger, memory, growth, throughput)}
+GROUPS = {group.__name__: group for group in (attack, larger, training, memory, growth, throughput)}
 
 
 def main(arguments: list[str]) -> None:
@@ -290,7 +292,9 @@ def main(arguments: list[str]) -> None:
     try:
         device = companion.pick_device(given.device)
         sizes: dict[str, Any] = QUICK if given.quick else ON_A_GPU if device.type == "cuda" else {}
-        record = run(Plan(device, given.rounds, given.peers, **sizes), given.groups)
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # what was compiled before this run does not count
+            record = run(Plan(device, given.rounds, given.peers, **sizes), given.groups)
         config = {name: getattr(given, name) for name in ("rounds", "groups", "quick")}
         own = {"config": config, "command": command(given, parser.parse_args([]))}
         print("record:", companion.write_record(record | own, given.out))
@@ -322,18 +326,16 @@ def run(plan: Plan, groups: Sequence[str]) -> dict[str, Any]:
 
 
 def lines(rows: Sequence[Row]) -> Iterator[str]:
-    """The rows as the terminal shows them; those without a value last, by reason."""
-    missing: dict[str, list[str]] = {}
+    """The rows as the terminal shows them, then those without a value, by reason."""
     for row in rows:
         if row["ratio"] is None:
-            missing.setdefault(row["reason"], []).append(f"{row['name']} against {row['baseline']}")
             continue
         spread = f" [{row['low']:.3g} to {row['high']:.3g}]" if row["rounds"] > 1 else ""
         target = f"; {row['target']}: {companion.verdict(row)}" if row["target"] else ""
         what = f"{row['name']} ({row['network']}) against {row['baseline']}"
         yield f"{row['ratio']:5.3g}  {what}: {row['unit']}{spread}{target}"
-    for reason, names in missing.items():
-        yield f"    -  {'; '.join(dict.fromkeys(names))}: {reason}"
+    for reason, names in companion.missing(rows).items():
+        yield f"    -  {'; '.join(names)}: {reason}"
 
 
 def command(given: argparse.Namespace, usual: argparse.Namespace) -> str:

@@ -185,7 +185,9 @@ def test_a_signal_ends_the_run_at_once_with_a_checkpoint(number, server, unstopp
     """Within a minibatch that takes seconds; nothing of the minibatches before it is lost."""
     path, out = tmp_path / "run", tmp_path / "out"
     child = server.start(run="whole", resume=path, out=out, slow=0.5, save_every=0)
+    deadline = time.monotonic() + 120
     while not (path.exists() and contents(path)["losses"]):
+        assert time.monotonic() < deadline, server.errors
         time.sleep(0.05)
     path.unlink()  # whatever is there in the end was written because of the signal
     begin = time.monotonic()
