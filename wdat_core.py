@@ -1552,7 +1552,7 @@ def _prepared(model: nn.Module, training: bool = False) -> Iterator[None]:
 
 def _accelerators(model: nn.Module) -> list[torch.device]:
     """The devices of the model that have random numbers of their own."""
-    return [d for d in {p.device for p in model.parameters()} if d.type != "cpu"]
+    return [d for d in {p.device for p in model.parameters()} if d.type not in ("cpu", "meta")]
 
 
 @contextmanager

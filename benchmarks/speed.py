@@ -70,7 +70,7 @@ class Plan:
     by_images: tuple[int, ...] = (250, 500, 1000)
     by_steps: tuple[int, ...] = (5, 10, 20, 40)
     by_epochs: tuple[int, ...] = (1, 2, 3)
-    memory_images: tuple[int, ...] = (2500, 5000, 10_000, 20_000)
+    memory_images: tuple[int, ...] = (5000, 10_000, 20_000)  # 60 MB and more: less would stay in malloc's heap
     compiled: bool = True
 
 
