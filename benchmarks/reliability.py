@@ -43,7 +43,8 @@ def main(arguments: list[str]) -> None:
             sys.exit("reliability.py: tests failed, as shown above: there is nothing to record")
         suite = ET.parse(report).getroot().find("testsuite")
     assert suite is not None
-    figures = {p.get("name"): int(p.get("value", "")) for p in suite.iter("property")}
+    # Hypothesis reports properties of its own there.
+    figures = {p.get("name"): int(v) for p in suite.iter("property") if (v := p.get("value", "")).isdigit()}
     figures |= {"tests": int(suite.get("tests", "")), "skipped": int(suite.get("skipped", ""))}
     record = {
         "schema": companion.SCHEMA,
