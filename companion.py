@@ -521,22 +521,13 @@ def finetune_grid(settings: Settings, perturb: str, *, notebook: str) -> list[Re
         record = {
             "schema": SCHEMA,
             "kind": "finetune",
-            "network": {"name": network.name, "source": network.source, "digest": network.digest},
-            "data": {
-                "source": data.source,
-                "digest": data.digest,
-                **{part: len(getattr(data, part)[1]) for part in ("train", "val", "test")},
-            },
+            **subject(network, data, "train", "val", "test"),
             "config": plain(dataclasses.asdict(config)),
             "metrics": {when: {m: getattr(s, m) for m in METRICS} for when, s in scores.items()},
             "correct": {when: {m: pack(s.correct[m]) for m in METRICS} for when, s in scores.items()},
             "history": {"epochs": history.epochs, "best": history.best, "upsilon": history.upsilon},
             "seconds": {name: round(value, 1) for name, value in seconds.items()},
-            "device": device_name(device),
-            "versions": versions(),
-            "core": core,
-            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "command": _command(settings, notebook, tau, eta),
+            **provenance(device, _command(settings, notebook, tau, eta)),
         }
         write_record(record, RUNS)
         records.append(record)
@@ -544,6 +535,25 @@ def finetune_grid(settings: Settings, perturb: str, *, notebook: str) -> list[Re
             print(f"exported to {export(tuned, record, settings.export)}")
         kept.unlink(missing_ok=True)
     return records
+
+
+def subject(network: Network, data: Data, *parts: str) -> Record:
+    """What a record is about: the network, and the parts of the data that were used."""
+    return {
+        "network": {"name": network.name, "source": network.source, "digest": network.digest},
+        "data": {"source": data.source, "digest": data.digest, **{p: len(getattr(data, p)[1]) for p in parts}},
+    }
+
+
+def provenance(device: torch.device, command: str) -> Record:
+    """Where, with what, when, and by which command a record is made."""
+    return {
+        "device": device_name(device),
+        "versions": versions(),
+        "core": core_digest(),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": command,
+    }
 
 
 def _command(settings: Settings, notebook: str, tau: float, eta: float) -> str:

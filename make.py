@@ -3,7 +3,7 @@
 python make.py demo       Table 4 with tau = 0.01, on the demo network, into out.ipynb
 python make.py test       every check there is: ruff, mypy, Table 4, the book, the tests, the notebooks
 python make.py book       the book, into _build/html
-python make.py benchmark  speed and memory as ratios to named baselines, other libraries among them; ten minutes
+python make.py benchmark  speed and memory as ratios to named baselines, other libraries among them
 python make.py lint       ruff and mypy
 python make.py clean      remove what the above left, except .venv and .venv-peers
 """

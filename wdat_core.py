@@ -182,7 +182,7 @@ def sensitivity(
 def _sensitivity(passes: _Passes, x: Tensor, y: Tensor, threat: Threat, loss: Loss) -> Tensor:
     norm = x.new_zeros(len(x))
     finite = torch.ones((), dtype=torch.bool, device=x.device)
-    for rows in passes.batches(len(x)):
+    for rows in passes.batches(x):
         look = _look(passes, x[rows], y[rows], threat.s, loss)
         norm[rows] = look.norm
         finite &= look.finite
@@ -412,19 +412,18 @@ def _attack(
     delta: Tensor | float = threat.delta
     x_adv = (x if start is None else start).clone()
     norm, value = x.new_zeros(n), x.new_zeros(n)
+    direction = torch.empty_like(x, dtype=torch.int8 if s == 1 else x.dtype)
     correct = torch.zeros(n, dtype=torch.bool, device=x.device)
     finite = torch.ones((), dtype=torch.bool, device=x.device)
     hits, losses, upsilons = [], [], []
-    batches = passes.batches(n)
+    batches = passes.batches(x)
     for k in _track(range(steps if last else steps + 1), f"W_{p:g} attack", progress):
-        directions = []
         for rows in batches:
             look = _look(passes, x_adv[rows], y[rows], s, loss, backward=k < steps)
             correct[rows], value[rows] = look.correct, look.loss
             finite &= look.finite
             if k < steps:
-                norm[rows] = look.norm
-                directions.append(look.direction)
+                norm[rows], direction[rows] = look.norm, look.direction
         hits.append(correct.sum())
         losses.append(value.mean())
         if k == 0:
@@ -433,7 +432,7 @@ def _attack(
             x_best, best_correct, best_hits, best_loss = x_adv.clone(), correct.clone(), hits[1], losses[1]
         elif k > 1 and not last:
             better = hits[k] < best_hits
-            for rows in passes.batches(n):
+            for rows in passes.batches(x):
                 x_best[rows] = torch.where(better, x_adv[rows], x_best[rows])
             best_correct = torch.where(better, correct, best_correct)
             best_hits, best_loss = torch.where(better, hits[k], best_hits), torch.where(better, losses[k], best_loss)
@@ -446,19 +445,19 @@ def _attack(
         # 0 where an infinite step meets an image that is to stay; far enough for any pixel, and its norm is a number.
         step = (_share(norm, upsilons[k], q) * (step_ratio * delta / steps)).nan_to_num(0.0)
         step = step.clamp(max=math.sqrt(torch.finfo(x.dtype).max))
-        for rows, direction in zip(batches, directions, strict=True):
-            x_adv[rows] += _per_image(step[rows], x) * direction
+        for rows in batches:
+            x_adv[rows] += _per_image(step[rows], x) * direction[rows]
         moved = norm > 0
         # The steps are step_ratio delta / steps long: until they add up to delta, the set cannot have left the ball.
         # Powers of order q - 1 and s - 1 know that length up to as many roundings.
         if start is not None or step_ratio * (k + 1) > (0.999 - 8 * torch.finfo(x.dtype).eps * (q + s)) * steps:
             distance = _distances(passes, x_adv, x, r)
             budget = _budgets(distance, p, delta)
-            for rows in passes.batches(n):
+            for rows in passes.batches(x):
                 x_adv[rows] = _pull_back(x_adv[rows], x[rows], distance[rows], budget[rows], r)
             moved |= distance > budget
         x_adv.clamp_(0, 1)
-        batches = passes.batches(n, None if loss in SLOPED else moved.nonzero()[:, 0])
+        batches = passes.batches(x, None if loss in SLOPED else moved.nonzero()[:, 0])
 
     _check_finite(finite)
     if last:
@@ -471,7 +470,7 @@ def _attack(
 def _distances(passes: _Passes, x_adv: Tensor, x: Tensor, r: float) -> Tensor:
     """How far each image has gone, (n,), without a copy of the set."""
     distance = x.new_empty(len(x))
-    for rows in passes.batches(len(x)):
+    for rows in passes.batches(x):
         distance[rows] = _norm(x_adv[rows] - x[rows], r)
     return distance
 
@@ -1476,12 +1475,12 @@ class _Passes:
     fixed: bool  # always as many, since the model is compiled for one shape
     whole: bool = False  # never fewer, since the model is in train mode and looks at the batch
 
-    def batches(self, n: int, rows: Tensor | None = None) -> Sequence[Rows]:
-        """Which of n images go together: all of them as slices, or the given row numbers in even shares."""
-        size = min(self.batch_size, n)
+    def batches(self, x: Tensor, rows: Tensor | None = None) -> Sequence[Rows]:
+        """Which of the images go together: all of them as slices, or the given row numbers in even shares."""
+        n, size = len(x), min(self.batch_size, len(x))
         if rows is None and not (self.fixed and n % size):
             return [slice(i, i + size) for i in range(0, n, size)]
-        rows = torch.arange(n, device=self.device) if rows is None else rows
+        rows = torch.arange(n, device=x.device) if rows is None else rows
         if not len(rows):
             return []
         if self.fixed:

@@ -6,7 +6,6 @@ python benchmarks/precision.py --data data [--network demo] [--device auto] [--o
 """
 
 import argparse
-import datetime
 import math
 import sys
 import time
@@ -37,7 +36,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--out", type=Path, default=companion.RUNS)
     given = parser.parse_args(arguments)
-    core = companion.core_digest()
+    companion.core_digest()  # of the code that runs, should the file be edited meanwhile
     settings = companion.Settings(
         network=given.network, data=given.data, train_images=1, val_images=1, test_images=given.images
     ).resolved()
@@ -66,17 +65,15 @@ def main(arguments: list[str]) -> None:
     record = {
         "schema": companion.SCHEMA,
         "kind": "precision",
-        "network": {"name": network.name, "source": network.source, "digest": network.digest},
-        "data": {"source": data.source, "digest": data.digest, "test": len(data.test[1])},
+        **companion.subject(network, data, "test"),
         "config": {"batch_size": batch, "steps": 20, "delta": 8 / 255},
         "metrics": metrics,
         "seconds": seconds,
-        "device": companion.device_name(device),
-        "versions": companion.versions(),
-        "core": core,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": f"python benchmarks/precision.py --data {'embedded' if given.data == 'embedded' else 'data'}"
-        f" --network {given.network} --images {given.images}",
+        **companion.provenance(
+            device,
+            f"python benchmarks/precision.py --data {'embedded' if given.data == 'embedded' else 'data'}"
+            f" --network {given.network} --images {given.images}",
+        ),
     }
     print(companion.write_record(record, given.out))
 

@@ -6,7 +6,6 @@ python benchmarks/reliability.py [--kills 200] [--examples 1000] [--damages 1000
 """
 
 import argparse
-import datetime
 import os
 import subprocess
 import sys
@@ -29,7 +28,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--damages", type=int, default=100_000)
     parser.add_argument("--out", type=Path, default=companion.RUNS)
     given = parser.parse_args(arguments)
-    core, begin = companion.core_digest(), time.perf_counter()
+    companion.core_digest()  # of the code that runs, should the file be edited meanwhile
+    begin = time.perf_counter()
     numbers = {"WDAT_KILLS": given.kills, "WDAT_EXAMPLES": given.examples, "WDAT_DAMAGES": given.damages}
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
@@ -52,12 +52,11 @@ def main(arguments: list[str]) -> None:
         "config": {"kills": given.kills, "examples": given.examples, "damages": given.damages},
         "figures": figures,
         "seconds": {"total": round(time.perf_counter() - begin, 1)},
-        "device": companion.device_name(companion.pick_device("cpu")),
-        "versions": companion.versions(),
-        "core": core,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": f"python benchmarks/reliability.py --kills {given.kills} --examples {given.examples}"
-        f" --damages {given.damages}",
+        **companion.provenance(
+            companion.pick_device("cpu"),
+            f"python benchmarks/reliability.py --kills {given.kills} --examples {given.examples}"
+            f" --damages {given.damages}",
+        ),
     }
     print(companion.write_record(record, given.out))
 

@@ -9,7 +9,6 @@ latest minibatches' own sensitivities.
 
 import argparse
 import dataclasses
-import datetime
 import sys
 import time
 from collections import deque
@@ -36,7 +35,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=companion.RUNS)
     given = parser.parse_args(arguments)
-    core = companion.core_digest()
+    companion.core_digest()  # of the code that runs, should the file be edited meanwhile
     settings = companion.Settings(
         network=given.network, data=given.data, train_images=given.train_images, val_images=1, test_images=1
     ).resolved()
@@ -51,18 +50,16 @@ def main(arguments: list[str]) -> None:
     record = {
         "schema": companion.SCHEMA,
         "kind": "upsilon",
-        "network": {"name": network.name, "source": network.source, "digest": network.digest},
-        "data": {"source": data.source, "digest": data.digest, "train": len(data.train[1])},
+        **companion.subject(network, data, "train"),
         "config": companion.plain(dataclasses.asdict(config)),
         "points": points,
         "seconds": {"total": round(time.perf_counter() - begin, 1)},
-        "device": companion.device_name(device),
-        "versions": companion.versions(),
-        "core": core,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": f"python benchmarks/upsilon.py --data {'embedded' if given.data == 'embedded' else 'data'}"
-        f" --network {given.network} --train-images {given.train_images} --tau {given.tau:g} --epochs {given.epochs}"
-        f" --every {given.every}",
+        **companion.provenance(
+            device,
+            f"python benchmarks/upsilon.py --data {'embedded' if given.data == 'embedded' else 'data'}"
+            f" --network {given.network} --train-images {given.train_images} --tau {given.tau:g}"
+            f" --epochs {given.epochs} --every {given.every}",
+        ),
     }
     print(companion.write_record(record, given.out))
 

@@ -102,7 +102,7 @@ def test_batches_hold_each_image_and_are_even(n, size, rows, fixed):
     x = torch.arange(n)
     passes = _passes(nn.Identity(), x, size, "float32", fixed)
     wanted = x if rows is None else x[:rows] * 1
-    parts = [x[part] for part in passes.batches(n, None if rows is None else wanted)]
+    parts = [x[part] for part in passes.batches(x, None if rows is None else wanted)]
     assert torch.equal(torch.cat([*parts, x[:0]]).unique(), wanted)
     sizes = [len(part) for part in parts]
     if fixed:
@@ -247,12 +247,13 @@ def test_what_cannot_be_compiled_is_named(monkeypatch):
 
 
 @gpu
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("loss", ["ce", "redlr"])
-def test_images_on_the_host_come_to_the_model_a_batch_at_a_time(loss):
+def test_images_on_the_host_come_to_the_model_a_batch_at_a_time(loss, compiled):
     model = network("full").to("cuda")
     x, y = images(30, network("full"))
     here = wpgd(model, x.to("cuda"), y.to("cuda"), THREAT, loss=loss, steps=3, batch_size=8)
-    there = wpgd(model, x, y, THREAT, loss=loss, steps=3, batch_size=8)
+    there = wpgd(model, x, y, THREAT, loss=loss, steps=3, batch_size=8, compiled=compiled)
     assert there.x_adv.device.type == there.correct.device.type == "cpu"
     torch.testing.assert_close(there.x_adv, here.x_adv.cpu(), rtol=0, atol=1e-9)
     config = FinetuneConfig(threat=THREAT, steps=2, epochs=1, batch_size=10)
