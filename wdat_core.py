@@ -1183,6 +1183,7 @@ def _blamed_on_the_rate(optimiser: torch.optim.Optimizer, epoch: int, minibatch:
         raise WdatError(
             f"training diverged in epoch {epoch}, minibatch {minibatch}, at learning rate"
             f" {optimiser.param_groups[0]['lr']:g}: the loss, the model or its gradient is not finite: try a lower one"
+            + (", or weights that start with less noise" if epoch == minibatch == 1 else "")
         ) from error
 
 

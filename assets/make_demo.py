@@ -24,10 +24,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import companion
-from companion import ASSETS, METRICS, RESULTS, RUNS
+from companion import files
+from companion.data import cifar10, floats
+from companion.files import digest, write_sums
+from companion.networks import new_stand_in
+from companion.records import SCHEMA, core_digest, device_name, pack, plain, versions, write_record
+from companion.settings import METRICS
 from wdat_core import PretrainConfig, evaluate, pretrain
-from wdat_networks import new_stand_in
 
 CONFIG = PretrainConfig(epochs=24, steps=5, step_ratio=2.0, batch_size=128, average=0.998, precision="bfloat16")
 PARTS = {"train": (True, 0, 4000), "val": (True, 4000, 5000), "test": (False, 0, 1000)}
@@ -38,21 +41,21 @@ def images(data: Path) -> None:
     """4,000 + 1,000 images of the training set and 1,000 of the test set, each part one lossless sheet, 50 in a row."""
     index = {}
     for name, (train, first, last) in PARTS.items():
-        x, y = companion.cifar10(data, train)
+        x, y = cifar10(data, train)
         tiles = x[first:last].numpy().reshape(-1, 50, 3, 32, 32)
         sheet = np.ascontiguousarray(tiles.transpose(0, 3, 1, 4, 2)).reshape(-1, 50 * 32, 3)
-        Image.fromarray(sheet).save(ASSETS / f"images_{name}.webp", lossless=True, quality=100, method=6)
+        Image.fromarray(sheet).save(files.ASSETS / f"images_{name}.webp", lossless=True, quality=100, method=6)
         labels = "".join(str(int(c)) for c in y[first:last])
-        index[name] = {"labels": labels, "digest": companion.digest(sheet.tobytes())}
-    (ASSETS / "images.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+        index[name] = {"labels": labels, "digest": digest(sheet.tobytes())}
+    (files.ASSETS / "images.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
 def weights(data: Path) -> None:
     """TRADES on the 50,000 training images; nothing is selected on the test set, or on any other."""
-    x, y = companion.cifar10(data, train=True)
+    x, y = cifar10(data, train=True)
     torch.manual_seed(CONFIG.seed)
     model = new_stand_in("demo")
-    folder = RUNS / "demo"
+    folder = files.RUNS / "demo"
     folder.mkdir(parents=True, exist_ok=True)
 
     def save(epoch: int, shown: nn.Module) -> dict[str, float]:
@@ -60,13 +63,13 @@ def weights(data: Path) -> None:
         return {}
 
     begin = time.perf_counter()
-    history = pretrain(model, (companion.floats(x), y), None, CONFIG, on_epoch=save, progress=True)
+    history = pretrain(model, (floats(x), y), None, CONFIG, on_epoch=save, progress=True)
     made = {
-        "config": companion.plain(dataclasses.asdict(CONFIG)),
+        "config": plain(dataclasses.asdict(CONFIG)),
         "history": {"epochs": history.epochs, "best": history.best},
         "seconds": round(time.perf_counter() - begin, 1),
-        "device": companion.device_name(torch.device("cpu")),
-        "core": companion.core_digest(),
+        "device": device_name(torch.device("cpu")),
+        "core": core_digest(),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     (folder / "made.json").write_text(json.dumps(made, indent=1), encoding="utf-8")
@@ -74,40 +77,40 @@ def weights(data: Path) -> None:
 
 def record(data: Path) -> None:
     """The three accuracies on all 10,000 test images, and how the weights were made, as one record."""
-    folder = RUNS / "demo"
+    folder = files.RUNS / "demo"
     made = json.loads((folder / "made.json").read_text(encoding="utf-8"))
     model = new_stand_in("demo")
     model.load_state_dict(load_file(folder / "weights.safetensors"))
-    x, y = companion.cifar10(data, train=False)
+    x, y = cifar10(data, train=False)
     begin = time.perf_counter()
-    scores = evaluate(model, companion.floats(x), y, batch_size=128, progress=True)
-    shutil.copy(folder / "weights.safetensors", ASSETS / "demo.safetensors")
-    content = (ASSETS / "demo.safetensors").read_bytes()
+    scores = evaluate(model, floats(x), y, batch_size=128, progress=True)
+    shutil.copy(folder / "weights.safetensors", files.ASSETS / "demo.safetensors")
+    content = (files.ASSETS / "demo.safetensors").read_bytes()
     parts = b"".join(t.numpy().tobytes() for t in (x, y))
-    path = companion.write_record(
+    path = write_record(
         {
-            "schema": companion.SCHEMA,
+            "schema": SCHEMA,
             "kind": "pretrain",
-            "network": {"name": "demo", "source": "pre-trained by this project", "digest": companion.digest(content)},
+            "network": {"name": "demo", "source": "pre-trained by this project", "digest": digest(content)},
             "data": {
                 "source": "CIFAR-10",
-                "digest": companion.digest(parts),
+                "digest": digest(parts),
                 "train": 50_000,
                 "val": 0,
                 "test": len(y),
             },
             "config": made["config"],
             "metrics": {"after": {m: getattr(scores, m) for m in METRICS}},
-            "correct": {"after": {m: companion.pack(scores.correct[m]) for m in METRICS}},
+            "correct": {"after": {m: pack(scores.correct[m]) for m in METRICS}},
             "history": made["history"],
             "seconds": {"pretrain": made["seconds"], "evaluate": round(time.perf_counter() - begin, 1)},
             "device": made["device"],
-            "versions": companion.versions(),
+            "versions": versions(),
             "core": made["core"],
             "created": made["created"],
             "command": "python assets/make_demo.py weights",
         },
-        RESULTS,
+        files.RESULTS,
     )
     print(path.name, {m: f"{100 * getattr(scores, m):.2f} %" for m in METRICS})
 
@@ -115,7 +118,7 @@ def record(data: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=("images", "weights", "record"))
-    parser.add_argument("--data", type=Path, default=companion.ROOT / "data")
+    parser.add_argument("--data", type=Path, default=files.ROOT / "data")
     arguments = parser.parse_args()
     {"images": images, "weights": weights, "record": record}[arguments.step](arguments.data)
-    companion.write_sums(ASSETS, PUBLISHED)
+    write_sums(files.ASSETS, PUBLISHED)

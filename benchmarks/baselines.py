@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import companion
 import wdat_core
+from companion.data import embedded, floats
+from companion.networks import WideResNet, channels_last, load_network, new_stand_in
 from wdat_core import Threat, wpgd
-from wdat_networks import WideResNet, channels_last, load_network, new_stand_in
 
 STEPS = 20  # of every attack, as in the paper
 DELTA = 8 / 255
@@ -52,7 +52,7 @@ def demo(images: int, device: torch.device, part: str = "test") -> Subject:
     except ImportError:
         return random_subject("demo", lambda: new_stand_in("demo"), images, device)
     try:
-        x, y = (t[:images] for t in companion.embedded(part))
+        x, y = (t[:images] for t in embedded(part))
     except ImportError:
         return _subject("demo (random images)", model, _random_images(images), None, device)
     return _subject("demo", model, x, y, device)
@@ -73,7 +73,7 @@ def _random_images(n: int) -> Tensor:
 def _subject(name: str, model: nn.Module, x: Tensor, y: Tensor | None, device: torch.device) -> Subject:
     """Without labels they are the network's own answers, so that ReDLR has something to attack."""
     model = model.to(device).eval().requires_grad_(False)
-    x = companion.floats(x).to(device)
+    x = floats(x).to(device)
     if y is None:
         with torch.no_grad():
             y = torch.cat([model(xb).argmax(1) for xb in x.split(256)])

@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor, nn
 
-import companion
 from benchmarks.baselines import DELTA, STEPS, Subject, UnavailableError, demo, gradients, passes_of
+from companion.files import one_line
 
 Attacker = Callable[[Tensor, Tensor], Tensor]
 
@@ -70,7 +70,7 @@ def run(name: str, subject: Subject, batch_size: int) -> dict[str, Any]:
         try:
             attack = PEERS[name](model, device)
         except ImportError as error:
-            raise UnavailableError(f"{name} is not installed ({companion.one_line(error)})") from error
+            raise UnavailableError(f"{name} is not installed ({one_line(error)})") from error
         synchronise(device)
         begin = time.perf_counter()
         attacked.extend(attack(xb, yb) for xb, yb in zip(x.split(batch_size), y.split(batch_size), strict=True))
@@ -111,7 +111,7 @@ def worker(python: str, subject: Subject, batch_size: int) -> Iterator[Callable[
     try:
         process = subprocess.Popen([python, __file__], **pipes)
     except OSError as error:
-        raise UnavailableError(f"the Python of the peers does not start ({companion.one_line(error)})") from error
+        raise UnavailableError(f"the Python of the peers does not start ({one_line(error)})") from error
 
     def ask(name: str) -> dict[str, Any]:
         assert process.stdin and process.stdout
@@ -146,7 +146,7 @@ def answer_questions() -> None:
             except UnavailableError as error:
                 answer = {"reason": str(error)}
             except Exception as error:  # a fault of a foreign library must not end the benchmark
-                answer = {"reason": f"it failed ({companion.one_line(error)})"}
+                answer = {"reason": f"it failed ({one_line(error)})"}
             print(json.dumps(answer), file=answers, flush=True)
 
 

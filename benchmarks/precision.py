@@ -16,9 +16,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-import companion
+from companion import files
+from companion.data import load_data
+from companion.networks import load_network
+from companion.records import SCHEMA, core_digest, provenance, subject, write_record
+from companion.runs import pick_device, progress
+from companion.settings import Settings
 from wdat_core import Threat, wpgd
-from wdat_networks import load_network
 
 WAYS: dict[str, dict[str, Any]] = {
     "float32": {},
@@ -34,25 +38,23 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--network", default="demo")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--images", type=int, default=10_000)
-    parser.add_argument("--out", type=Path, default=companion.RUNS)
+    parser.add_argument("--out", type=Path, default=files.RUNS)
     given = parser.parse_args(arguments)
-    companion.core_digest()  # of the code that runs, should the file be edited meanwhile
-    settings = companion.Settings(
+    core_digest()  # of the code that runs, should the file be edited meanwhile
+    settings = Settings(
         network=given.network, data=given.data, train_images=1, val_images=1, test_images=given.images
     ).resolved()
-    device = companion.pick_device(given.device)
-    network = load_network(given.network, companion.ROOT / settings.models)
+    device = pick_device(given.device)
+    network = load_network(given.network, files.ROOT / settings.models)
     model = network.model.to(device)
-    data = companion.load_data(settings, device)
+    data = load_data(settings, device)
     batch = 128 if device.type == "cpu" else 1000
     metrics: dict[str, Any] = {}
     seconds = {}
     for way, options in WAYS.items():
         begin = time.perf_counter()
         attacks = {
-            name: wpgd(
-                model, *data.test, threat, loss=loss, batch_size=batch, progress=companion.progress(way), **options
-            )
+            name: wpgd(model, *data.test, threat, loss=loss, batch_size=batch, progress=progress(way), **options)
             for name, threat, loss in (("w_inf", Threat(p=math.inf), "ce"), ("w_2", Threat(), "redlr"))
         }
         seconds[way] = round(time.perf_counter() - begin, 1)
@@ -63,19 +65,19 @@ def main(arguments: list[str]) -> None:
         }
         print(way, metrics[way], f"{seconds[way]} s", flush=True)
     record = {
-        "schema": companion.SCHEMA,
+        "schema": SCHEMA,
         "kind": "precision",
-        **companion.subject(network, data, "test"),
+        **subject(network, data, "test"),
         "config": {"batch_size": batch, "steps": 20, "delta": 8 / 255},
         "metrics": metrics,
         "seconds": seconds,
-        **companion.provenance(
+        **provenance(
             device,
             f"python benchmarks/precision.py --data {'embedded' if given.data == 'embedded' else 'data'}"
             f" --network {given.network} --images {given.images}",
         ),
     }
-    print(companion.write_record(record, given.out))
+    print(write_record(record, given.out))
 
 
 @torch.no_grad()

@@ -14,9 +14,12 @@ import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+from companion import files
+from companion.records import SCHEMA, core_digest, provenance, write_record
+from companion.runs import pick_device
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import companion
 
 FILES = ("checkpoint", "downloads", "errors", "export", "hostile", "passes", "records", "security")
 
@@ -26,18 +29,18 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--examples", type=int, default=1000)
     parser.add_argument("--damages", type=int, default=100_000)
-    parser.add_argument("--out", type=Path, default=companion.RUNS)
+    parser.add_argument("--out", type=Path, default=files.RUNS)
     given = parser.parse_args(arguments)
-    companion.core_digest()  # of the code that runs, should the file be edited meanwhile
+    core_digest()  # of the code that runs, should the file be edited meanwhile
     begin = time.perf_counter()
     numbers = {"WDAT_KILLS": given.kills, "WDAT_EXAMPLES": given.examples, "WDAT_DAMAGES": given.damages}
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        tests = [str(companion.ROOT / "tests" / f"test_{name}.py") for name in FILES]
+        tests = [str(files.ROOT / "tests" / f"test_{name}.py") for name in FILES]
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", *tests, f"--junitxml={report}"],
             env=os.environ | {name: str(value) for name, value in numbers.items()},
-            cwd=companion.ROOT,
+            cwd=files.ROOT,
         )
         if done.returncode:
             sys.exit("reliability.py: tests failed, as shown above: there is nothing to record")
@@ -47,18 +50,18 @@ def main(arguments: list[str]) -> None:
     figures = {p.get("name"): int(v) for p in suite.iter("property") if (v := p.get("value", "")).isdigit()}
     figures |= {"tests": int(suite.get("tests", "")), "skipped": int(suite.get("skipped", ""))}
     record = {
-        "schema": companion.SCHEMA,
+        "schema": SCHEMA,
         "kind": "reliability",
         "config": {"kills": given.kills, "examples": given.examples, "damages": given.damages},
         "figures": figures,
         "seconds": {"total": round(time.perf_counter() - begin, 1)},
-        **companion.provenance(
-            companion.pick_device("cpu"),
+        **provenance(
+            pick_device("cpu"),
             f"python benchmarks/reliability.py --kills {given.kills} --examples {given.examples}"
             f" --damages {given.damages}",
         ),
     }
-    print(companion.write_record(record, given.out))
+    print(write_record(record, given.out))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import nn
 
-import companion
 from benchmarks import card, peers
 from benchmarks.baselines import (
     DELTA,
@@ -49,6 +48,11 @@ from benchmarks.baselines import (
 )
 from benchmarks.precision import WAYS
 from benchmarks.races import EXTENT, SPEED, TIME, Contestant, Lap, Race, Row, compare, contest, row_of, timed
+from companion import files
+from companion.performance import missing, verdict
+from companion.records import SCHEMA, core_digest, device_name, versions, write_record
+from companion.runs import pick_device
+from companion.settings import ParameterError
 from wdat_core import FinetuneConfig, Threat, finetune
 
 OTHER_WAYS = [way for way in WAYS if way != "float32"]
@@ -285,20 +289,20 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--quick", action="store_true", help="tiny sizes, only to see that everything runs")
     parser.add_argument("--peers", default=sys.executable, help="a Python that has foolbox and torchattacks")
-    parser.add_argument("--out", type=Path, default=companion.RUNS)
+    parser.add_argument("--out", type=Path, default=files.RUNS)
     given = parser.parse_args(arguments)
     if given.rounds < 1:
         parser.error("--rounds must be at least 1")
     try:
-        device = companion.pick_device(given.device)
+        device = pick_device(given.device)
         sizes: dict[str, Any] = QUICK if given.quick else ON_A_GPU if device.type == "cuda" else {}
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # what was compiled before this run does not count
             record = run(Plan(device, given.rounds, given.peers, **sizes), given.groups)
         config = {name: getattr(given, name) for name in ("rounds", "groups", "quick")}
         own = {"config": config, "command": command(given, parser.parse_args([]))}
-        print("record:", companion.write_record(record | own, given.out))
-    except (companion.ParameterError, UnavailableError) as error:
+        print("record:", write_record(record | own, given.out))
+    except (ParameterError, UnavailableError) as error:
         sys.exit(f"speed.py: {error}")
 
 
@@ -306,11 +310,11 @@ def run(plan: Plan, groups: Sequence[str]) -> dict[str, Any]:
     """The groups one after the other, each shown when it is done; the record of them all."""
     begin = time.perf_counter()
     record: dict[str, Any] = {
-        "schema": companion.SCHEMA,
+        "schema": SCHEMA,
         "kind": "benchmark",
-        "device": companion.device_name(plan.device),
-        "versions": companion.versions(),
-        "core": companion.core_digest(),
+        "device": device_name(plan.device),
+        "versions": versions(),
+        "core": core_digest(),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "rows": [],
         **{key: {} for key in ("memory", "growth", "throughput")},
@@ -331,10 +335,10 @@ def lines(rows: Sequence[Row]) -> Iterator[str]:
         if row["ratio"] is None:
             continue
         spread = f" [{row['low']:.3g} to {row['high']:.3g}]" if row["rounds"] > 1 else ""
-        target = f"; {row['target']}: {companion.verdict(row)}" if row["target"] else ""
+        target = f"; {row['target']}: {verdict(row)}" if row["target"] else ""
         what = f"{row['name']} ({row['network']}) against {row['baseline']}"
         yield f"{row['ratio']:5.3g}  {what}: {row['unit']}{spread}{target}"
-    for reason, names in companion.missing(rows).items():
+    for reason, names in missing(rows).items():
         yield f"    -  {'; '.join(names)}: {reason}"
 
 

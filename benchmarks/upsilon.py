@@ -18,10 +18,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-import companion
 import wdat_core
+from companion import files
+from companion.data import load_data
+from companion.networks import load_network
+from companion.records import SCHEMA, core_digest, plain, provenance, subject, write_record
+from companion.runs import pick_device
+from companion.settings import Settings
 from wdat_core import FinetuneConfig, finetune, sensitivity
-from wdat_networks import load_network
 
 
 def main(arguments: list[str]) -> None:
@@ -33,35 +37,35 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--every", type=int, default=8)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, default=companion.RUNS)
+    parser.add_argument("--out", type=Path, default=files.RUNS)
     given = parser.parse_args(arguments)
-    companion.core_digest()  # of the code that runs, should the file be edited meanwhile
-    settings = companion.Settings(
+    core_digest()  # of the code that runs, should the file be edited meanwhile
+    settings = Settings(
         network=given.network, data=given.data, train_images=given.train_images, val_images=1, test_images=1
     ).resolved()
-    device = companion.pick_device(given.device)
-    network = load_network(given.network, companion.ROOT / settings.models)
+    device = pick_device(given.device)
+    network = load_network(given.network, files.ROOT / settings.models)
     model = network.model.to(device)
-    data = companion.load_data(settings, device)
+    data = load_data(settings, device)
     batch = 128 if device.type == "cpu" else 1000
     config = FinetuneConfig(tau=given.tau, epochs=given.epochs, eta=1.0)
     begin = time.perf_counter()
     points = follow(model, data.train, config, batch, given.every)
     record = {
-        "schema": companion.SCHEMA,
+        "schema": SCHEMA,
         "kind": "upsilon",
-        **companion.subject(network, data, "train"),
-        "config": companion.plain(dataclasses.asdict(config)),
+        **subject(network, data, "train"),
+        "config": plain(dataclasses.asdict(config)),
         "points": points,
         "seconds": {"total": round(time.perf_counter() - begin, 1)},
-        **companion.provenance(
+        **provenance(
             device,
             f"python benchmarks/upsilon.py --data {'embedded' if given.data == 'embedded' else 'data'}"
             f" --network {given.network} --train-images {given.train_images} --tau {given.tau:g}"
             f" --epochs {given.epochs} --every {given.every}",
         ),
     }
-    print(companion.write_record(record, given.out))
+    print(write_record(record, given.out))
 
 
 def follow(model, train, config: FinetuneConfig, batch: int, every: int) -> dict:

@@ -7,11 +7,22 @@ import pytest
 import torch
 from torch import nn
 
-import companion
 import wdat_core
-import wdat_networks
 from benchmarks import baselines, card, peers, races, speed
-from wdat_networks import WideResNet
+from companion import networks
+from companion.networks import WideResNet
+from companion.performance import (
+    UNITS,
+    benchmark_table,
+    describe_benchmark,
+    growth_table,
+    plot_growth,
+    plot_ratios,
+    throughput_table,
+    verdict,
+)
+from companion.records import read_records, write_record
+from companion.settings import ParameterError
 
 CPU = torch.device("cpu")
 NO_PEERS = sys.executable  # this environment has neither foolbox nor torchattacks
@@ -39,7 +50,7 @@ def test_wide_networks_have_as_many_parameters_as_published(depth, widen, count)
 
 def test_wide_network_is_that_of_robustbench():
     """With RobustBench's weights, in the order in which both store them, it is the same function."""
-    wdat_networks._zoo()  # so that robustbench finds what it imports
+    networks._zoo()  # so that robustbench finds what it imports
     from robustbench.model_zoo.architectures.wide_resnet import WideResNet as Theirs
 
     theirs, ours = Theirs(16, 10, 2).eval(), WideResNet(16, 2).eval()
@@ -50,7 +61,7 @@ def test_wide_network_is_that_of_robustbench():
 
 
 def test_depth_of_a_wide_network_that_is_none():
-    with pytest.raises(companion.ParameterError, match=r"is 10, 16, 22, 28, ..., not 12"):
+    with pytest.raises(ParameterError, match=r"is 10, 16, 22, 28, ..., not 12"):
         WideResNet(12, 1)
 
 
@@ -125,9 +136,9 @@ def test_ratios_are_of_the_same_round_and_leave_the_warm_up_out():
     done = races.contest({"a": lap_of(100, 2, 3, 8), "b": lap_of(1, 1, 2, 2)}, 3)
     row = races.compare(done, "a", "b", races.TIME, target=1.05)
     assert (row["low"], row["ratio"], row["high"], row["rounds"]) == (1.5, 2, 4, 3)
-    assert (row["target"], row["met"], companion.verdict(row)) == ("at most 1.05", False, "missed by 0.95")
+    assert (row["target"], row["met"], verdict(row)) == ("at most 1.05", False, "missed by 0.95")
     row = races.compare(done, "b", "a", races.SPEED, target=2)
-    assert (row["ratio"], row["target"], row["met"], companion.verdict(row)) == (2, "at least 2", True, "met")
+    assert (row["ratio"], row["target"], row["met"], verdict(row)) == (2, "at least 2", True, "met")
 
 
 @pytest.mark.parametrize(
@@ -186,7 +197,7 @@ def test_worker_that_dies_or_cannot_start(subject, tmp_path, monkeypatch):
 def record(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     speed.main(["--quick", "--rounds", "1", "--device", "cpu", "--peers", NO_PEERS, "--out", str(folder)])
-    (record,) = companion.read_records(folder, kind="benchmark")
+    (record,) = read_records(folder, kind="benchmark")
     return record
 
 
@@ -218,53 +229,51 @@ def test_what_is_missing_here_has_a_reason(record):
 
 
 def test_damaged_record_of_a_benchmark_is_named(record, tmp_path, capsys):
-    path = companion.write_record(record, tmp_path)
+    path = write_record(record, tmp_path)
     text = path.read_text(encoding="utf-8")
     (tmp_path / "other.json").write_text(text.replace('"rows"', '"lines"'), encoding="utf-8")
     (tmp_path / "half.json").write_text(text[:1000], encoding="utf-8")
-    assert companion.read_records(tmp_path, kind="benchmark") == [record]
+    assert read_records(tmp_path, kind="benchmark") == [record]
     complaint = capsys.readouterr().err
     assert "other.json" in complaint and "half.json" in complaint
 
 
 def test_table_has_every_row_and_the_reasons(record):
-    text = companion.benchmark_table(record).data
+    text = benchmark_table(record).data
     for row in record["rows"]:
         if row["ratio"] is None:
             assert row["reason"] in text
         else:
-            assert f"**{row['ratio']:.2f}** {companion.UNITS[row['unit']]}" in text
+            assert f"**{row['ratio']:.2f}** {UNITS[row['unit']]}" in text
     assert "Reason: needs a GPU" in text and "None" not in text
-    assert companion.describe_benchmark(record).data.startswith(f"**{record['device']}.**")
+    assert describe_benchmark(record).data.startswith(f"**{record['device']}.**")
 
 
 def test_figures_show_what_the_tables_say(record):
     shown = [row["ratio"] for row in record["rows"] if row["ratio"] and row["unit"] != races.EXTENT]
-    figure = companion.plot_ratios(record)
+    figure = plot_ratios(record)
     drawn = [x for axis in figure.axes for c in axis.containers for x in c.lines[0].get_xdata()]
     assert sorted(drawn) == pytest.approx(sorted(shown))
-    text = companion.growth_table(record).data
+    text = growth_table(record).data
     points = [point for key in ("growth", "memory") for axis in record[key].values() for point in axis]
     assert all(f"{x:,}: {y:.2f}" in text for x, y in points)
-    drawn = [
-        p for axis in companion.plot_growth(record).axes for line in axis.lines for p in line.get_xydata().tolist()
-    ]
+    drawn = [p for axis in plot_growth(record).axes for line in axis.lines for p in line.get_xydata().tolist()]
     assert all(any(p == pytest.approx(q) for q in drawn) for p in points)
 
 
 def test_tables_and_figures_of_a_record_without_values(record):
     rows = [{**row, "ratio": None, "met": None, "reason": "no electricity"} for row in record["rows"]]
     empty = {**record, "rows": rows, "growth": {}, "memory": {}}
-    assert "Reason: no electricity" in companion.benchmark_table(empty).data
-    assert "| images | – | – |" in companion.growth_table(empty).data
-    assert not [c for axis in companion.plot_ratios(empty).axes for c in axis.containers if len(c.lines[0].get_xdata())]
-    companion.plot_growth(empty)
+    assert "Reason: no electricity" in benchmark_table(empty).data
+    assert "| images | – | – |" in growth_table(empty).data
+    assert not [c for axis in plot_ratios(empty).axes for c in axis.containers if len(c.lines[0].get_xdata())]
+    plot_growth(empty)
 
 
 def test_throughput_table(record):
-    assert "on a GPU alone" in companion.throughput_table(record).data
+    assert "on a GPU alone" in throughput_table(record).data
     figures = {"demo, float32": {"images_per_second": 10.0}}  # where the memory ended at the iteration
-    assert "| demo, float32 | 10 | – |" in companion.throughput_table({**record, "throughput": figures}).data
+    assert "| demo, float32 | 10 | – |" in throughput_table({**record, "throughput": figures}).data
 
 
 def test_figures_of_a_card_without_a_card(monkeypatch):

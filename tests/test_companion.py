@@ -16,9 +16,15 @@ import papermill
 import pytest
 import torch
 
-import companion
-import wdat_networks
-from companion import ParameterError, Settings
+from companion import evidence, files, networks, runs
+from companion.data import cifar10, embedded, floats, load_data
+from companion.evidence import Estimate, accuracy, agreement, change, columns_of, paper_value, table_rows
+from companion.plots import plot_changes
+from companion.promises import promises, promises_table
+from companion.records import LATER, pack, read_records, recorded_like, unpack, write_record
+from companion.runs import finetune_grid, pick_device
+from companion.settings import METRICS, PAPER_NETWORKS, PRESETS, ParameterError, Settings
+from companion.tables import describe, show_table
 
 
 def from_notebook(**parameters):
@@ -33,8 +39,10 @@ def from_notebook(**parameters):
 
 
 def test_checking_parameters_needs_no_torch():
-    code = "import sys, companion; companion.Settings().resolved(); sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=companion.ROOT).returncode == 0
+    code = (
+        "import sys; from companion.settings import Settings; Settings().resolved(); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=files.ROOT).returncode == 0
 
 
 def test_preset_fills_in_what_is_not_given():
@@ -88,7 +96,7 @@ def test_bad_parameter_is_named(parameters, message):
 
 
 def test_embedded_images():
-    data = companion.load_data(Settings(train_images=100, val_images=20).resolved())
+    data = load_data(Settings(train_images=100, val_images=20).resolved())
     assert [len(y) for _, y in (data.train, data.val, data.test)] == [100, 20, 1000]
     for x, y in (data.train, data.val, data.test):
         assert x.shape[1:] == (3, 32, 32) and x.dtype == torch.float32 and y.dtype == torch.int64
@@ -99,34 +107,34 @@ def test_embedded_images():
 
 
 def test_embedded_images_are_those_of_the_golden_file():
-    with np.load(companion.ROOT / "tests" / "golden" / "cifar10_test_256.npz") as golden:
+    with np.load(files.ROOT / "tests" / "golden" / "cifar10_test_256.npz") as golden:
         images, labels = (golden[name] for name in sorted(golden.files, key=lambda n: -golden[n].ndim))
-    x, y = companion.embedded("test")
+    x, y = embedded("test")
     assert np.array_equal(x[:256].numpy(), images.reshape(256, 3, 32, 32)) and np.array_equal(y[:256].numpy(), labels)
 
 
 def test_damaged_image_file_is_named(tmp_path, monkeypatch):
-    for path in (*companion.ASSETS.glob("images*"), companion.ASSETS / "SHA256SUMS"):
+    for path in (*files.ASSETS.glob("images*"), files.ASSETS / "SHA256SUMS"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    monkeypatch.setattr(companion, "ASSETS", tmp_path)
+    monkeypatch.setattr(files, "ASSETS", tmp_path)
     index = tmp_path / "images.json"
     labels = index.read_text(encoding="utf-8")
     index.write_text(labels.replace('"labels": "6', '"labels": "7'), encoding="utf-8")
     with pytest.raises(ParameterError, match=r"damaged or missing.*images.json does not have the digest"):
-        companion.embedded("test")
+        embedded("test")
     index.write_text(labels, encoding="utf-8")
-    assert len(companion.embedded("test")[1]) == 1000
+    assert len(embedded("test")[1]) == 1000
     sheet = tmp_path / "images_test.webp"
     for content in (sheet.read_bytes()[:10_000], b"", (tmp_path / "images_val.webp").read_bytes()):
         sheet.write_bytes(content)
         with pytest.raises(ParameterError, match=r"images_test.webp or .* damaged or missing: restore both"):
-            companion.embedded("test")
+            embedded("test")
     sheet.unlink()
     with pytest.raises(ParameterError, match=r"images_test.webp or .* damaged or missing"):
-        companion.embedded("test")
+        embedded("test")
     (tmp_path / "images.json").write_text("{")
     with pytest.raises(ParameterError, match=r"images.json beside it is damaged"):
-        companion.embedded("val")
+        embedded("val")
 
 
 def test_no_cifar10_and_no_network(tmp_path, monkeypatch):
@@ -135,7 +143,7 @@ def test_no_cifar10_and_no_network(tmp_path, monkeypatch):
 
     monkeypatch.setattr(urllib.request, "urlopen", refuse)
     with pytest.raises(ParameterError, match=r"CIFAR-10 is not in .* and could not be put there .*no route"):
-        companion.cifar10(tmp_path, train=True)
+        cifar10(tmp_path, train=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -144,45 +152,45 @@ def test_no_cifar10_and_no_network(tmp_path, monkeypatch):
 
 
 def test_demo_network_is_what_its_record_says(tmp_path):
-    network = wdat_networks.load_network("demo", tmp_path)
-    (record,) = companion.read_records(kind="pretrain")
+    network = networks.load_network("demo", tmp_path)
+    (record,) = read_records(kind="pretrain")
     assert network.digest == record["network"]["digest"] and not network.model.training
-    x, y = companion.embedded("test")
+    x, y = embedded("test")
     with torch.no_grad():
-        correct = network.model(companion.floats(x)).argmax(1) == y
-    recorded = companion.unpack(record["correct"]["after"]["clean"], record["data"]["test"])[:1000]
+        correct = network.model(floats(x)).argmax(1) == y
+    recorded = unpack(record["correct"]["after"]["clean"], record["data"]["test"])[:1000]
     assert np.abs(correct.numpy() - recorded).sum() <= 5  # images at the boundary, on another machine
 
 
 def test_damaged_stand_in_is_named(tmp_path, monkeypatch):
     """A flipped bit in a number would load as well as any other number."""
     for name in ("demo.safetensors", "SHA256SUMS"):
-        (tmp_path / name).write_bytes((companion.ASSETS / name).read_bytes())
-    monkeypatch.setattr(wdat_networks, "ASSETS", tmp_path)
-    assert wdat_networks.load_network("demo", tmp_path).name == "demo"
+        (tmp_path / name).write_bytes((files.ASSETS / name).read_bytes())
+    monkeypatch.setattr(files, "ASSETS", tmp_path)
+    assert networks.load_network("demo", tmp_path).name == "demo"
     content = bytearray((tmp_path / "demo.safetensors").read_bytes())
     content[-1] ^= 1
     (tmp_path / "demo.safetensors").write_bytes(content)
     with pytest.raises(ParameterError, match=r"demo.safetensors does not hold .* restore it"):
-        wdat_networks.load_network("demo", tmp_path)
+        networks.load_network("demo", tmp_path)
 
 
 def test_unknown_network_gets_the_nearest(tmp_path):
     with pytest.raises(ParameterError, match=r"unknown network 'Zhang2019Theoretical'.*Zhang2019Theoretically"):
-        wdat_networks.load_network("Zhang2019Theoretical", tmp_path)
+        networks.load_network("Zhang2019Theoretical", tmp_path)
     with pytest.raises(ParameterError, match=r"unknown network 'dmo': did you mean demo"):
-        wdat_networks.load_network("dmo", tmp_path)
+        networks.load_network("dmo", tmp_path)
 
 
 def test_the_five_are_in_the_zoo():
-    assert set(companion.PAPER_NETWORKS) <= set(wdat_networks._zoo())
+    assert set(PAPER_NETWORKS) <= set(networks._zoo())
 
 
 @pytest.fixture
 def tiny_zoo(monkeypatch):
     """RobustBench's real loader with one small entry under a paper's name, so that its files stay small."""
     entry = {"model": lambda: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10)), "gdrive_id": "x"}
-    zoo = wdat_networks._zoo()
+    zoo = networks._zoo()
     monkeypatch.setitem(zoo, "Zhang2019Theoretically", entry)
     return entry
 
@@ -198,7 +206,7 @@ def place(folder, content):
 
 
 def load(folder):
-    return wdat_networks.load_network("Zhang2019Theoretically", folder)
+    return networks.load_network("Zhang2019Theoretically", folder)
 
 
 def test_local_weights_come_first(tiny_zoo, tmp_path):
@@ -264,16 +272,16 @@ def test_downloaded_web_page_leaves_nothing(tiny_zoo, tmp_path, monkeypatch):
 
 def test_clean_accuracy_far_from_the_published_one_is_refused():
     network = types.SimpleNamespace(name="Zhang2019Theoretically")
-    companion._check_clean(network, 0.8492, 10_000)
-    companion._check_clean(network, 0.82, 1000)
+    runs._check_clean(network, 0.8492, 10_000)
+    runs._check_clean(network, 0.82, 1000)
     for clean, images in ((0.83, 10_000), (0.1, 1000)):
         with pytest.raises(ParameterError, match=r"84.92 % is published"):
-            companion._check_clean(network, clean, images)
+            runs._check_clean(network, clean, images)
 
 
 def test_missing_device_is_named():
     with pytest.raises(ParameterError, match="device 'cuda:99' is not to be had here"):
-        companion.pick_device("cuda:99")
+        pick_device("cuda:99")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -288,24 +296,23 @@ SMALL = {"train_images": 60, "val_images": 20, "test_images": 50, "batch_size": 
 def run(tmp_path_factory):
     """A real run of two columns, as small as can be."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(companion, "RUNS", tmp_path_factory.mktemp("runs"))
-    records = companion.finetune_grid(Settings(eta=1, **SMALL).resolved(), "whole", notebook="table4")
-    yield records, companion.RUNS
+    patch.setattr(files, "RUNS", tmp_path_factory.mktemp("runs"))
+    records = finetune_grid(Settings(eta=1, **SMALL).resolved(), "whole", notebook="table4")
+    yield records, files.RUNS
     patch.undo()
 
 
 def test_a_column_stopped_by_its_time_goes_on_where_it_was(run, tmp_path, monkeypatch):
     """In pieces of one minibatch: the record of a run that was never stopped, and nothing else left behind."""
-    monkeypatch.setattr(companion, "RUNS", tmp_path)
+    monkeypatch.setattr(files, "RUNS", tmp_path)
     settings, stops = Settings(eta=1, tau=0.1, **SMALL, stop_after=1e-9).resolved(), 0
     while True:
         try:
-            (record,) = companion.finetune_grid(settings, "whole", notebook="table4")
+            (record,) = finetune_grid(settings, "whole", notebook="table4")
             break
         except ParameterError as error:
             assert "stopped after 1e-09 seconds, as asked" in str(error) and "the same command goes on" in str(error)
-            (kept,) = tmp_path.iterdir()
-            assert kept.suffix == ".checkpoint"
+            assert sorted(path.suffix for path in tmp_path.iterdir()) == [".checkpoint", ".json"]  # the baseline
             stops += 1
     assert stops == 4 * 3
     unstopped = run[0][0]
@@ -313,13 +320,13 @@ def test_a_column_stopped_by_its_time_goes_on_where_it_was(run, tmp_path, monkey
         k: unstopped[k] for k in ("metrics", "correct", "config", "command")
     }
     assert record["history"]["upsilon"] == unstopped["history"]["upsilon"]
-    assert [path.suffix for path in tmp_path.iterdir()] == [".json"]
+    assert [path.suffix for path in tmp_path.iterdir()] == [".json", ".json"]
 
 
 def test_records_come_back_as_they_were_written(run):
     records, folder = run
-    assert sorted(map(str, companion.read_records(folder))) == sorted(map(str, records))
-    assert companion.recorded_like(records, folder) == companion.read_records(folder)
+    assert sorted(map(str, read_records(folder))) == sorted(map(str, records))
+    assert recorded_like(records, folder) == read_records(folder)
     for record in records:
         assert json.loads(json.dumps(record, allow_nan=False)) == record
 
@@ -328,19 +335,19 @@ def test_record_accuracies_are_those_of_its_images(run):
     for record in run[0]:
         for when, scores in record["metrics"].items():
             for metric, value in scores.items():
-                bits = companion.unpack(record["correct"][when][metric], record["data"]["test"])
+                bits = unpack(record["correct"][when][metric], record["data"]["test"])
                 assert bits.mean() == pytest.approx(value)
-                assert companion.accuracy([record], when, metric).value == pytest.approx(100 * value)
+                assert accuracy([record], when, metric).value == pytest.approx(100 * value)
 
 
 def test_damaged_records_are_named_and_skipped(run, tmp_path, capsys):
     records, _ = run
-    path = companion.write_record(records[0], tmp_path)
+    path = write_record(records[0], tmp_path)
     text = path.read_text()
     (tmp_path / "half.json").write_text(text[: len(text) // 2])
     (tmp_path / "foreign.json").write_text("{}")
     (tmp_path / "older.json").write_text(text.replace('"schema": 1', '"schema": 0'))
-    assert companion.read_records(tmp_path) == [records[0]]
+    assert read_records(tmp_path) == [records[0]]
     complaint = capsys.readouterr().err
     assert all(name in complaint for name in ("half.json", "foreign.json", "older.json"))
 
@@ -348,38 +355,38 @@ def test_damaged_records_are_named_and_skipped(run, tmp_path, capsys):
 def test_folder_that_cannot_be_written(run, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ParameterError, match="could not be written"):
-        companion.write_record(run[0][0], tmp_path / "file")
+        write_record(run[0][0], tmp_path / "file")
 
 
 def test_full_disk_leaves_no_half_record(run, tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(companion.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(ParameterError, match=r"No space left on device.*make room"):
-        companion.write_record(run[0][0], tmp_path)
+        write_record(run[0][0], tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_records_of_another_protocol_are_not_mixed_in(run, tmp_path):
     records, _ = run
     for key, value in (("epochs", 7), ("consistency", "kl")):
-        companion.write_record({**records[0], "config": {**records[0]["config"], key: value}}, tmp_path)
-    assert len(companion.read_records(tmp_path)) == 2 and not companion.recorded_like(records, tmp_path)
-    companion.write_record({**records[0], "config": {**records[0]["config"], "seed": 5}}, tmp_path)
-    assert len(companion.recorded_like(records, tmp_path)) == 1
+        write_record({**records[0], "config": {**records[0]["config"], key: value}}, tmp_path)
+    assert len(read_records(tmp_path)) == 2 and not recorded_like(records, tmp_path)
+    write_record({**records[0], "config": {**records[0]["config"], "seed": 5}}, tmp_path)
+    assert len(recorded_like(records, tmp_path)) == 1
 
 
 def test_records_made_before_a_field_was_there_are_comparable(run, tmp_path):
     """Not to have the field is to have its first value, and no other."""
     records, _ = run
-    config = {k: v for k, v in records[0]["config"].items() if k not in companion.LATER}
-    companion.write_record({**records[0], "config": config}, tmp_path)
-    assert len(companion.recorded_like(records, tmp_path)) == 1
+    config = {k: v for k, v in records[0]["config"].items() if k not in LATER}
+    write_record({**records[0], "config": config}, tmp_path)
+    assert len(recorded_like(records, tmp_path)) == 1
     other = [{**records[0], "config": {**records[0]["config"], "precision": "bfloat16"}}]
-    assert not companion.recorded_like(other, tmp_path)
-    assert "precision=bfloat16" in companion.describe(other, "This").data
-    assert "precision" not in companion.describe(records, "This").data
+    assert not recorded_like(other, tmp_path)
+    assert "precision=bfloat16" in describe(other, "This").data
+    assert "precision" not in describe(records, "This").data
 
 
 def test_paired_interval():
@@ -387,57 +394,53 @@ def test_paired_interval():
     before = np.r_[np.zeros(50), np.ones(50)]
     after = np.r_[np.ones(10), np.zeros(40), np.zeros(4), np.ones(46)]
 
-    def pack(bits):
-        return {"w_2": companion.pack(torch.tensor(bits > 0))}
-
-    record = {"correct": {"before": pack(before), "after": pack(after)}, "data": {"test": 100}}
-    got = companion.change([record], "w_2")
+    bits = {when: {"w_2": pack(torch.tensor(b > 0))} for when, b in (("before", before), ("after", after))}
+    record = {"correct": bits, "data": {"test": 100}}
+    got = change([record], "w_2")
     assert got.value == pytest.approx(6)
     assert got.half == pytest.approx(1.96 * math.sqrt((14 - 36 / 100) / 99 / 100) * 100)
 
 
 def test_command_repeats_the_column_exactly():
     settings = from_notebook(delta=4 / 255, eta=1, seed=3, export="anywhere")
-    command = companion._command(settings, "table4", 0.01, 1.0)
-    assert command == f"papermill notebooks/table4.ipynb out.ipynb -p tau 0.01 -p eta 1 -p delta {4 / 255!r} -p seed 3"
+    assert runs.command(settings, "table4", tau=0.01, eta=1.0) == (
+        f"papermill notebooks/table4.ipynb out.ipynb -p tau 0.01 -p eta 1 -p delta {4 / 255!r} -p seed 3"
+    )
 
 
 def test_one_image_has_no_interval():
-    record = {"correct": {"after": {"w_2": companion.pack(torch.tensor([True]))}}, "data": {"test": 1}}
-    assert companion.accuracy([record], "after", "w_2") == companion.Estimate(100.0, None)
+    record = {"correct": {"after": {"w_2": pack(torch.tensor([True]))}}, "data": {"test": 1}}
+    assert accuracy([record], "after", "w_2") == Estimate(100.0, None)
 
 
 def test_table_shows_paper_beside_this_run_and_an_honest_dash(run):
     records, _ = run
-    table = companion.show_table(4, records, []).data
+    table = show_table(4, records, []).data
     assert "| **W₂** | paper: Zhang et al. (2019) | 42.99 | 45.20 (+2.21) | 50.53 (+7.54) |" in table
     assert "| recorded here: demo | – | – | – |" in table
     assert f"{100 * records[1]['metrics']['after']['w_2']:.2f} (" in table
     assert (
         "paper: Zhang et al. (2019) | 42.99 | – |"
-        in companion.show_table(4, [{**records[0], "config": {**records[0]["config"], "tau": 0.3}}], []).data
+        in show_table(4, [{**records[0], "config": {**records[0]["config"], "tau": 0.3}}], []).data
     )
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_agreement_fails_where_the_numbers_differ(run, when):
     records, _ = run
-    assert (
-        "agrees with the recorded ones in 2 of 2 columns"
-        in companion.agreement(records, records, before=0, after=0).data
-    )
-    assert "Nothing is recorded" in companion.agreement(records, [], before=0, after=0).data
-    none = {m: companion.pack(torch.zeros(50, dtype=torch.bool)) for m in companion.METRICS}
+    assert "agrees with the recorded ones in 2 of 2 columns" in agreement(records, records, before=0, after=0).data
+    assert "Nothing is recorded" in agreement(records, [], before=0, after=0).data
+    none = {m: pack(torch.zeros(50, dtype=torch.bool)) for m in METRICS}
     other = {**records[0], "correct": {**records[0]["correct"], when: none}}
     with pytest.raises(AssertionError, match=f"clean {when} fine-tuning at tau 0.1.*further apart than 0.5 points"):
-        companion.agreement(records, [other], before=0.5, after=0.5)
+        agreement(records, [other], before=0.5, after=0.5)
 
 
 def test_figure_shows_each_number_once(run):
     records, _ = run
-    figure = companion.plot_changes(4, records, records)
+    figure = plot_changes(4, records, records)
     drawn = sorted(x for axis in figure.axes for c in axis.containers for x in c.lines[0].get_xdata())
-    rows = companion.evidence(4, records, records)
+    rows = table_rows(4, records, records)
     wanted = sorted(cell[1].value for row in rows for cell in row["cells"].values())
     assert drawn == pytest.approx(wanted) and len(drawn) == 18
 
@@ -445,7 +448,7 @@ def test_figure_shows_each_number_once(run):
 def test_paper_numbers_are_complete():
     """Cells per table: 5 networks x 3, 5 x 3, 4 x 3 for each grid, 5 x 5 for the summary, changes included."""
     counts = {}
-    for row in companion._paper_rows():
+    for row in evidence._paper_rows():
         counts[int(row["table"])] = counts.get(int(row["table"]), 0) + 1
         assert -10 < float(row["value"]) < 100
     assert counts == {1: 15, 2: 15, 5: 25} | dict.fromkeys((3, 4, 6, 7, 8, 9, 10, 11), 12)
@@ -453,54 +456,50 @@ def test_paper_numbers_are_complete():
 
 def test_damaged_paper_number_is_named(tmp_path, monkeypatch):
     for name in ("paper.csv", "SHA256SUMS"):
-        (tmp_path / name).write_bytes((companion.ASSETS / name).read_bytes().replace(b"42.99", b"42.98"))
-    monkeypatch.setattr(companion, "ASSETS", tmp_path)
+        (tmp_path / name).write_bytes((files.ASSETS / name).read_bytes().replace(b"42.99", b"42.98"))
+    monkeypatch.setattr(files, "ASSETS", tmp_path)
     with pytest.raises(ParameterError, match=r"the paper's numbers are damaged or missing: restore .*paper.csv"):
-        companion.paper_value(4, "Zhang2019Theoretically", "w_2")
+        paper_value(4, "Zhang2019Theoretically", "w_2")
 
 
 def test_settings_and_notebook_agree_on_parameters():
     """Every field of Settings is a parameter of the notebook with the same default, and no other is."""
-    parameters = papermill.inspect_notebook(companion.ROOT / "notebooks" / "table4.ipynb")
+    parameters = papermill.inspect_notebook(files.ROOT / "notebooks" / "table4.ipynb")
     defaults = {name: p["default"].replace("8 / 255", repr(8 / 255)) for name, p in parameters.items()}
     assert {name: ast.literal_eval(text) for name, text in defaults.items()} == dataclasses.asdict(Settings())
 
 
 def test_readme_says_what_presets_and_records_say():
-    text = " ".join((companion.ROOT / "README.md").read_text(encoding="utf-8").split())
-    for p in companion.PRESETS.values():
+    text = " ".join((files.ROOT / "README.md").read_text(encoding="utf-8").split())
+    for p in PRESETS.values():
         sizes = " / ".join(f"{p[f'{part}_images']:,}" for part in ("train", "val", "test"))
         assert f"{sizes}, " in text and f"| {p['epochs']}, {p['batch_size']} |" in text
-    (record,) = companion.read_records(kind="pretrain")
+    (record,) = read_records(kind="pretrain")
     scores = {m: f"{100 * v:.2f} %" for m, v in record["metrics"]["after"].items()}
     assert f"{scores['clean']} clean, {scores['w_inf']} under the pointwise and {scores['w_2']} under the" in text
 
 
 def test_readme_verdict_follows_from_the_records():
-    train = companion.PRESETS["demo"]["train_images"]
-    recorded = [r for r in companion.read_records() if r["network"]["name"] == "demo" and r["data"]["train"] == train]
+    recorded = [r for r in read_records() if r["network"]["name"] == "demo" and r["data"]["train"] == 4000]
     assert len(recorded) == 12
-    contained = all(
-        abs(e.value) <= e.half for e in (companion.change(c, "w_2") for c in companion.columns_of(recorded).values())
-    )
-    text = " ".join((companion.ROOT / "README.md").read_text(encoding="utf-8").split())
+    contained = all(abs(e.value) <= e.half for e in (change(c, "w_2") for c in columns_of(recorded).values()))
+    text = " ".join((files.ROOT / "README.md").read_text(encoding="utf-8").split())
     assert contained == ("every W₂ interval contains 0" in text)
 
 
 def test_every_promise_names_tests_that_exist():
-    promises = companion.promises()
-    assert len(promises) > 10
-    for row in promises:
+    assert len(promises()) > 10
+    for row in promises():
         for test in row["tests"].split(";"):
             file, _, name = test.strip().partition("::")
-            assert f"def {name}(" in (companion.ROOT / "tests" / file).read_text(encoding="utf-8"), test
+            assert f"def {name}(" in (files.ROOT / "tests" / file).read_text(encoding="utf-8"), test
 
 
 def test_figures_of_the_promises_are_counted_by_tests():
-    figures = {name for row in companion.promises() for _, name, *_ in string.Formatter().parse(row["figure"]) if name}
-    sources = "".join(path.read_text(encoding="utf-8") for path in (companion.ROOT / "tests").glob("test_*.py"))
+    figures = {name for row in promises() for _, name, *_ in string.Formatter().parse(row["figure"]) if name}
+    sources = "".join(path.read_text(encoding="utf-8") for path in (files.ROOT / "tests").glob("test_*.py"))
     assert figures and not [name for name in figures if f'"{name}"' not in sources]
     record = {"figures": dict.fromkeys([*figures, "tests", "skipped"], 7), "seconds": {"total": 60}}
     record |= {"device": "a device", "core": "0" * 64, "versions": {"torch": "2"}, "command": "python it"}
-    assert "7 kills in 7 runs" in companion.promises_table(record).data
-    assert companion.promises_table(None).data.count("| – |") == len(companion.promises())
+    assert "7 kills in 7 runs" in promises_table(record).data
+    assert promises_table(None).data.count("| – |") == len(promises())

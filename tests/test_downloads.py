@@ -15,9 +15,8 @@ import pytest
 import torch
 import torchvision.datasets
 
-import companion
-import wdat_networks
-from companion import ParameterError
+from companion import data, files, networks
+from companion.settings import ParameterError
 
 NAME = "Zhang2019Theoretically"
 
@@ -63,7 +62,7 @@ def server(monkeypatch):
     server.server_close()
 
 
-def files(folder):
+def found_in(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
@@ -75,7 +74,7 @@ def files(folder):
 @pytest.fixture
 def zoo(server, monkeypatch):
     """RobustBench's own loader and gdown's own download; the drive is the server, the network small."""
-    entries = wdat_networks._zoo()
+    entries = networks._zoo()
     import gdown
 
     def new_model():
@@ -91,7 +90,7 @@ def zoo(server, monkeypatch):
 
 
 def load(folder):
-    return wdat_networks.load_network(NAME, folder)
+    return networks.load_network(NAME, folder)
 
 
 @pytest.mark.parametrize("way", ["cut", "short"])
@@ -99,28 +98,28 @@ def test_interrupted_weights_leave_nothing_and_start_anew(zoo, server, tmp_path,
     server.way = way
     with pytest.raises(ParameterError, match=r"Zhang2019Theoretically.pt.*place the file .*WRN-34-10") as caught:
         load(tmp_path)
-    assert "\n" not in str(caught.value) and not files(tmp_path)
+    assert "\n" not in str(caught.value) and not found_in(tmp_path)
     server.way = "whole"
     network = load(tmp_path)
     assert torch.equal(network.model.state_dict()["1.weight"], zoo["1.weight"])
     assert network.digest == hashlib.sha256(server.content).hexdigest()
-    assert files(tmp_path) == [f"cifar10/Linf/{NAME}.pt"]
+    assert found_in(tmp_path) == [f"cifar10/Linf/{NAME}.pt"]
 
 
 def test_ensemble_is_checked_member_by_member(zoo, server, tmp_path, monkeypatch):
     """All but what failed is kept, and is not fetched again."""
-    entry = {"model": wdat_networks._zoo()[NAME]["model"], "gdrive_id": ["a", "b"]}
-    monkeypatch.setitem(wdat_networks._zoo(), NAME, entry)
-    download = wdat_networks._download
+    entry = {"model": networks._zoo()[NAME]["model"], "gdrive_id": ["a", "b"]}
+    monkeypatch.setitem(networks._zoo(), NAME, entry)
+    download = networks._download
 
     def fail_at_b(file_id, *arguments):
         server.way = "cut" if file_id == "b" else "whole"
         download(file_id, *arguments)
 
-    monkeypatch.setattr(wdat_networks, "_download", fail_at_b)
+    monkeypatch.setattr(networks, "_download", fail_at_b)
     with pytest.raises(ParameterError, match=r"no weights at .*_m1.pt, and the download failed"):
         load(tmp_path)
-    assert files(tmp_path) == [f"cifar10/Linf/{NAME}.pt_m0.pt"]
+    assert found_in(tmp_path) == [f"cifar10/Linf/{NAME}.pt_m0.pt"]
 
 
 def test_every_flipped_byte_of_weights_is_named(zoo, server, tmp_path):
@@ -185,7 +184,7 @@ def small_cifar10(monkeypatch, url, content):
 
 
 @pytest.fixture
-def cifar10(server, monkeypatch):
+def small(server, monkeypatch):
     server.content = archive()
     small_cifar10(monkeypatch, server.url, server.content)
 
@@ -194,63 +193,64 @@ BATCHES = [f"cifar-10-batches-py/{name}" for name in sorted(CONTENTS)]
 
 
 @pytest.mark.parametrize("way", ["cut", "short"])
-def test_interrupted_cifar10_leaves_nothing_and_starts_anew(cifar10, server, tmp_path, way):
+def test_interrupted_cifar10_leaves_nothing_and_starts_anew(small, server, tmp_path, way):
     server.way = way
     with pytest.raises(ParameterError, match=r"CIFAR-10 is not in .*place cifar-10-python.tar.gz") as caught:
-        companion.cifar10(tmp_path, train=True)
-    assert "\n" not in str(caught.value) and not files(tmp_path)
+        data.cifar10(tmp_path, train=True)
+    assert "\n" not in str(caught.value) and not found_in(tmp_path)
     server.way = "whole"
-    assert len(companion.cifar10(tmp_path, train=True)[1]) == 20
+    assert len(data.cifar10(tmp_path, train=True)[1]) == 20
     server.way = "cut"  # all is there: nothing is fetched
-    assert len(companion.cifar10(tmp_path, train=False)[1]) == 4
-    assert files(tmp_path) == BATCHES
+    assert len(data.cifar10(tmp_path, train=False)[1]) == 4
+    assert found_in(tmp_path) == BATCHES
 
 
 @pytest.mark.parametrize("damage", [lambda content: content[:100], lambda content: content[:-1] + b"\0", lambda _: b""])
-def test_damaged_batch_is_fetched_anew(cifar10, server, tmp_path, damage):
-    companion.cifar10(tmp_path, train=True)
+def test_damaged_batch_is_fetched_anew(small, server, tmp_path, damage):
+    data.cifar10(tmp_path, train=True)
     path = tmp_path / "cifar-10-batches-py" / "data_batch_3"
     path.write_bytes(damage(path.read_bytes()))
     server.way = "cut"
     with pytest.raises(ParameterError, match="CIFAR-10 is not in"):
-        companion.cifar10(tmp_path, train=True)
+        data.cifar10(tmp_path, train=True)
     server.way = "whole"
-    companion.cifar10(tmp_path, train=True)
+    data.cifar10(tmp_path, train=True)
     assert path.read_bytes() == CONTENTS["data_batch_3"]
 
 
-def test_archive_placed_by_hand_is_used_if_it_is_whole(cifar10, server, tmp_path):
+def test_archive_placed_by_hand_is_used_if_it_is_whole(small, server, tmp_path):
     placed = tmp_path / "cifar-10-python.tar.gz"
     placed.write_bytes(server.content)
     server.way = "cut"
-    assert len(companion.cifar10(tmp_path, train=True)[1]) == 20
-    assert files(tmp_path) == [*BATCHES, placed.name]
+    assert len(data.cifar10(tmp_path, train=True)[1]) == 20
+    assert found_in(tmp_path) == [*BATCHES, placed.name]
 
 
-def test_half_an_archive_placed_by_hand_is_replaced_by_a_download(cifar10, server, tmp_path):
+def test_half_an_archive_placed_by_hand_is_replaced_by_a_download(small, server, tmp_path):
     (tmp_path / "cifar-10-python.tar.gz").write_bytes(server.content[:1000])
     server.way = "cut"
     with pytest.raises(ParameterError, match="CIFAR-10 is not in"):
-        companion.cifar10(tmp_path, train=True)
+        data.cifar10(tmp_path, train=True)
     server.way = "whole"
-    assert len(companion.cifar10(tmp_path, train=True)[1]) == 20
+    assert len(data.cifar10(tmp_path, train=True)[1]) == 20
 
 
-def test_process_killed_in_a_download_leaves_no_half_file_under_a_final_name(cifar10, server, tmp_path):
+def test_process_killed_in_a_download_leaves_no_half_file_under_a_final_name(small, server, tmp_path):
     code = (
-        "import sys, pathlib, torchvision.datasets, companion\n"
+        "import sys, pathlib, torchvision.datasets\n"
+        "from companion.data import cifar10\n"
         "torchvision.datasets.CIFAR10.url = sys.argv[1]\n"
-        "companion.cifar10(pathlib.Path(sys.argv[2]), train=True)\n"
+        "cifar10(pathlib.Path(sys.argv[2]), train=True)\n"
     )
     server.way = "stalled"
     arguments = [sys.executable, "-c", code, f"{server.url}/cifar-10-python.tar.gz", str(tmp_path)]
-    process = subprocess.Popen(arguments, cwd=companion.ROOT, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not any((tmp_path / name).stat().st_size for name in files(tmp_path)):
+    process = subprocess.Popen(arguments, cwd=files.ROOT, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not any((tmp_path / name).stat().st_size for name in found_in(tmp_path)):
         time.sleep(0.01)
     process.kill()
     process.wait()
-    assert files(tmp_path)
-    assert not [name for name in files(tmp_path) if not name.startswith(".download-")]
+    assert found_in(tmp_path)
+    assert not [name for name in found_in(tmp_path) if not name.startswith(".download-")]
     server.closing.set()
     server.way = "whole"
-    assert len(companion.cifar10(tmp_path, train=True)[1]) == 20
+    assert len(data.cifar10(tmp_path, train=True)[1]) == 20

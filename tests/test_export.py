@@ -8,10 +8,14 @@ import pyautoattack
 import pytest
 import torch
 
-import companion
-import wdat_networks
-from companion import ParameterError, Settings
-from wdat_networks import check_export, export, load_network
+from companion import files, networks
+from companion.cards import LICENCES
+from companion.data import embedded, floats
+from companion.evidence import accuracy, change
+from companion.networks import check_export, export, load_network
+from companion.records import parse_record, unpack
+from companion.runs import finetune_grid
+from companion.settings import METRICS, ParameterError, Settings
 
 SIZES = {"train_images": 60, "val_images": 20, "test_images": 50, "batch_size": 20, "steps": 2, "epochs": 1}
 ROBUSTBENCH = "Gowal2020Uncovering_28_10_extra"
@@ -19,25 +23,25 @@ ROBUSTBENCH = "Gowal2020Uncovering_28_10_extra"
 
 @pytest.fixture(scope="module")
 def images():
-    x, y = companion.embedded("test")
-    return companion.floats(x[:8]), y[:8]
+    x, y = embedded("test")
+    return floats(x[:8]), y[:8]
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """The folder of an export as the notebook makes it, with its record."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(companion, "RUNS", tmp_path_factory.mktemp("runs"))
+        patch.setattr(files, "RUNS", tmp_path_factory.mktemp("runs"))
         folder = tmp_path_factory.mktemp("exports")
         settings = Settings(tau=0.01, eta=1, export=str(folder), **SIZES).resolved()
-        (record,) = companion.finetune_grid(settings, "whole", notebook="table4")
+        (record,) = finetune_grid(settings, "whole", notebook="table4")
     (path,) = folder.iterdir()
     return path, record
 
 
 def other_demo():
     """The demo network, but for its last bias."""
-    model = load_network("demo", companion.ROOT).model
+    model = load_network("demo", files.ROOT).model
     with torch.no_grad():
         model.head.bias += 1
     return model
@@ -50,7 +54,7 @@ def copy(folder, to):
 
 
 def load(folder):
-    return load_network(str(folder), companion.ROOT)
+    return load_network(str(folder), files.ROOT)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -70,18 +74,18 @@ def test_round_trip_gives_identical_logits(exported, tmp_path, images):
 def test_notebook_exports_the_network_of_the_record(exported, images):
     """The recorded accuracy after fine-tuning is that of the exported network."""
     path, record = exported
-    correct = companion.unpack(record["correct"]["after"]["clean"], 50)[:8]
+    correct = unpack(record["correct"]["after"]["clean"], 50)[:8]
     with torch.no_grad():
         assert torch.equal(load(path).model(images[0]).argmax(1) == images[1], torch.tensor(correct) == 1)
-    assert companion.parse_record((path / "record.json").read_bytes()) == record
+    assert parse_record((path / "record.json").read_bytes()) == record
     assert path.name.endswith(load(path).digest[:8])
 
 
 def test_export_is_fine_tuned_and_exported_again(exported, tmp_path, monkeypatch):
-    monkeypatch.setattr(companion, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(files, "RUNS", tmp_path / "runs")
     network = str(exported[0])
     settings = Settings(tau=0.1, eta=1, network=network, export=str(tmp_path / "again"), **SIZES).resolved()
-    (record,) = companion.finetune_grid(settings, "whole", notebook="table4")
+    (record,) = finetune_grid(settings, "whole", notebook="table4")
     assert record["network"]["digest"] == load(exported[0]).digest
     assert f"-p network exports/{exported[0].name} " in record["command"] and network not in json.dumps(record)
     (path,) = (tmp_path / "again").iterdir()
@@ -102,7 +106,7 @@ def test_autoattack_runs_on_an_export(exported, images):
 @pytest.fixture
 def tiny_zoo(monkeypatch):
     """RobustBench's own loader, and a small architecture under two of its names."""
-    zoo = wdat_networks._zoo()
+    zoo = networks._zoo()
     from robustbench.utils import load_model
 
     entry = {"model": lambda: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10)), "gdrive_id": "x"}
@@ -133,9 +137,9 @@ def test_robustbench_takes_the_export_as_its_own(exported, tiny_zoo, tmp_path, i
 def test_card_says_what_the_record_says(exported):
     path, record = exported
     card = (path / "README.md").read_text(encoding="utf-8")
-    for metric, label in companion.METRICS.items():
-        after, change = companion.accuracy([record], "after", metric), companion.change([record], metric)
-        assert f"| {label} |" in card and f"| {after.text()} | {change.text(signed=True)} |" in card
+    for metric, label in METRICS.items():
+        after, moved = accuracy([record], "after", metric), change([record], metric)
+        assert f"| {label} |" in card and f"| {after.text()} | {moved.text(signed=True)} |" in card
     known = (record["command"], record["network"]["digest"], record["data"]["digest"], load(path).digest)
     assert all(f"`{text}`" in card for text in known)
     assert json.loads(re.search(r"```json\n(.*?)```", card, re.DOTALL)[1]) == record["config"]
@@ -151,7 +155,7 @@ def test_licences_are_those_of_robustbench():
         "Attribution-NonCommercial-ShareAlike 4.0 International": "CC-BY-NC-SA-4.0",
     }
     listed = re.findall(pattern, file.locate().read_text(encoding="utf-8"), re.MULTILINE)
-    assert {name: short[licence] for name, licence in listed} == companion.LICENCES
+    assert {name: short[licence] for name, licence in listed} == LICENCES
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -189,7 +193,7 @@ def test_weights_of_another_export_are_named(exported, tmp_path):
 @pytest.mark.parametrize("name", ["./nothing", "exports/nothing/", "/dev/null"])
 def test_path_without_an_export_is_named(name):
     with pytest.raises(ParameterError, match=r"is not an export of this project"):
-        load_network(name, companion.ROOT)
+        load_network(name, files.ROOT)
 
 
 def test_missing_weights_are_not_fetched_into_an_export(exported, tiny_zoo, tmp_path, monkeypatch):
@@ -213,7 +217,7 @@ def test_full_disk_leaves_nothing(exported, tmp_path, monkeypatch, call):
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(companion.os, call, full)
+    monkeypatch.setattr(files.os, call, full)
     with pytest.raises(ParameterError, match=r"No space left on device") as caught:
         export(other_demo(), exported[1], tmp_path)
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
@@ -225,14 +229,14 @@ def test_training_is_kept_until_its_export_is_whole(exported, tmp_path, monkeypa
     def full(*arguments):
         raise ParameterError("no room")
 
-    monkeypatch.setattr(companion, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(files, "RUNS", tmp_path / "runs")
     settings = Settings(tau=0.01, eta=1, export=str(tmp_path / "exports"), **SIZES).resolved()
     with monkeypatch.context() as patch:
-        patch.setattr(wdat_networks, "export", full)
+        patch.setattr(networks, "export", full)
         with pytest.raises(ParameterError, match="no room"):
-            companion.finetune_grid(settings, "whole", notebook="table4")
+            finetune_grid(settings, "whole", notebook="table4")
     monkeypatch.setattr(torch.optim.SGD, "step", pytest.fail)
-    companion.finetune_grid(settings, "whole", notebook="table4")
+    finetune_grid(settings, "whole", notebook="table4")
     (path,) = (tmp_path / "exports").iterdir()
     assert path.name == exported[0].name and not list((tmp_path / "runs").glob("*.checkpoint"))
 
@@ -242,7 +246,7 @@ def test_folder_that_cannot_be_written_is_named_before_training(tmp_path, monkey
     monkeypatch.setattr("wdat_core.evaluate", pytest.fail)
     settings = Settings(tau=0.01, eta=1, export=str(tmp_path / "file"), **SIZES).resolved()
     with pytest.raises(ParameterError, match=r"nothing can be exported to .*file: give another folder"):
-        companion.finetune_grid(settings, "whole", notebook="table4")
+        finetune_grid(settings, "whole", notebook="table4")
 
 
 def test_ensemble_cannot_be_exported(tmp_path):

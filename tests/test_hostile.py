@@ -893,7 +893,7 @@ CALLS = {
 FINETUNE_CALLS = CALLS | {"eval_batch_size": whole("eval_batch_size", (1, 2, 1000, 2**70))}
 SETS = {
     "a list": fine(lambda x, y: [x, y]),
-    "images alone": bad(lambda x, y: x, "train", "val", "images", "labels"),
+    "images alone": bad(lambda x, y: y if x is None else x, "train", "val", "images", "labels"),
     "one": bad(lambda x, y: (x,), "train", "val"),
     "three": bad(lambda x, y: (x, y, y), "train", "val"),
     "swapped": bad(lambda x, y: (y, x), "images"),

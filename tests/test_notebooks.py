@@ -6,14 +6,14 @@ import papermill
 import pytest
 from papermill.exceptions import PapermillExecutionError
 
-import companion
+from companion import files
 
-TABLE4 = companion.ROOT / "notebooks" / "table4.ipynb"
+TABLE4 = files.ROOT / "notebooks" / "table4.ipynb"
 SMALL = {"tau": 0.01, "eta": 1, "train_images": 60, "val_images": 20, "test_images": 50, "batch_size": 20, "steps": 2}
 
 
 def execute(out, **parameters):
-    return papermill.execute_notebook(TABLE4, out, parameters, progress_bar=False, cwd=companion.ROOT)
+    return papermill.execute_notebook(TABLE4, out, parameters, progress_bar=False, cwd=files.ROOT)
 
 
 @pytest.mark.parametrize(
@@ -33,9 +33,9 @@ def test_bad_parameter_ends_in_one_line(tmp_path, parameters, message):
 
 
 def test_a_column_ends_in_a_record_and_a_table(tmp_path):
-    before = set(companion.RUNS.glob("finetune-demo-*"))
+    before = set(files.RUNS.glob("finetune-demo-*"))
     notebook = execute(tmp_path / "out.ipynb", epochs=1, seed=987654321, **SMALL)
-    (path,) = set(companion.RUNS.glob("finetune-demo-*")) - before
+    (path,) = set(files.RUNS.glob("finetune-demo-*")) - before
     record = json.loads(path.read_text(encoding="utf-8"))
     path.unlink()
     assert record["config"]["tau"] == 0.01 and record["config"]["epochs"] == 1 and record["data"]["test"] == 50

@@ -7,25 +7,26 @@ import sys
 
 import pytest
 
-import companion
+from companion import files
+from companion.records import RULES, parse_record, read_records, record_bytes, write_record
 
-SMALL = min(companion.RESULTS.glob("finetune-*.json"), key=lambda path: path.stat().st_size)
+SMALL = min(files.RESULTS.glob("finetune-*.json"), key=lambda path: path.stat().st_size)
 
 
 @pytest.fixture
 def record():
-    return companion.parse_record(SMALL.read_bytes())
+    return parse_record(SMALL.read_bytes())
 
 
 def test_every_committed_record_is_whole_and_says_how_to_repeat_it(capsys):
-    records = [record for kind in companion.RULES for record in companion.read_records(kind=kind)]
-    assert len(records) == len(list(companion.RESULTS.glob("*.json"))) >= 14 and not capsys.readouterr().err
+    records = [record for kind in RULES for record in read_records(kind=kind)]
+    assert len(records) == len(list(files.RESULTS.glob("*.json"))) >= 14 and not capsys.readouterr().err
     for record in records:
-        assert "/" not in record["device"] and str(companion.ROOT) not in json.dumps(record)
+        assert "/" not in record["device"] and str(files.ROOT) not in json.dumps(record)
 
 
 def test_record_comes_back_as_it_was_written(record, tmp_path):
-    path = companion.write_record(record, tmp_path)
+    path = write_record(record, tmp_path)
     assert path.read_bytes() == SMALL.read_bytes() and path.name == SMALL.name
     assert list(json.loads(path.read_bytes()))[-1] == "digest" and "digest" not in record
 
@@ -49,7 +50,7 @@ def test_no_damage_to_any_byte_changes_what_is_read(record, damage):
     content, named = SMALL.read_bytes(), 0
     for at in range(len(content)):
         try:
-            assert companion.parse_record(DAMAGE[damage](content, at)) == record
+            assert parse_record(DAMAGE[damage](content, at)) == record
         except ValueError:
             named += 1
     assert named > len(content) / 2
@@ -62,7 +63,7 @@ def test_damaged_files_are_named_in_one_line_each(record, tmp_path, capsys):
     for name, damaged in {**foreign, **flipped, "good": content}.items():
         (tmp_path / f"{name}.json").write_bytes(damaged)
     (tmp_path / "folder.json").mkdir()
-    assert companion.read_records(tmp_path) == [record]
+    assert read_records(tmp_path) == [record]
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(".json: ")[0] for line in lines] == sorted(
         f"skipped {n}" for n in (*foreign, *flipped, "folder")
@@ -124,23 +125,23 @@ def changed(record, field, value):
 def test_sealed_record_that_cannot_be_true_is_refused(record, field, value, message):
     """Its digest is right: somebody sealed it, or this project wrote it wrongly."""
     with pytest.raises(ValueError, match=message):
-        companion.parse_record(companion.record_bytes(changed(record, field, value)))
+        parse_record(record_bytes(changed(record, field, value)))
 
 
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999"])
 def test_number_that_is_none_is_refused(value):
     content = SMALL.read_bytes().replace(b'"best": ', f'"best": {value}, "worst": '.encode())
     with pytest.raises(ValueError, match=r"not JSON compliant"):
-        companion.parse_record(content)
+        parse_record(content)
 
 
 @pytest.mark.parametrize("key", ["device", "config", "metrics", "correct", "history", "data", "network", "digest"])
 def test_record_without_a_key_is_refused(record, key):
-    stored = json.loads(companion.record_bytes({k: v for k, v in record.items() if k != key}))
+    stored = json.loads(record_bytes({k: v for k, v in record.items() if k != key}))
     if key == "digest":
         del stored["digest"]
     with pytest.raises(ValueError, match=f"{key}.* is missing|digest"):
-        companion.parse_record(json.dumps(stored).encode())
+        parse_record(json.dumps(stored).encode())
 
 
 def test_other_kinds_need_their_own_keys(record):
@@ -152,9 +153,9 @@ def test_other_kinds_need_their_own_keys(record):
     upsilon = {**every, "kind": "upsilon", **{k: record[k] for k in ("network", "data", "config")}}
     upsilon["points"] = {"minibatch": [0, 8], "whole": [40.5, 41.0]}
     for whole, key in ((benchmark, "growth"), (upsilon, "points"), (upsilon, "data")):
-        assert companion.parse_record(companion.record_bytes(whole)) == whole
+        assert parse_record(record_bytes(whole)) == whole
         with pytest.raises(ValueError, match=f"{key}.* is missing"):
-            companion.parse_record(companion.record_bytes({k: v for k, v in whole.items() if k != key}))
+            parse_record(record_bytes({k: v for k, v in whole.items() if k != key}))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -165,20 +166,21 @@ def test_other_kinds_need_their_own_keys(record):
 def test_runs_that_differ_have_names_that_differ(record, tmp_path):
     """Also in a digit that is usually not shown."""
     configs = [{"seed": 1234567}, {"seed": 1234568}, {"tau": 0.01}, {"tau": 0.010000001}, {"eta": 0.3}]
-    names = {companion.write_record({**record, "config": record["config"] | c}, tmp_path).name for c in configs}
+    names = {write_record({**record, "config": record["config"] | c}, tmp_path).name for c in configs}
     assert len(names) == len(configs)
 
 
 def test_processes_that_write_the_same_record_at_once_do_no_harm(record, tmp_path):
     code = (
-        "import json, sys, pathlib, companion\n"
+        "import json, sys, pathlib\n"
+        "from companion.records import write_record\n"
         "record = json.loads(pathlib.Path(sys.argv[1]).read_bytes())\n"
         "del record['digest']\n"
         "print(flush=True)\n"
         "sys.stdin.readline()\n"
-        "for _ in range(50): companion.write_record(record, pathlib.Path(sys.argv[2]))\n"
+        "for _ in range(50): write_record(record, pathlib.Path(sys.argv[2]))\n"
     )
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": companion.ROOT}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": files.ROOT}
     writers = [subprocess.Popen([sys.executable, "-c", code, str(SMALL), str(tmp_path)], **pipes) for _ in range(3)]
     for writer in writers:
         writer.stdout.readline()  # ready
@@ -188,7 +190,7 @@ def test_processes_that_write_the_same_record_at_once_do_no_harm(record, tmp_pat
     reads = 0
     while any(writer.poll() is None for writer in writers):
         for path in tmp_path.glob("*.json"):
-            assert companion.parse_record(path.read_bytes()) == record
+            assert parse_record(path.read_bytes()) == record
             reads += 1
     for writer in writers:
         assert writer.wait() == 0

@@ -21,23 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from companion import (
-    ASSETS,
-    PAPER_NETWORKS,
-    STAND_INS,
-    ParameterError,
-    Record,
-    digest,
-    from_root,
-    model_card,
-    one_line,
-    parse_record,
-    record_bytes,
-    record_stem,
-    verified,
-    write_sums,
-    write_whole,
-)
+from companion import files
+from companion.cards import model_card
+from companion.files import digest, from_root, one_line, verified, write_sums, write_whole
+from companion.records import Record, parse_record, record_bytes, record_stem
+from companion.settings import PAPER_NETWORKS, STAND_INS, ParameterError
 
 
 class SmallResNet(nn.Module):
@@ -152,7 +140,7 @@ def load_network(name: str, models: Path) -> Network:
     if Path(name).name != name:
         return _exported(from_root(name))
     if name in STAND_INS:
-        return _stand_in(name, ASSETS)
+        return _stand_in(name, files.ASSETS)
     zoo = _zoo()
     if name not in zoo:
         near = difflib.get_close_matches(name, [*STAND_INS, *zoo], n=3, cutoff=0.3)

@@ -1,0 +1,146 @@
+"""The paper's numbers beside the records: estimates, intervals, agreement."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from companion import files
+from companion.files import one_line, verified
+from companion.records import Record, images_of, unpack
+from companion.settings import METRICS, ParameterError
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """An accuracy or a change of accuracy in per cent, with half the width of its 95 % interval (None: not known)."""
+
+    value: float
+    half: float | None = None
+
+    def text(self, signed: bool = False) -> str:
+        value = f"{self.value:{'+' if signed else ''}.2f}"
+        return value if self.half is None else f"{value}\u00a0±\u00a0{self.half:.2f}"  # not to be broken
+
+
+def paper_value(
+    table: int, network: str, metric: str, tau: float | None = None, eta: float | None = None
+) -> float | None:
+    """A number of the paper's tables in per cent, or None where it has none (assets/paper.csv)."""
+    for row in _paper_rows():
+        cell = (int(row["table"]), row["network"], row["metric"])
+        at = tuple(float(row[k]) if row[k] else None for k in ("tau", "eta"))
+        if cell == (table, network, metric) and at == (tau, eta):
+            return float(row["value"])
+    return None
+
+
+def _paper_rows() -> list[dict[str, str]]:
+    try:
+        return list(csv.DictReader(io.StringIO(verified(files.ASSETS, "paper.csv").decode())))
+    except OSError as error:
+        raise ParameterError(
+            f"the paper's numbers are damaged or missing: restore {files.ASSETS / 'paper.csv'} and SHA256SUMS beside it"
+            f" from the repository ({one_line(error)})"
+        ) from error
+
+
+def accuracy(records: Sequence[Record], when: str, metric: str) -> Estimate:
+    """Mean over records that differ in the seed alone, with the interval of sampling test images."""
+    return _estimate([_bits(r, when, metric) for r in records])
+
+
+def change(records: Sequence[Record], metric: str) -> Estimate:
+    """Accuracy after minus before on the same images, mean over seeds, with the interval of the paired differences."""
+    return _estimate([_bits(r, "after", metric) - _bits(r, "before", metric) for r in records])
+
+
+def _bits(record: Record, when: str, metric: str) -> Any:
+    return unpack(record["correct"][when][metric], images_of(record, when))
+
+
+def _estimate(per_seed: Sequence[Any]) -> Estimate:
+    import numpy as np
+
+    values = 100 * np.mean(per_seed, axis=0)
+    half = float(1.96 * values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+    return Estimate(float(values.mean()), half)
+
+
+def columns_of(records: Sequence[Record]) -> dict[tuple[float, float], list[Record]]:
+    """The records of each (tau, eta), in the paper's order."""
+    columns: dict[tuple[float, float], list[Record]] = {}
+    for record in sorted(records, key=lambda r: (r["config"]["eta"], -r["config"]["tau"], r["config"]["seed"])):
+        columns.setdefault((record["config"]["tau"], record["config"]["eta"]), []).append(record)
+    return columns
+
+
+def table_rows(table: int, records: Sequence[Record], recorded: Sequence[Record]) -> list[dict[str, Any]]:
+    """The rows of a fine-tuning table: for each metric the paper, what is recorded here, and this run.
+
+    Each row has "metric", "source" ("paper", "recorded here", "this run"), "network", "before" (an Estimate) and, for
+    each (tau, eta) of the run (of the recorded ones without a run), a pair of Estimates (accuracy, change), or None
+    where there is no evidence.
+    """
+    grid = list(columns_of(records or recorded))
+    name = next(row["network"] for row in _paper_rows() if int(row["table"]) == table)
+    rows = []
+    for metric in METRICS:
+        base = paper_value(1, name, metric)
+        cells: dict[tuple[float, float], tuple[Estimate, Estimate] | None] = {}
+        for tau, eta in grid:
+            value = paper_value(table, name, metric, tau, eta)
+            known = value is not None and base is not None
+            cells[tau, eta] = (Estimate(value), Estimate(value - base)) if known else None  # type: ignore[arg-type,operator]
+        before = None if base is None else Estimate(base)
+        rows.append({"metric": metric, "source": "paper", "network": name, "before": before, "cells": cells})
+        for source, those in (("recorded here", recorded), ("this run", records)):
+            if source == "this run" and not records:
+                continue
+            by_column = columns_of(those)
+            cells = {
+                column: (accuracy(by_column[column], "after", metric), change(by_column[column], metric))
+                if column in by_column
+                else None
+                for column in grid
+            }
+            # Records of other seeds share the baseline: one is enough.
+            before = accuracy(those[:1], "before", metric) if those else None
+            network = those[0]["network"]["name"] if those else records[0]["network"]["name"]
+            rows.append({"metric": metric, "source": source, "network": network, "before": before, "cells": cells})
+    return rows
+
+
+def agreement(records: Sequence[Record], recorded: Sequence[Record], *, before: float, after: float) -> Any:
+    """Whether this run agrees with the recorded ones, as a line of Markdown; tolerances in percentage points.
+
+    Another machine rounds otherwise. Without training that moves single images at the decision boundary (`before`);
+    training amplifies it as another seed would (`after`).
+
+    Raises:
+        AssertionError: an accuracy differs by more.
+    """
+    from IPython.display import Markdown
+
+    by_column = columns_of(recorded)
+    compared = [r for r in records if (r["config"]["tau"], r["config"]["eta"]) in by_column]
+    for r in compared:
+        column = (r["config"]["tau"], r["config"]["eta"])
+        for when, tolerance in (("before", before), ("after", after)):
+            for metric in METRICS:
+                here, there = (accuracy(those, when, metric).value for those in ([r], by_column[column]))
+                assert abs(here - there) <= tolerance, (
+                    f"{metric} {when} fine-tuning at tau {column[0]:g}, eta {column[1]:g}: {here:.2f} % in this run,"
+                    f" {there:.2f} % recorded, further apart than {tolerance:g} points"
+                )
+    if not compared:
+        return Markdown("Nothing is recorded for these parameters: there is nothing to compare this run with.")
+    return Markdown(
+        f"This run agrees with the recorded ones in {len(compared)} of {len(records)} columns: within {before:g}"
+        f" points before fine-tuning and {after:g} points after it."
+        " (Another machine rounds otherwise, which training amplifies.)"
+    )

@@ -1,0 +1,207 @@
+"""From a notebook's parameters to one frozen, checked configuration.
+
+This module imports the standard library alone: parameters are checked before torch is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+METRICS = {"clean": "Clean", "w_inf": "W∞", "w_2": "W₂"}
+PAPER_NETWORKS: dict[str, dict[str, Any]] = {
+    "Zhang2019Theoretically": {"paper": "Zhang et al. (2019)", "architecture": "WRN-34-10", "clean": 84.92},
+    "Chen2024Data_WRN_34_10": {"paper": "Chen and Lee (2024)", "architecture": "WRN-34-10", "clean": 86.54},
+    "Gowal2020Uncovering_28_10_extra": {"paper": "Gowal et al. (2020)", "architecture": "WRN-28-10", "clean": 89.48},
+    "Cui2023Decoupled_WRN-28-10": {"paper": "Cui et al. (2023)", "architecture": "WRN-28-10", "clean": 92.16},
+    "Wang2023Better_WRN-28-10": {"paper": "Wang et al. (2023)", "architecture": "WRN-28-10", "clean": 92.44},
+}
+STAND_INS = {"demo": (16, 64, 128)}  # name -> widths of networks.SmallResNet
+GRIDS = {  # the tables of (tau, eta): whose network of the paper, and how it is perturbed first
+    3: ("Zhang2019Theoretically", "last_layer"),
+    4: ("Zhang2019Theoretically", "whole"),
+    6: ("Gowal2020Uncovering_28_10_extra", "last_layer"),
+    7: ("Gowal2020Uncovering_28_10_extra", "whole"),
+    8: ("Cui2023Decoupled_WRN-28-10", "last_layer"),
+    9: ("Cui2023Decoupled_WRN-28-10", "whole"),
+    10: ("Wang2023Better_WRN-28-10", "last_layer"),
+    11: ("Wang2023Better_WRN-28-10", "whole"),
+}
+
+
+class ParameterError(ValueError):
+    """Something the user of a notebook can put right; a notebook shows the message, what and how, and no traceback."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [f"{type(self).__name__}: {self}"]
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # A laptop computes Table 4 in a minute or two, without any download.
+    "demo": {
+        "network": "demo",
+        "data": "embedded",
+        "train_images": 2000,
+        "val_images": 500,
+        "test_images": 1000,
+        "epochs": 4,
+        "batch_size": 512,
+    },
+    # Section 6 of the paper.
+    "paper": {
+        "network": "Zhang2019Theoretically",
+        "data": "data",
+        "train_images": 40_000,
+        "val_images": 10_000,
+        "test_images": 10_000,
+        "epochs": 20,
+        "batch_size": 512,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The parameters of all notebooks; None takes the preset's value, for tau and eta both of the paper's."""
+
+    preset: str = "demo"
+    tau: float | None = None
+    eta: float | None = None
+    network: str | None = None
+    data: str | None = None
+    train_images: int | None = None
+    val_images: int | None = None
+    test_images: int | None = None
+    epochs: int | None = None
+    batch_size: int | None = None
+    delta: float = 8 / 255
+    beta: float = 6.0
+    steps: int = 20
+    consistency: str = "ce_detached"
+    upsilon_from: str = "sample"
+    precision: str = "float32"
+    compiled: bool = False
+    seed: int = 0
+    device: str = "auto"
+    models: str = "models"
+    stop_after: float | None = None
+    export: str | None = None
+    fresh: bool = False
+
+    @classmethod
+    def from_notebook(cls, namespace: dict[str, Any], names: str = "", *, network: str | None = None) -> Settings:
+        """The settings that the variables of a notebook's namespace give, checked, with the preset filled in.
+
+        Args:
+            namespace: the notebook's `globals()`.
+            names: the parameters that the notebook has, with spaces between; all where there are none.
+            network: the network of the preset "paper" where it is not that of Zhang et al.
+
+        Raises:
+            ParameterError: a variable is no parameter of this notebook, has the wrong type, or an impossible value.
+        """
+        known = names.split() or [f.name for f in dataclasses.fields(cls)]
+        given = {}
+        for name, value in namespace.items():
+            if name.startswith("_") or name in ("In", "Out") or isinstance(value, types.ModuleType) or callable(value):
+                continue
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                raise ParameterError(
+                    f"unknown parameter {name!r}"
+                    + (f": did you mean {near[0]!r}?" if near else "")
+                    + f" Known are {', '.join(known)}"
+                )
+            given[name] = value
+        if network and given.get("network") is None and given.get("preset") == "paper":
+            given["network"] = network
+        return cls(**given).resolved()
+
+    @classmethod
+    def each_from_notebook(cls, namespace: dict[str, Any], names: str) -> list[Settings]:
+        """As `from_notebook`, for a notebook about several networks: one for each, or for the one that is given."""
+        settings = cls.from_notebook(namespace, names)
+        if namespace.get("network") is not None:
+            return [settings]
+        every = PAPER_NETWORKS if settings.preset == "paper" else STAND_INS
+        return [dataclasses.replace(settings, network=name) for name in every]
+
+    def resolved(self) -> Settings:
+        """Checked, and with the preset's values where there was None."""
+        _check("preset", self.preset, str, choices=tuple(PRESETS))
+        preset = {k: v for k, v in PRESETS[self.preset].items() if getattr(self, k) is None}
+        settings = dataclasses.replace(self, **preset)
+        settings._check()
+        return settings
+
+    def _check(self) -> None:
+        for name in ("network", "data", "device", "models"):
+            _check(name, getattr(self, name), str)
+        if self.export is not None:
+            _check("export", self.export, str)
+        if self.stop_after is not None:
+            _check("stop_after", self.stop_after, float, above=0)
+        if self.tau is not None:
+            _check("tau", self.tau, float, above=0)
+        if self.eta is not None:
+            _check("eta", self.eta, float, above=0, at_most=1)
+        _check("delta", self.delta, float, above=0)
+        _check("beta", self.beta, float, above=-math.ulp(0))
+        for name in ("train_images", "val_images", "test_images", "epochs", "batch_size", "steps"):
+            _check(name, getattr(self, name), int, above=0)
+        _check("seed", self.seed, int, above=-1)
+        _check("consistency", self.consistency, str, choices=("ce_detached", "ce", "kl"))
+        _check("upsilon_from", self.upsilon_from, str, choices=("sample", "batch"))
+        _check("precision", self.precision, str, choices=("float32", "bfloat16"))
+        for name in ("compiled", "fresh"):
+            if not isinstance(getattr(self, name), bool):
+                raise ParameterError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        most = (
+            {"train_images": 4000, "val_images": 1000, "test_images": 1000}
+            if self.data == "embedded"
+            else {"test_images": 10_000}
+        )
+        for name, limit in most.items():
+            if getattr(self, name) > limit:
+                raise ParameterError(
+                    f"{name} is {getattr(self, name)}, and the {self.data!r} data has {limit}:"
+                    " ask for fewer, or give the folder of CIFAR-10 as data"
+                )
+        if self.data != "embedded" and self.train_images + self.val_images > 50_000:  # type: ignore[operator]
+            raise ParameterError(
+                f"train_images and val_images are {self.train_images} and {self.val_images}, and CIFAR-10 has 50000"
+                " training images for both together"
+            )
+
+    def grid(self) -> list[tuple[float, float]]:
+        """The (tau, eta) of each column, in the paper's order."""
+        taus = (0.1, 0.01) if self.tau is None else (self.tau,)
+        etas = (0.1, 1.0) if self.eta is None else (self.eta,)
+        return [(float(tau), float(eta)) for eta in etas for tau in taus]
+
+
+# The parameters of a notebook that attacks and does not train.
+ATTACKING = "preset network data train_images test_images batch_size delta steps precision compiled device models fresh"
+
+
+def _check(
+    name: str,
+    value: Any,
+    kind: Any,
+    *,
+    above: float = -math.inf,
+    at_most: float = math.inf,
+    choices: Sequence[str] = (),
+) -> None:
+    word = {int: "a whole number", float: "a number", str: "a text"}[kind]
+    if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
+        raise ParameterError(f"{name} must be {word}, not {value!r}")
+    if choices and value not in choices:
+        raise ParameterError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+    if kind is not str and not (above < value <= at_most and math.isfinite(value)):
+        low = "at least 0" if above < 0 else f"above {above:g}"
+        raise ParameterError(f"{name} must be {low}{f' and at most {at_most:g}' * (at_most < math.inf)}, not {value!r}")
