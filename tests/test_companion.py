@@ -24,7 +24,7 @@ from companion.promises import promises, promises_table
 from companion.records import LATER, pack, read_records, recorded_like, unpack, write_record
 from companion.runs import finetune_grid, pick_device
 from companion.settings import METRICS, PAPER_NETWORKS, PRESETS, ParameterError, Settings
-from companion.tables import describe, show_table
+from companion.tables import describe, grid_table
 
 
 def from_notebook(**parameters):
@@ -415,13 +415,13 @@ def test_one_image_has_no_interval():
 
 def test_table_shows_paper_beside_this_run_and_an_honest_dash(run):
     records, _ = run
-    table = show_table(4, records, []).data
+    table = grid_table(4, records, []).data
     assert "| **W₂** | paper: Zhang et al. (2019) | 42.99 | 45.20 (+2.21) | 50.53 (+7.54) |" in table
     assert "| recorded here: demo | – | – | – |" in table
     assert f"{100 * records[1]['metrics']['after']['w_2']:.2f} (" in table
     assert (
         "paper: Zhang et al. (2019) | 42.99 | – |"
-        in show_table(4, [{**records[0], "config": {**records[0]["config"], "tau": 0.3}}], []).data
+        in grid_table(4, [{**records[0], "config": {**records[0]["config"], "tau": 0.3}}], []).data
     )
 
 
