@@ -36,8 +36,12 @@ def plot_changes(table: int, records: Sequence[Record], recorded: Sequence[Recor
                 [e.value for _, e in points],
                 [len(grid) - 1 - i + shift for i, _ in points],
                 xerr=[e.half or 0 for _, e in points],
-                fmt=marker, color=colour, markersize=6, capsize=3, label=f"{row['source']}: {short_name(row['network'])}",
-            )  # fmt: skip
+                fmt=marker,
+                color=colour,
+                markersize=6,
+                capsize=3,
+                label=f"{row['source']}: {short_name(row['network'])}",
+            )
         axis.axvline(0, color="black", linewidth=1)
         axis.set_title(f"{METRICS[metric]} accuracy")
         axis.set_xlabel("change, percentage points")
@@ -55,17 +59,15 @@ def plot_estimates(records: Sequence[Record], recorded: Sequence[Record]) -> Fig
     import seaborn as sns
 
     sns.set_theme(style="whitegrid", context="notebook")
-    columns = [(r, RECORDED, "recorded here", "o") for r in recorded] + [
-        (r, THIS_RUN, "this run", "s") for r in records
-    ]
+    columns = [(r, RECORDED, "recorded here", "o") for r in recorded]
+    columns += [(r, THIS_RUN, "this run", "s") for r in records]
     figure, axis = plt.subplots(figsize=(max(5.0, 2 + 1.8 * len(columns)), 4.2), layout="constrained")
     for i, (record, colour, source, marker) in enumerate(columns):
         n = len(record["estimates"])
         places = [i + 0.3 * (2 * k / max(1, n - 1) - 1) for k in range(n)]
         axis.plot(places, record["estimates"], marker, color=colour, markersize=6, label=f"{source}: a sample")
-        axis.hlines(
-            record["reference"], i - 0.4, i + 0.4, colour, "dotted", linewidth=2.5, label=f"{source}: all images"
-        )
+        style = {"colors": colour, "linestyles": "dotted", "linewidth": 2.5, "label": f"{source}: all images"}
+        axis.hlines(record["reference"], i - 0.4, i + 0.4, **style)
     names = [f"{short_name(r['network']['name'])}\n{r['data']['train']:,} images" for r, *_ in columns]
     axis.set(ylabel="Υ", yscale="log", xlim=(-0.6, len(columns) - 0.4))
     axis.set_xticks(range(len(columns)), names)
@@ -76,12 +78,13 @@ def plot_estimates(records: Sequence[Record], recorded: Sequence[Record]) -> Fig
 
 
 def plot_along(what: str, records: Sequence[Record], recorded: Sequence[Record]) -> Figure:
-    """Figure 7.2 ("w_2"), 7.3 ("w_inf") or 7.4 ("upsilon") along fine-tuning: solid on test images, dashed on the others.
+    """Figure 7.2 ("w_2"), 7.3 ("w_inf") or 7.4 ("upsilon"): solid on test images, dashed on validation or training.
 
     The recorded runs are a line of their mean over seeds in a band from the least to the greatest.
     """
     import matplotlib.pyplot as plt
     import seaborn as sns
+    from matplotlib.ticker import MaxNLocator
 
     sns.set_theme(style="whitegrid", context="notebook")
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
@@ -93,10 +96,10 @@ def plot_along(what: str, records: Sequence[Record], recorded: Sequence[Record])
                 continue
             style = {"color": colour, "linestyle": line, "marker": "o", "markersize": 5}
             axis.plot([sum(v) / len(v) for v in epochs], **style, label=f"{source}, {part} images")
-            axis.fill_between(range(len(epochs)), *map(list, zip(*((min(v), max(v)) for v in epochs), strict=True)),
-                              color=colour, alpha=0.12, linewidth=0)  # fmt: skip
+            band = {"y1": [min(v) for v in epochs], "y2": [max(v) for v in epochs]}
+            axis.fill_between(range(len(epochs)), **band, color=colour, alpha=0.12, linewidth=0)
     axis.set(xlabel="epoch (0: before fine-tuning)", ylabel="Υ" if what == "upsilon" else "accuracy, per cent")
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     plt.close(figure)
     return figure
