@@ -12,7 +12,7 @@ from typing import Any
 from companion import files
 from companion.files import one_line, verified
 from companion.records import Record, images_of, protocol, unpack
-from companion.settings import METRICS, PAPER_NETWORKS, ParameterError
+from companion.settings import GRIDS, METRICS, PAPER_NETWORKS, ParameterError
 
 PARTS = {"test": "test images", "train": "training images"}
 
@@ -151,27 +151,28 @@ def best_setting(study: Sequence[Record]) -> list[Record]:
     return max(groups.values(), key=on_validation)
 
 
-def table_rows(table: int, records: Sequence[Record], recorded: Sequence[Record]) -> list[dict[str, Any]]:
+def table_rows(table: int | None, records: Sequence[Record], recorded: Sequence[Record]) -> list[dict[str, Any]]:
     """The rows of a fine-tuning table: for each metric the paper, what is recorded here, and this run.
 
     Each row has "metric", "source" ("paper", "recorded here", "this run"), "network", "before" (an Estimate) and, for
     each (tau, eta) of the run (of the recorded ones without a run), a pair of Estimates (accuracy, change), or None
-    where there is no evidence.
+    where there is no evidence. Without a table there is no paper, and what there are no records of has no rows.
     """
     grid = list(columns_of(records or recorded))
-    name = next(row["network"] for row in _paper_rows() if int(row["table"]) == table)
     rows = []
     for metric in METRICS:
-        base = paper_value(1, name, metric)
         cells: dict[tuple[float, float], tuple[Estimate, Estimate] | None] = {}
-        for tau, eta in grid:
-            value = paper_value(table, name, metric, tau, eta)
-            known = value is not None and base is not None
-            cells[tau, eta] = (Estimate(value), Estimate(value - base)) if known else None  # type: ignore[arg-type,operator]
-        before = None if base is None else Estimate(base)
-        rows.append({"metric": metric, "source": "paper", "network": name, "before": before, "cells": cells})
+        if table:
+            name = GRIDS[table][0]
+            base = paper_value(1, name, metric)
+            for tau, eta in grid:
+                value = paper_value(table, name, metric, tau, eta)
+                known = value is not None and base is not None
+                cells[tau, eta] = (Estimate(value), Estimate(value - base)) if known else None  # type: ignore[arg-type,operator]
+            before = None if base is None else Estimate(base)
+            rows.append({"metric": metric, "source": "paper", "network": name, "before": before, "cells": cells})
         for source, those in (("recorded here", recorded), ("this run", records)):
-            if source == "this run" and not records:
+            if not those and (source == "this run" or not table):
                 continue
             by_column = columns_of(those)
             cells = {
@@ -209,6 +210,32 @@ def agreement_of_networks(part: str, records: Sequence[Record], recorded: Sequen
     return Markdown(
         f"On {part} images this run agrees with the recorded one for {len(compared)} of {len(records)} networks, within"
         f" {within:g} points. (Another machine rounds otherwise, which moves single images at the decision boundary.)"
+    )
+
+
+def agreement_of_estimates(records: Sequence[Record], recorded: Sequence[Record], *, within: float) -> Any:
+    """As `agreement`, for records of kind "sensitivity"; `within` is relative.
+
+    Raises:
+        AssertionError: Upsilon of the whole set or of a sample differs by more.
+    """
+    from IPython.display import Markdown
+
+    known = {(protocol(r), r["config"]["seed"]): r for r in recorded}
+    compared = [r for r in records if (protocol(r), r["config"]["seed"]) in known]
+    for r in compared:
+        there = known[protocol(r), r["config"]["seed"]]
+        pairs = zip([r["reference"], *r["estimates"]], [there["reference"], *there["estimates"]], strict=True)
+        for here, other in pairs:
+            assert abs(here / other - 1) <= within, (
+                f"Upsilon of {r['network']['name']}: {here:g} in this run, {other:g} recorded, further apart than"
+                f" {100 * within:g} %"
+            )
+    if not compared:
+        return Markdown("Nothing is recorded for these parameters: there is nothing to compare this run with.")
+    return Markdown(
+        f"This run agrees with the recorded one for {len(compared)} of {len(records)} networks, within"
+        f" {100 * within:g} %."
     )
 
 

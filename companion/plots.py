@@ -66,10 +66,10 @@ def plot_estimates(records: Sequence[Record], recorded: Sequence[Record]) -> Fig
         n = len(record["estimates"])
         places = [i + 0.3 * (2 * k / max(1, n - 1) - 1) for k in range(n)]
         axis.plot(places, record["estimates"], marker, color=colour, markersize=6, label=f"{source}: a sample")
-        style = {"colors": colour, "linestyles": "dotted", "linewidth": 2.5, "label": f"{source}: all images"}
-        axis.hlines(record["reference"], i - 0.4, i + 0.4, **style)
+        whole, label = record["reference"], f"{source}: all images"
+        axis.plot([i - 0.4, i + 0.4], [whole, whole], ":", color=colour, linewidth=2.5, label=label)
     names = [f"{short_name(r['network']['name'])}\n{r['data']['train']:,} images" for r, *_ in columns]
-    axis.set(ylabel="Υ", yscale="log", xlim=(-0.6, len(columns) - 0.4))
+    axis.set(ylabel="Υ", xlim=(-0.6, len(columns) - 0.4), ylim=(0, None))
     axis.set_xticks(range(len(columns)), names)
     by_label = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
     figure.legend(by_label.values(), by_label.keys(), loc="outside lower center", ncols=2, frameon=False)
@@ -94,10 +94,10 @@ def plot_along(what: str, records: Sequence[Record], recorded: Sequence[Record])
             epochs = [[scale * row[key] for row in rows] for rows in zip(*map(along, those), strict=True)]
             if not epochs:
                 continue
-            style = {"color": colour, "linestyle": line, "marker": "o", "markersize": 5}
-            axis.plot([sum(v) / len(v) for v in epochs], **style, label=f"{source}, {part} images")
-            band = {"y1": [min(v) for v in epochs], "y2": [max(v) for v in epochs]}
-            axis.fill_between(range(len(epochs)), **band, color=colour, alpha=0.12, linewidth=0)
+            mean, label = [sum(v) / len(v) for v in epochs], f"{source}, {part} images"
+            axis.plot(mean, color=colour, linestyle=line, marker="o", markersize=5, label=label)
+            low, high = [min(v) for v in epochs], [max(v) for v in epochs]
+            axis.fill_between(range(len(epochs)), low, high, color=colour, alpha=0.12, linewidth=0)
     axis.set(xlabel="epoch (0: before fine-tuning)", ylabel="Υ" if what == "upsilon" else "accuracy, per cent")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)

@@ -74,12 +74,16 @@ def _markdown(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> Any:
     return Markdown("\n".join("| " + " | ".join(row) + " |" for row in rows))
 
 
-def grid_table(table: int, records: Sequence[Record], recorded: Sequence[Record]) -> Any:
-    """The fine-tuning table as Markdown: accuracy in per cent, in brackets the change against the baseline."""
+def grid_table(table: int | None, records: Sequence[Record], recorded: Sequence[Record]) -> Any:
+    """A fine-tuning table as Markdown: accuracy in per cent, in brackets the change against the baseline.
+
+    Args:
+        table: of the paper; None leaves the paper out.
+    """
     grid, lines = list(columns_of(records or recorded)), []
     for row in table_rows(table, records, recorded):
         cells = [
-            f"**{METRICS[row['metric']]}**" if row["source"] == "paper" else "",
+            METRICS[row["metric"]],
             f"{row['source']}: {short_name(row['network'])}",
             "–" if row["before"] is None else row["before"].text(),
         ]
