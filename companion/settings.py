@@ -184,8 +184,8 @@ class Settings:
         return [(float(tau), float(eta)) for eta in etas for tau in taus]
 
 
-# The parameters of notebooks that have not all of them: that attack, also batch by batch; estimate Upsilon; draw curves;
-# compute both grids.
+# The parameters of notebooks that have not all of them: that attack, also batch by batch; that estimate Upsilon; that
+# draw curves; that compute both grids.
 ATTACKING = "preset network data test_images delta steps precision compiled device models fresh"
 ATTACKING_BATCHES = ATTACKING.replace("test_images", "train_images test_images batch_size")
 ESTIMATING = "preset network data train_images delta precision compiled seed device models fresh"
