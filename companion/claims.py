@@ -528,7 +528,7 @@ CLAIMS = (
     ),
     Claim(
         "every-network",
-        "Fine-tuning in the best setting, of the whole network or the last layer, raises the W₂ accuracy of every network.",
+        "In the best setting, whole network or last layer, fine-tuning raises the W₂ accuracy of every network.",
         "Section 7; Table 5",
         f"W₂ {CHANGE}, whichever layers were trained",
         POINTS,
@@ -609,7 +609,7 @@ def rule(claim: Claim) -> str:
 
 
 def overview(records: Sequence[Record]) -> Any:
-    """A row for each claim, as Markdown: its place, how many of the paper's own numbers bear it out, the verdict here."""
+    """A row for each claim, as Markdown: its place, how many of the paper's own numbers bear it out, the verdict."""
     from IPython.display import Markdown
 
     lines = ["| | claim | in the paper | the paper's own numbers | here |", "|---|---|---|---|---|"]
