@@ -14,10 +14,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from companion import evidence
 from companion.evidence import _bits, _estimate, columns_of, paper_value
 from companion.records import Record, images_of, protocol
 from companion.settings import GRIDS, METRICS, PAPER_NETWORKS, STAND_INS
-from companion.tables import _short
+from companion.tables import HOW, short_name
 
 KINDS = ("finetune", "evaluate", "sensitivity")  # of the records that the claims are about
 CIFAR10_ONLY = ("Zhang2019Theoretically", "Chen2024Data_WRN_34_10", *STAND_INS)  # trained on nothing else
@@ -42,7 +43,6 @@ VERDICTS = {
     "not yet measured": "– not yet measured",
 }
 OUTCOMES = {"holds": "✓ holds", "contradicted": "✗ contradicted", "not visible": "○ not visible"}
-WORDS = {"whole": "whole network", "last_layer": "last layer"}
 ATTACKS = METRICS | {"budget": "W-PGD-budget"}
 
 Column = tuple[str, float, float]  # perturb, tau, eta
@@ -168,7 +168,7 @@ def _grouped(records: Sequence[Record], *but: str) -> list[list[Record]]:
 def studies(records: Sequence[Record]) -> list[Study]:
     """The fine-tuning records, a study for each group that differs in perturb, tau, eta and the seed alone."""
     found = []
-    for group in _grouped(_of(records, "finetune"), "perturb"):
+    for group in evidence.studies(_of(records, "finetune")):
         by_perturb: dict[str, list[Record]] = {}
         for record in group:
             by_perturb.setdefault(record["config"]["perturb"], []).append(record)
@@ -180,18 +180,13 @@ def studies(records: Sequence[Record]) -> list[Study]:
 
 def best_column(study: Study) -> Column:
     """The column of the best mean over seeds of the W_2 accuracy on validation images; never chosen on test images."""
-    return max(study, key=lambda column: statistics.fmean(_validation(record) for record in study[column]))
-
-
-def _validation(record: Record) -> float:
-    history = record["history"]
-    return history["epochs"][history["best"] - 1]["w_2"]
+    return max(study, key=lambda column: evidence.on_validation(study[column]))
 
 
 def _name(record: Record) -> str:
     """The paper's own words for one of its networks; any other, a stand-in too, by its own name as code."""
     name = record["network"]["name"]
-    return _short(name) if name in PAPER_NETWORKS else f"`{name}`"
+    return short_name(name) if name in PAPER_NETWORKS else f"`{name}`"
 
 
 def _label(record: Record) -> str:
@@ -209,7 +204,7 @@ def _label(record: Record) -> str:
 
 
 def _words(column: Column) -> str:
-    return f"{WORDS[column[0]]}, τ = {column[1]:g}, η = {column[2]:g}"
+    return f"{HOW[column[0]]}, τ = {column[1]:g}, η = {column[2]:g}"
 
 
 def _against(better: Column, worse: Column) -> str:
@@ -305,7 +300,7 @@ def gaps(records: Sequence[Record], weaker: str, stronger: str) -> list[Effect]:
 
 def _errors(record: Record) -> list[float]:
     """How far each estimate of Upsilon is from the reference, in per cent of it."""
-    return [100 * abs(estimate / record["reference"] - 1) for estimate in record["estimates"]]
+    return [100 * error for error in evidence.relative_errors(record)]
 
 
 def _estimated(records: Sequence[Record]) -> list[Record]:
@@ -383,8 +378,8 @@ def _moves(record: Record) -> list[float]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 TAUS, ETAS = (0.1, 0.01), (0.1, 1.0)
-GRID: tuple[Column, ...] = tuple(itertools.product(WORDS, TAUS, ETAS))
-ETA_PAIRS = [((how, tau, 1.0), (how, tau, 0.1)) for how in WORDS for tau in TAUS]
+GRID: tuple[Column, ...] = tuple(itertools.product(HOW, TAUS, ETAS))
+ETA_PAIRS = [((how, tau, 1.0), (how, tau, 0.1)) for how in HOW for tau in TAUS]
 TAU_PAIRS = {
     "whole": [(("whole", 0.01, eta), ("whole", 0.1, eta)) for eta in ETAS],
     "last_layer": [(("last_layer", 0.1, eta), ("last_layer", 0.01, eta)) for eta in ETAS],
@@ -408,7 +403,7 @@ def paper_changes(metrics: Sequence[str], perturb: str = "", only: Sequence[str]
         if known and (not only or network in only):
             column = max(known, key=lambda c: known[c])
             value = sum(_number(printed(network, column, m)) - _number(paper_value(1, network, m)) for m in metrics)
-            found.append((f"{_short(network)}, {_words(column)}", value))
+            found.append((f"{short_name(network)}, {_words(column)}", value))
     return found
 
 
@@ -418,14 +413,14 @@ def paper_contrasts(pairs: Sequence[tuple[Column, Column]]) -> Numbers:
     for network, (better, worse) in itertools.product(PAPER_NETWORKS, pairs):
         first, second = (printed(network, column, "w_2") for column in (better, worse))
         if first is not None and second is not None:
-            found.append((f"{_short(network)}, {_against(better, worse)}", first - second))
+            found.append((f"{short_name(network)}, {_against(better, worse)}", first - second))
     return found
 
 
 def paper_gaps(weaker: str, stronger: str) -> Numbers:
     """As `gaps`, from Table 2."""
     return [
-        (_short(network), _number(paper_value(2, network, weaker)) - _number(paper_value(2, network, stronger)))
+        (short_name(network), _number(paper_value(2, network, weaker)) - _number(paper_value(2, network, stronger)))
         for network in PAPER_NETWORKS
     ]
 

@@ -144,11 +144,13 @@ def best_setting(study: Sequence[Record]) -> list[Record]:
         config = record["config"]
         groups.setdefault((config["perturb"], config["tau"], config["eta"]), []).append(record)
 
-    def on_validation(those: Sequence[Record]) -> float:
-        kept = [record["history"]["epochs"][record["history"]["best"] - 1]["w_2"] for record in those]
-        return sum(kept) / len(kept)
-
     return max(groups.values(), key=on_validation)
+
+
+def on_validation(records: Sequence[Record]) -> float:
+    """The accuracy under W_2 on validation images of the epochs that were kept, mean over records."""
+    kept = [record["history"]["epochs"][record["history"]["best"] - 1]["w_2"] for record in records]
+    return sum(kept) / len(kept)
 
 
 def table_rows(table: int | None, records: Sequence[Record], recorded: Sequence[Record]) -> list[dict[str, Any]]:
