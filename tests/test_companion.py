@@ -17,14 +17,14 @@ import papermill
 import pytest
 import torch
 
-from companion import evidence, files, networks, runs, settings
+from companion import evidence, files, networks, runs
 from companion.data import cifar10, embedded, floats, load_data
 from companion.evidence import Estimate, accuracy, agreement, change, columns_of, paper_value, table_rows
 from companion.plots import plot_changes
 from companion.promises import promises, promises_table
 from companion.records import LATER, pack, read_records, recorded_like, unpack, write_record
 from companion.runs import finetune_grid, pick_device
-from companion.settings import GRIDS, METRICS, PAPER_NETWORKS, PRESETS, ParameterError, Settings
+from companion.settings import GRIDS, METRICS, PAPER_NETWORKS, PARAMETERS, PRESETS, ParameterError, Settings
 from companion.tables import describe, grid_table
 
 
@@ -473,9 +473,9 @@ def test_settings_and_notebook_agree_on_parameters(item):
     parameters = papermill.inspect_notebook(path)
     defaults = {name: p["default"].replace("8 / 255", repr(8 / 255)) for name, p in parameters.items()}
     found = {name: ast.literal_eval(text) for name, text in defaults.items()}
-    (said,) = re.findall(r"from_notebook\(globals\(\),? ?([A-Z_]*)", path.read_text(encoding="utf-8"))
-    assert list(found) == (getattr(settings, said).split() if said else list(dataclasses.asdict(Settings())))
-    usual = dataclasses.asdict(Settings()) | ({"tau": 0.01, "eta": 1.0} if said == "CURVES" else {})
+    (does,) = re.findall(r'from_notebook\(globals\(\)(?:, \\"(.*?)\\")?', path.read_text(encoding="utf-8"))
+    assert list(found) == PARAMETERS[does or "fine-tune"]
+    usual = dataclasses.asdict(Settings()) | ({"tau": 0.01, "eta": 1.0} if does == "follow" else {})
     assert found == {name: usual[name] for name in found}
     assert [name for name, p in parameters.items() if not p["help"]] == []
 
