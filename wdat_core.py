@@ -877,11 +877,11 @@ def finetune(
 
 def _consistency(reading: str, logits: Tensor, logits_adv: Tensor) -> Tensor:
     """CE(f(x), f(x')) under one of its three readings; batch mean."""
+    if reading == "kl":  # in logarithms: where a probability rounds to 0, its own has no finite slope
+        return F.kl_div(logits_adv.log_softmax(1), logits.log_softmax(1), reduction="batchmean", log_target=True)
     target = logits.softmax(1)
     if reading == "ce_detached":
         target = target.detach()
-    if reading == "kl":
-        return F.kl_div(logits_adv.log_softmax(1), target, reduction="batchmean")
     return -(target * logits_adv.log_softmax(1)).sum(1).mean()
 
 

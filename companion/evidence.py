@@ -11,8 +11,10 @@ from typing import Any
 
 from companion import files
 from companion.files import one_line, verified
-from companion.records import Record, images_of, unpack
-from companion.settings import METRICS, ParameterError
+from companion.records import Record, images_of, protocol, unpack
+from companion.settings import GRIDS, METRICS, PAPER_NETWORKS, ParameterError
+
+PARTS = {"test": "test images", "train": "training images"}
 
 
 @dataclass(frozen=True)
@@ -79,27 +81,100 @@ def columns_of(records: Sequence[Record]) -> dict[tuple[float, float], list[Reco
     return columns
 
 
-def table_rows(table: int, records: Sequence[Record], recorded: Sequence[Record]) -> list[dict[str, Any]]:
+def of_networks(table: int, part: str, records: Sequence[Record], recorded: Sequence[Record]) -> list[dict[str, Any]]:
+    """The rows of Table 1 or 2: the paper's five networks, what is recorded here, and this run.
+
+    Each row has "network", "source" ("paper", "recorded here", "this run"), "images" (how many, of what; None where the
+    paper does not say) and "cells", an Estimate or None for each metric. Rows of one network stand together.
+
+    Args:
+        part: the images of the measured rows, "test" or "train".
+        records, recorded: of kind "evaluate"; those of another part are left out.
+    """
+    metrics = list(METRICS) if table == 1 else ["budget", "w_inf", "w_2"]
+    rows = []
+    for name in PAPER_NETWORKS:
+        values = {m: paper_value(table, name, m) for m in metrics}
+        cells = {m: None if v is None else Estimate(v) for m, v in values.items()}
+        rows.append({"network": name, "source": "paper", "images": None, "cells": cells})
+    for source, those in (("recorded here", recorded), ("this run", records)):
+        for r in (r for r in those if part in r["metrics"]):
+            cells = {m: accuracy([r], part, m) for m in metrics}
+            images = f"{images_of(r, part):,} {PARTS[part]}, {r['data']['source']}"
+            rows.append({"network": r["network"]["name"], "source": source, "images": images, "cells": cells})
+    names = list(dict.fromkeys(row["network"] for row in rows))
+    return sorted(rows, key=lambda row: names.index(row["network"]))
+
+
+ALONG = {  # what Figures 7.2 to 7.4 show of each epoch: a record's key, and what it is; the second is drawn dashed
+    "w_2": {"test_w_2": "test", "w_2": "validation"},
+    "w_inf": {"test_w_inf": "test", "val_w_inf": "validation"},
+    "upsilon": {"test_upsilon": "test", "train_upsilon": "training"},
+}
+
+
+def along(record: Record) -> list[dict[str, float]]:
+    """The rows of a record's curves, from epoch 0, the network before fine-tuning."""
+    return [record["history"]["start"], *record["history"]["epochs"]]
+
+
+def with_curves(records: Sequence[Record]) -> list[Record]:
+    """Those whose curves were measured."""
+    return [record for record in records if "start" in record["history"]]
+
+
+def relative_errors(record: Record) -> list[float]:
+    """|estimate / reference - 1| of each sample of a record of kind "sensitivity"."""
+    return [abs(estimate / record["reference"] - 1) for estimate in record["estimates"]]
+
+
+def studies(records: Sequence[Record]) -> list[list[Record]]:
+    """Fine-tuning records that differ in perturbation, tau, eta and seed alone, a list for each such study."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        config = {k: v for k, v in record["config"].items() if k != "perturb"}
+        groups.setdefault(protocol({**record, "config": config}), []).append(record)
+    return list(groups.values())
+
+
+def best_setting(study: Sequence[Record]) -> list[Record]:
+    """The records of the (perturb, tau, eta) that did best under W_2 on validation images, in the mean over seeds."""
+    groups: dict[tuple[str, float, float], list[Record]] = {}
+    for record in study:
+        config = record["config"]
+        groups.setdefault((config["perturb"], config["tau"], config["eta"]), []).append(record)
+
+    return max(groups.values(), key=on_validation)
+
+
+def on_validation(records: Sequence[Record]) -> float:
+    """The accuracy under W_2 on validation images of the epochs that were kept, mean over records."""
+    kept = [record["history"]["epochs"][record["history"]["best"] - 1]["w_2"] for record in records]
+    return sum(kept) / len(kept)
+
+
+def table_rows(table: int | None, records: Sequence[Record], recorded: Sequence[Record]) -> list[dict[str, Any]]:
     """The rows of a fine-tuning table: for each metric the paper, what is recorded here, and this run.
 
     Each row has "metric", "source" ("paper", "recorded here", "this run"), "network", "before" (an Estimate) and, for
     each (tau, eta) of the run (of the recorded ones without a run), a pair of Estimates (accuracy, change), or None
-    where there is no evidence.
+    where there is no evidence. Without a table there is no paper, and what there are no records of has no rows.
     """
     grid = list(columns_of(records or recorded))
-    name = next(row["network"] for row in _paper_rows() if int(row["table"]) == table)
     rows = []
     for metric in METRICS:
-        base = paper_value(1, name, metric)
         cells: dict[tuple[float, float], tuple[Estimate, Estimate] | None] = {}
-        for tau, eta in grid:
-            value = paper_value(table, name, metric, tau, eta)
-            known = value is not None and base is not None
-            cells[tau, eta] = (Estimate(value), Estimate(value - base)) if known else None  # type: ignore[arg-type,operator]
-        before = None if base is None else Estimate(base)
-        rows.append({"metric": metric, "source": "paper", "network": name, "before": before, "cells": cells})
+        if table:
+            name = GRIDS[table][0]
+            base = paper_value(1, name, metric)
+            for tau, eta in grid:
+                value = paper_value(table, name, metric, tau, eta)
+                known = value is not None and base is not None
+                cells[tau, eta] = (Estimate(value), Estimate(value - base)) if known else None  # type: ignore[arg-type,operator]
+            before = None if base is None else Estimate(base)
+            rows.append({"metric": metric, "source": "paper", "network": name, "before": before, "cells": cells})
         for source, those in (("recorded here", recorded), ("this run", records)):
-            if source == "this run" and not records:
+            if not those and (source == "this run" or not table):
                 continue
             by_column = columns_of(those)
             cells = {
@@ -113,6 +188,57 @@ def table_rows(table: int, records: Sequence[Record], recorded: Sequence[Record]
             network = those[0]["network"]["name"] if those else records[0]["network"]["name"]
             rows.append({"metric": metric, "source": source, "network": network, "before": before, "cells": cells})
     return rows
+
+
+def agreement_of_networks(part: str, records: Sequence[Record], recorded: Sequence[Record], *, within: float) -> Any:
+    """As `agreement`, for records of kind "evaluate"; `within` percentage points.
+
+    Raises:
+        AssertionError: an accuracy differs by more.
+    """
+    from IPython.display import Markdown
+
+    known = {protocol(r): r for r in recorded}
+    compared = [r for r in records if protocol(r) in known]
+    for r in compared:
+        for metric in r["metrics"][part]:
+            here, there = (accuracy([one], part, metric).value for one in (r, known[protocol(r)]))
+            assert abs(here - there) <= within, (
+                f"{r['network']['name']}, {metric} on {part} images: {here:.2f} % in this run, {there:.2f} % recorded,"
+                f" further apart than {within:g} points"
+            )
+    if not compared:
+        return Markdown("Nothing is recorded for these parameters: there is nothing to compare this run with.")
+    return Markdown(
+        f"On {part} images this run agrees with the recorded one for {len(compared)} of {len(records)} networks, within"
+        f" {within:g} points. (Another machine rounds otherwise, which moves single images at the decision boundary.)"
+    )
+
+
+def agreement_of_estimates(records: Sequence[Record], recorded: Sequence[Record], *, within: float) -> Any:
+    """As `agreement`, for records of kind "sensitivity"; `within` is relative.
+
+    Raises:
+        AssertionError: Upsilon of the whole set or of a sample differs by more.
+    """
+    from IPython.display import Markdown
+
+    known = {(protocol(r), r["config"]["seed"]): r for r in recorded}
+    compared = [r for r in records if (protocol(r), r["config"]["seed"]) in known]
+    for r in compared:
+        there = known[protocol(r), r["config"]["seed"]]
+        pairs = zip([r["reference"], *r["estimates"]], [there["reference"], *there["estimates"]], strict=True)
+        for here, other in pairs:
+            assert abs(here / other - 1) <= within, (
+                f"Upsilon of {r['network']['name']}: {here:g} in this run, {other:g} recorded, further apart than"
+                f" {100 * within:g} %"
+            )
+    if not compared:
+        return Markdown("Nothing is recorded for these parameters: there is nothing to compare this run with.")
+    return Markdown(
+        f"This run agrees with the recorded one for {len(compared)} of {len(records)} networks, within"
+        f" {100 * within:g} %."
+    )
 
 
 def agreement(records: Sequence[Record], recorded: Sequence[Record], *, before: float, after: float) -> Any:

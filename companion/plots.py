@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from companion.evidence import columns_of, table_rows
+from companion.evidence import ALONG, along, columns_of, table_rows
 from companion.records import Record
 from companion.settings import METRICS
-from companion.tables import _short
+from companion.tables import short_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,8 +36,12 @@ def plot_changes(table: int, records: Sequence[Record], recorded: Sequence[Recor
                 [e.value for _, e in points],
                 [len(grid) - 1 - i + shift for i, _ in points],
                 xerr=[e.half or 0 for _, e in points],
-                fmt=marker, color=colour, markersize=6, capsize=3, label=f"{row['source']}: {_short(row['network'])}",
-            )  # fmt: skip
+                fmt=marker,
+                color=colour,
+                markersize=6,
+                capsize=3,
+                label=f"{row['source']}: {short_name(row['network'])}",
+            )
         axis.axvline(0, color="black", linewidth=1)
         axis.set_title(f"{METRICS[metric]} accuracy")
         axis.set_xlabel("change, percentage points")
@@ -46,4 +50,56 @@ def plot_changes(table: int, records: Sequence[Record], recorded: Sequence[Recor
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     plt.close(figure)  # the caller shows it, once
+    return figure
+
+
+def plot_estimates(records: Sequence[Record], recorded: Sequence[Record]) -> Figure:
+    """Figure 7.1: for each network Upsilon of its training set (a bar) and of samples of it (points)."""
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+
+    sns.set_theme(style="whitegrid", context="notebook")
+    columns = [(r, RECORDED, "recorded here", "o") for r in recorded]
+    columns += [(r, THIS_RUN, "this run", "s") for r in records]
+    figure, axis = plt.subplots(figsize=(max(5.0, 2 + 1.8 * len(columns)), 4.2), layout="constrained")
+    for i, (record, colour, source, marker) in enumerate(columns):
+        n = len(record["estimates"])
+        places = [i + 0.3 * (2 * k / max(1, n - 1) - 1) for k in range(n)]
+        axis.plot(places, record["estimates"], marker, color=colour, markersize=6, label=f"{source}: a sample")
+        whole, label = record["reference"], f"{source}: all images"
+        axis.plot([i - 0.4, i + 0.4], [whole, whole], ":", color=colour, linewidth=2.5, label=label)
+    names = [f"{short_name(r['network']['name'])}\n{r['data']['train']:,} images" for r, *_ in columns]
+    axis.set(ylabel="Υ", xlim=(-0.6, len(columns) - 0.4), ylim=(0, None))
+    axis.set_xticks(range(len(columns)), names)
+    by_label = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    figure.legend(by_label.values(), by_label.keys(), loc="outside lower center", ncols=2, frameon=False)
+    plt.close(figure)
+    return figure
+
+
+def plot_along(what: str, records: Sequence[Record], recorded: Sequence[Record]) -> Figure:
+    """Figure 7.2 ("w_2"), 7.3 ("w_inf") or 7.4 ("upsilon"): solid on test images, dashed on validation or training.
+
+    The recorded runs are a line of their mean over seeds in a band from the least to the greatest.
+    """
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+    from matplotlib.ticker import MaxNLocator
+
+    sns.set_theme(style="whitegrid", context="notebook")
+    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    scale = 1 if what == "upsilon" else 100
+    for source, those, colour in (("recorded here", recorded, RECORDED), ("this run", records, THIS_RUN)):
+        for (key, part), line in zip(ALONG[what].items(), ("-", "--"), strict=True):
+            epochs = [[scale * row[key] for row in rows] for rows in zip(*map(along, those), strict=True)]
+            if not epochs:
+                continue
+            mean, label = [sum(v) / len(v) for v in epochs], f"{source}, {part} images"
+            axis.plot(mean, color=colour, linestyle=line, marker="o", markersize=5, label=label)
+            low, high = [min(v) for v in epochs], [max(v) for v in epochs]
+            axis.fill_between(range(len(epochs)), low, high, color=colour, alpha=0.12, linewidth=0)
+    axis.set(xlabel="epoch (0: before fine-tuning)", ylabel="Υ" if what == "upsilon" else "accuracy, per cent")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    plt.close(figure)
     return figure

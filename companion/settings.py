@@ -184,8 +184,13 @@ class Settings:
         return [(float(tau), float(eta)) for eta in etas for tau in taus]
 
 
-# The parameters of a notebook that attacks and does not train.
-ATTACKING = "preset network data train_images test_images batch_size delta steps precision compiled device models fresh"
+# The parameters of notebooks that have not all of them: that attack, also batch by batch; that estimate Upsilon; that
+# draw curves; that compute both grids.
+ATTACKING = "preset network data test_images delta steps precision compiled device models fresh"
+ATTACKING_BATCHES = ATTACKING.replace("test_images", "train_images test_images batch_size")
+ESTIMATING = "preset network data train_images delta precision compiled seed device models fresh"
+CURVES = " ".join(f.name for f in dataclasses.fields(Settings) if f.name != "export")
+BOTH_GRIDS = " ".join(name for name in CURVES.split() if name not in ("tau", "eta"))
 
 
 def _check(

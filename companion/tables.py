@@ -6,34 +6,104 @@ import html
 from collections.abc import Sequence
 from typing import Any
 
-from companion.evidence import change, columns_of, table_rows
+from companion.evidence import (
+    ALONG,
+    accuracy,
+    along,
+    best_setting,
+    change,
+    columns_of,
+    of_networks,
+    paper_value,
+    relative_errors,
+    studies,
+    table_rows,
+)
 from companion.records import LATER, Record, core_digest, record_name
 from companion.settings import METRICS, PAPER_NETWORKS, STAND_INS
 
+HOW = {"whole": "whole network", "last_layer": "last layer"}
+# Section 7 says which setting Table 5 reports.
+PAPER_BEST = dict.fromkeys(list(PAPER_NETWORKS)[:3], ("whole", 0.01, 1.0))
+PAPER_BEST |= dict.fromkeys(list(PAPER_NETWORKS)[3:], ("last_layer", 0.1, 1.0))
 
-def show_table(table: int, records: Sequence[Record], recorded: Sequence[Record]) -> Any:
-    """The fine-tuning table as Markdown: accuracy in per cent, in brackets the change against the baseline."""
+
+def network_table(
+    table: int, records: Sequence[Record], recorded: Sequence[Record], parts: Sequence[str] = ("test",)
+) -> Any:
+    """Table 1 or 2 as Markdown: accuracy in per cent by network, kind of evidence and part of the images."""
+    rows = of_networks(table, parts[0], records, recorded)
+    for part in parts[1:]:
+        rows += [row for row in of_networks(table, part, records, recorded) if row["source"] != "paper"]
+    measured = {row["network"] for row in rows if row["source"] != "paper"}
+    labels = METRICS | {"budget": "W-PGD-budget"}
+    lines = []
+    for row in rows:
+        images = row["images"] or ("10,000 test images, CIFAR-10" if table == 1 else "not stated")
+        values = ["–" if cell is None else cell.text() for cell in row["cells"].values()]
+        lines.append([short_name(row["network"]), row["source"], images, *values])
+        if row["source"] == "paper" and row["network"] not in measured:
+            lines.append(["", "recorded here", "–", *("–" for _ in values)])
+    return _markdown(["network", "evidence", "images", *(labels[m] for m in rows[0]["cells"])], lines)
+
+
+def best_table(records: Sequence[Record], recorded: Sequence[Record]) -> Any:
+    """Table 5 as Markdown: for each network the best setting, its accuracies, and the change against the baseline."""
+    lines = []
+    for name in PAPER_NETWORKS:
+        cells = []
+        for metric in METRICS:
+            value, base = paper_value(5, name, metric), paper_value(1, name, metric)
+            cells.append("–" if value is None or base is None else f"{value:.2f} ({value - base:+.2f})")
+        lines.append([short_name(name), "paper", _setting(*PAPER_BEST[name]), *cells])
+    for source, those in (("recorded here", recorded), ("this run", records)):
+        for study in studies(those):
+            best = best_setting(study)
+            config, data, name = best[0]["config"], best[0]["data"], best[0]["network"]["name"]
+            size = f"{data['train']:,} training images, {config['epochs']} epochs, {_seeds(best)}"
+            cells = [f"{accuracy(best, 'after', m).value:.2f} ({change(best, m).text(signed=True)})" for m in METRICS]
+            setting = _setting(config["perturb"], config["tau"], config["eta"])
+            lines.append([short_name(name), f"{source}: {size}", setting, *cells])
+    return _markdown(["network", "evidence", "best setting", *METRICS.values()], lines)
+
+
+def _markdown(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> Any:
     from IPython.display import Markdown
 
-    grid = list(columns_of(records or recorded))
-    lines = [
-        " | ".join(["| Accuracy, %", "evidence", "baseline", *(f"τ = {tau:g}, η = {eta:g}" for tau, eta in grid)])
-        + " |",
-        "|---" * (3 + len(grid)) + "|",
-    ]
+    rows = [columns, ["---"] * len(columns), *lines]
+    return Markdown("\n".join("| " + " | ".join(row) + " |" for row in rows))
+
+
+def grid_table(table: int | None, records: Sequence[Record], recorded: Sequence[Record]) -> Any:
+    """A fine-tuning table as Markdown: accuracy in per cent, in brackets the change against the baseline.
+
+    Args:
+        table: of the paper; None leaves the paper out.
+    """
+    grid, lines = list(columns_of(records or recorded)), []
     for row in table_rows(table, records, recorded):
         cells = [
-            f"**{METRICS[row['metric']]}**" if row["source"] == "paper" else "",
-            f"{row['source']}: {_short(row['network'])}",
+            METRICS[row["metric"]],
+            f"{row['source']}: {short_name(row['network'])}",
             "–" if row["before"] is None else row["before"].text(),
         ]
         for cell in row["cells"].values():
             cells.append("–" if cell is None else f"{cell[0].value:.2f} ({cell[1].text(signed=True)})")
-        lines.append("| " + " | ".join(cells) + " |")
-    return Markdown("\n".join(lines))
+        lines.append(cells)
+    columns = ["Accuracy, %", "evidence", "baseline", *(f"τ = {tau:g}, η = {eta:g}" for tau, eta in grid)]
+    return _markdown(columns, lines)
 
 
-def _short(network: str) -> str:
+def _setting(perturb: str, tau: float, eta: float) -> str:
+    return f"{HOW[perturb]}, τ = {tau:g}, η = {eta:g}"
+
+
+def _seeds(records: Sequence[Record]) -> str:
+    seeds = sorted({record["config"]["seed"] for record in records})
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+
+
+def short_name(network: str) -> str:
     """The paper's own words for one of its networks, the name of any other."""
     return PAPER_NETWORKS[network]["paper"] if network in PAPER_NETWORKS else network
 
@@ -46,7 +116,6 @@ def describe(records: Sequence[Record], title: str) -> Any:
         return Markdown(f"**{title}.** Nothing is recorded for these parameters yet.")
     r = records[0]
     config, data, seconds = r["config"], r["data"], [x["seconds"] for x in records]
-    seeds = sorted({x["config"]["seed"] for x in records})
     stand_in = r["network"]["name"] in STAND_INS
     epochs = "epoch" if config["epochs"] == 1 else "epochs"
     others = "".join(f", `{k}={config[k]}`" for k, usual in LATER.items() if config.get(k, usual) != usual)
@@ -57,7 +126,7 @@ def describe(records: Sequence[Record], title: str) -> Any:
         f" batch size {config['batch_size']}, `perturb={config['perturb']}`,"
         f" `consistency={config['consistency']}`{others},"
         f" β = {config['beta']:g}, δ = {255 * config['threat']['delta']:.4g}/255, {config['steps']} steps,"
-        f" seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}. On {r['device']}:"
+        f" {_seeds(records)}. On {r['device']}:"
         f" {sum(s['finetune'] for s in seconds) / len(seconds):.0f} s of fine-tuning and"
         f" {sum(s['evaluate'] for s in seconds) / len(seconds):.0f} s of evaluation a column, in the mean;"
         f" {seconds[0]['baseline']:.0f} s for the baseline. torch {r['versions']['torch']}, Python"
@@ -76,19 +145,46 @@ def verdicts(table: int, recorded: Sequence[Record]) -> Any:
     if not recorded:
         return Markdown("No verdict: nothing is recorded for these parameters yet.")
     rows = {(r["metric"], r["source"]): r["cells"] for r in table_rows(table, [], recorded)}
-    lines = ["| column | accuracy | paper | recorded here | seeds | verdict |", "|---|---|---|---|---|---|"]
+    lines = []
     for column, records in columns_of(recorded).items():
         for metric in ("w_2", "w_inf"):
             paper, here = rows[metric, "paper"][column], change(records, metric)
             spread = [change([r], metric).value for r in records]
             seeds = "1" if len(spread) == 1 else f"{len(spread)}: {min(spread):+.2f} to {max(spread):+.2f}"
             visible = abs(here.value) > (here.half or 0)
-            lines.append(
-                f"| τ = {column[0]:g}, η = {column[1]:g} | {METRICS[metric]} |"
-                f" {paper[1].text(signed=True) if paper else '–'} | {here.text(signed=True)} | {seeds} |"
-                f" {('up' if here.value > 0 else 'down') if visible else 'not visible'} |"
-            )
-    return Markdown("\n".join(lines))
+            cells = [f"τ = {column[0]:g}, η = {column[1]:g}", METRICS[metric]]
+            cells += [paper[1].text(signed=True) if paper else "–", here.text(signed=True), seeds]
+            lines.append([*cells, ("up" if here.value > 0 else "down") if visible else "not visible"])
+    return _markdown(["column", "accuracy", "paper", "recorded here", "seeds", "verdict"], lines)
+
+
+def estimates_table(records: Sequence[Record], recorded: Sequence[Record]) -> Any:
+    """Figure 7.1 in numbers: Upsilon of the training set, and how far its estimates from samples are off."""
+    from statistics import median
+
+    lines = []
+    for source, those in (("recorded here", recorded), ("this run", records)):
+        for r in those:
+            errors = relative_errors(r)
+            sample = f"{r['config']['samples']} samples of {100 * r['config']['fraction']:g} %"
+            cells = [short_name(r["network"]["name"]), source, f"{r['data']['train']:,}, {r['data']['source']}", sample]
+            cells += [f"{r['reference']:.2f}", f"{min(r['estimates']):.2f} to {max(r['estimates']):.2f}"]
+            lines.append([*cells, f"{100 * median(errors):.0f} %", f"{100 * max(errors):.0f} %"])
+    columns = ["network", "evidence", "training images", "estimates", "Υ of all", "Υ of the samples", "median error"]
+    return _markdown([*columns, "greatest"], lines)
+
+
+def along_table(what: str, recorded: Sequence[Record]) -> Any:
+    """Figure 7.2, 7.3 or 7.4 in numbers: by epoch the mean over seeds, and their spread."""
+    columns, lines = ALONG[what], []
+    for epoch, rows in enumerate(zip(*map(along, recorded), strict=True)):
+        cells = [str(epoch) if epoch else "0, before fine-tuning"]
+        for key in columns:
+            values = [(1 if what == "upsilon" else 100) * row[key] for row in rows]
+            spread = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
+            cells.append(f"{sum(values) / len(values):.2f}{spread}")
+        lines.append(cells)
+    return _markdown(["epoch", *columns.values()], lines)
 
 
 def provenance(records: Sequence[Record]) -> Any:

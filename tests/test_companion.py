@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import json
 import math
+import re
 import string
 import subprocess
 import sys
@@ -16,15 +17,15 @@ import papermill
 import pytest
 import torch
 
-from companion import evidence, files, networks, runs
+from companion import evidence, files, networks, runs, settings
 from companion.data import cifar10, embedded, floats, load_data
 from companion.evidence import Estimate, accuracy, agreement, change, columns_of, paper_value, table_rows
 from companion.plots import plot_changes
 from companion.promises import promises, promises_table
 from companion.records import LATER, pack, read_records, recorded_like, unpack, write_record
 from companion.runs import finetune_grid, pick_device
-from companion.settings import METRICS, PAPER_NETWORKS, PRESETS, ParameterError, Settings
-from companion.tables import describe, show_table
+from companion.settings import GRIDS, METRICS, PAPER_NETWORKS, PRESETS, ParameterError, Settings
+from companion.tables import describe, grid_table
 
 
 def from_notebook(**parameters):
@@ -415,13 +416,13 @@ def test_one_image_has_no_interval():
 
 def test_table_shows_paper_beside_this_run_and_an_honest_dash(run):
     records, _ = run
-    table = show_table(4, records, []).data
-    assert "| **W₂** | paper: Zhang et al. (2019) | 42.99 | 45.20 (+2.21) | 50.53 (+7.54) |" in table
+    table = grid_table(4, records, []).data
+    assert "| W₂ | paper: Zhang et al. (2019) | 42.99 | 45.20 (+2.21) | 50.53 (+7.54) |" in table
     assert "| recorded here: demo | – | – | – |" in table
     assert f"{100 * records[1]['metrics']['after']['w_2']:.2f} (" in table
     assert (
         "paper: Zhang et al. (2019) | 42.99 | – |"
-        in show_table(4, [{**records[0], "config": {**records[0]["config"], "tau": 0.3}}], []).data
+        in grid_table(4, [{**records[0], "config": {**records[0]["config"], "tau": 0.3}}], []).data
     )
 
 
@@ -462,11 +463,31 @@ def test_damaged_paper_number_is_named(tmp_path, monkeypatch):
         paper_value(4, "Zhang2019Theoretically", "w_2")
 
 
-def test_settings_and_notebook_agree_on_parameters():
-    """Every field of Settings is a parameter of the notebook with the same default, and no other is."""
-    parameters = papermill.inspect_notebook(files.ROOT / "notebooks" / "table4.ipynb")
+ITEMS = [f"table{n}" for n in range(1, 12)] + [f"figure7_{n}" for n in range(1, 5)]
+
+
+@pytest.mark.parametrize("item", ITEMS)
+def test_settings_and_notebook_agree_on_parameters(item):
+    """The parameters of a notebook are fields of Settings with the same default, and those that it says it has."""
+    path = files.ROOT / "notebooks" / f"{item}.ipynb"
+    parameters = papermill.inspect_notebook(path)
     defaults = {name: p["default"].replace("8 / 255", repr(8 / 255)) for name, p in parameters.items()}
-    assert {name: ast.literal_eval(text) for name, text in defaults.items()} == dataclasses.asdict(Settings())
+    found = {name: ast.literal_eval(text) for name, text in defaults.items()}
+    (said,) = re.findall(r"from_notebook\(globals\(\),? ?([A-Z_]*)", path.read_text(encoding="utf-8"))
+    assert list(found) == (getattr(settings, said).split() if said else list(dataclasses.asdict(Settings())))
+    usual = dataclasses.asdict(Settings()) | ({"tau": 0.01, "eta": 1.0} if said == "CURVES" else {})
+    assert found == {name: usual[name] for name in found}
+    assert [name for name, p in parameters.items() if not p["help"]] == []
+
+
+@pytest.mark.parametrize(("table", "network", "perturb"), [(n, *what) for n, what in GRIDS.items()])
+def test_each_grid_is_the_paper_s(table, network, perturb):
+    """The notebook computes for the network and the perturbation that the paper's numbers are of."""
+    rows = [row for row in evidence._paper_rows() if int(row["table"]) == table]
+    assert {(row["network"], row["perturb"]) for row in rows} == {(network, perturb)}
+    text = (files.ROOT / "notebooks" / f"table{table}.ipynb").read_text(encoding="utf-8")
+    assert f'\\"{perturb}\\", notebook=\\"table{table}\\"' in text
+    assert network == "Zhang2019Theoretically" or f'network=\\"{network}\\"' in text
 
 
 def test_readme_says_what_presets_and_records_say():

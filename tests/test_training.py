@@ -347,6 +347,14 @@ def test_the_three_readings_of_the_consistency_term():
     assert (gradient["ce"][0] - gradient["kl"][0]).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("reading", ["ce", "ce_detached", "kl"])
+def test_a_probability_that_rounds_to_zero_has_a_gradient(reading):
+    clean = torch.tensor([[1200.0, 0.0, -1200.0]], dtype=torch.float64, requires_grad=True)
+    attacked = torch.tensor([[0.0, 900.0, 3.0]], dtype=torch.float64, requires_grad=True)
+    _consistency(reading, clean, attacked).backward()
+    assert attacked.grad.isfinite().all() and (clean.grad is None or clean.grad.isfinite().all())
+
+
 class Recorder(nn.Module):
     """A network that keeps what it was shown, with its mode then."""
 

@@ -1,0 +1,182 @@
+"""From settings to records: what a run measures, and which finished run is taken instead of a new one."""
+
+import json
+import math
+
+import pytest
+
+from companion import evidence, files, plots, runs, tables
+from companion.records import images_of, parse_record, read_records, record_name, unpack, write_record
+from companion.settings import ATTACKING, ParameterError, Settings
+
+SMALL = {"train_images": 60, "val_images": 20, "test_images": 50, "batch_size": 20, "steps": 2, "epochs": 3}
+ONE = Settings(tau=0.1, eta=1, **SMALL).resolved()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    patch = pytest.MonkeyPatch()
+    patch.setattr(files, "RUNS", tmp_path_factory.mktemp("runs"))
+    yield files.RUNS
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def curves(folder):
+    (record,) = runs.finetune_grid(ONE, "whole", notebook="figure7_2", curves=True)
+    return record
+
+
+@pytest.fixture
+def nothing_runs(monkeypatch):
+    """From here on no network is looked at."""
+    import wdat_core
+
+    def fail(*_, **__):
+        raise AssertionError("this was to be read, not computed")
+
+    for name in ("evaluate", "finetune", "sensitivity", "wpgd", "wpgd_budget"):
+        monkeypatch.setattr(wdat_core, name, fail)
+
+
+@pytest.mark.parametrize("part", ["test", "train"])
+def test_attacks_on_a_part_are_of_its_images(folder, part):
+    (record,) = runs.attack_each([ONE], part, notebook="table2")
+    assert images_of(record, part) == SMALL[f"{part}_images"]
+    for metric, value in record["metrics"][part].items():
+        assert unpack(record["correct"][part][metric], images_of(record, part)).mean() == pytest.approx(value)
+    scores = record["metrics"][part]
+    assert scores["w_2"] <= scores["clean"] and scores["budget"] <= scores["clean"]
+    assert record["distance"] <= ONE.delta * (1 + 1e-6)  # eq. 5.5 keeps all batches together in the ball
+    assert parse_record((folder / record_name(record)).read_bytes()) == record
+
+
+def test_a_finished_run_is_read(folder, curves, nothing_runs):
+    (held,) = runs.finetune_grid(ONE, "whole", notebook="table4")
+    assert held == curves
+    runs.attack_each([ONE], "test", notebook="table1")
+
+
+@pytest.mark.parametrize("change", ["core", "device", "versions", "digest", "fresh"])
+def test_any_other_is_computed(folder, curves, nothing_runs, change):
+    path = folder / record_name(curves)
+    before, settings = path.read_bytes(), ONE
+    if change == "fresh":
+        settings = Settings(tau=0.1, eta=1, fresh=True, **SMALL).resolved()
+    elif change == "digest":
+        path.write_bytes(before.replace(b'"loss"', b'"lose"'))
+    else:
+        other = {"core": "0" * 64, "device": "another", "versions": curves["versions"] | {"torch": "0"}}
+        write_record({**curves, change: other[change]}, folder)
+    with pytest.raises(AssertionError, match="to be read"):
+        runs.finetune_grid(settings, "whole", notebook="table4")
+    path.write_bytes(before)
+
+
+def test_curves_hold_what_the_run_reports_and_change_nothing(folder, curves):
+    kept = curves["history"]["epochs"][curves["history"]["best"] - 1]
+    assert kept["test_w_2"] == pytest.approx(curves["metrics"]["after"]["w_2"])
+    assert kept["test_w_inf"] == pytest.approx(curves["metrics"]["after"]["w_inf"])
+    start = curves["history"]["start"]
+    assert start["test_w_2"] == pytest.approx(curves["metrics"]["before"]["w_2"])
+    (estimate,) = runs.estimates_each([ONE], notebook="figure7_1")
+    assert start["train_upsilon"] == pytest.approx(estimate["reference"], rel=1e-4)
+    fresh = Settings(tau=0.1, eta=1, fresh=True, **SMALL).resolved()
+    (plain,) = runs.finetune_grid(fresh, "whole", notebook="table4")
+    assert plain["correct"] == curves["correct"] and plain["history"]["upsilon"] == curves["history"]["upsilon"]
+    assert "start" not in plain["history"]
+    (again,) = runs.finetune_grid(ONE, "whole", notebook="figure7_2", curves=True)  # the plain one is not enough
+    assert "start" in again["history"] and again["correct"] == curves["correct"]
+
+
+def test_estimates_are_drawn_from_the_training_set(folder):
+    (record,) = runs.estimates_each([ONE], notebook="figure7_1")
+    assert len(record["estimates"]) == 10 and len(set(record["estimates"])) > 1
+    (other,) = runs.estimates_each([Settings(seed=1, **SMALL).resolved()], notebook="figure7_1")
+    assert other["reference"] == record["reference"] and other["estimates"] != record["estimates"]
+    # Disjoint tenths would average to the whole in the q-th power; random ones stay below its maximum.
+    assert max(record["estimates"]) <= record["reference"] * math.sqrt(10) * (1 + 1e-6)
+
+
+def test_what_each_image_costs(folder):
+    record, pictures = runs.spend(ONE, notebook="gallery")
+    n = SMALL["test_images"]
+    assert all(len(pictures[name]) == len(record["prediction"][name]) == n for name in ("x", "w_inf", "w_2"))
+    assert max(record["distance"]["w_inf"]) <= ONE.delta + 1e-6
+    assert math.sqrt(sum(d**2 for d in record["distance"]["w_2"]) / n) <= ONE.delta + 1e-6
+    (scores,) = runs.attack_each([ONE], "test", notebook="table1")
+    for name, metric in (("x", "clean"), ("w_inf", "w_inf"), ("w_2", "w_2")):
+        right = sum(a == b for a, b in zip(record["prediction"][name], record["label"], strict=True)) / n
+        assert right == pytest.approx(scores["metrics"]["test"][metric])
+
+
+def test_one_notebook_for_several_networks():
+    names = [s.network for s in Settings.each_from_notebook({"preset": "paper"}, ATTACKING)]
+    assert len(names) == 5 and names[0] == "Zhang2019Theoretically"
+    (one,) = Settings.each_from_notebook({"preset": "paper", "network": "demo"}, ATTACKING)
+    assert one.network == "demo"
+    with pytest.raises(ParameterError, match=r"unknown parameter 'tau'"):
+        Settings.each_from_notebook({"tau": 0.1}, ATTACKING)
+
+
+def test_network_table_has_a_dash_for_what_was_not_measured(folder):
+    (record,) = runs.attack_each([ONE], "test", notebook="table1")
+    table = tables.network_table(1, [record], []).data
+    assert "| Zhang et al. (2019) | paper | 10,000 test images, CIFAR-10 | 84.92 | 57.05 | 42.99 |" in table
+    assert table.count("|  | recorded here | – | – | – | – |") == 5
+    assert f"| demo | this run | 50 test images, {record['data']['source']} |" in table
+    other = json.loads(json.dumps(record).replace('"demo"', '"Wang2023Better_WRN-28-10"'))
+    assert tables.network_table(1, [], [other]).data.count("| recorded here | – |") == 4
+
+
+def test_best_setting_is_chosen_on_validation_images(curves):
+    def made(tau, seed, val, test):
+        epochs = [{**row, "w_2": val} for row in curves["history"]["epochs"]]
+        metrics = {**curves["metrics"], "after": {**curves["metrics"]["after"], "w_2": test}}
+        config = {**curves["config"], "tau": tau, "seed": seed}
+        return {**curves, "config": config, "metrics": metrics, "history": {**curves["history"], "epochs": epochs}}
+
+    study = [made(0.1, 0, 0.5, 0.1), made(0.1, 1, 0.3, 0.1), made(0.01, 0, 0.35, 0.9), made(0.01, 1, 0.4, 0.9)]
+    assert [r["config"]["tau"] for r in evidence.best_setting(study)] == [0.1, 0.1]
+    assert evidence.studies(study) == [study]
+    assert len(evidence.studies([study[0], {**study[1], "config": {**study[1]["config"], "steps": 7}}])) == 2
+    assert "τ = 0.1, η = 1" in tables.best_table([], study).data.splitlines()[-1]
+
+
+@pytest.mark.parametrize("what", ["w_2", "w_inf", "upsilon"])
+def test_curves_are_drawn_as_the_table_says(curves, what):
+    (axis,) = plots.plot_along(what, [], [curves]).axes
+    scale = 1 if what == "upsilon" else 100
+    for line, key in zip(axis.lines, evidence.ALONG[what], strict=True):
+        assert line.get_ydata() == pytest.approx([scale * row[key] for row in evidence.along(curves)])
+    rows = tables.along_table(what, [curves]).data.splitlines()
+    assert len(rows) == 2 + 1 + SMALL["epochs"]
+    assert rows[2].startswith("| 0, before fine-tuning |")
+
+
+def test_agreement_of_networks_and_estimates_fails_where_they_differ(folder):
+    (record,) = runs.attack_each([ONE], "test", notebook="table1")
+    good = evidence.agreement_of_networks("test", [record], [record], within=0).data
+    assert "for 1 of 1 networks" in good
+    none = dict.fromkeys(record["correct"]["test"], "AAAAAAAAAA==")
+    with pytest.raises(AssertionError, match=r"demo, clean on test images: .* further apart than 0.5 points"):
+        evidence.agreement_of_networks("test", [record], [{**record, "correct": {"test": none}}], within=0.5)
+    (estimate,) = runs.estimates_each([ONE], notebook="figure7_1")
+    assert "1 of 1" in evidence.agreement_of_estimates([estimate], [estimate], within=0).data
+    other = {**estimate, "reference": 1.2 * estimate["reference"]}
+    with pytest.raises(AssertionError, match=r"Upsilon of demo: .* further apart than 5 %"):
+        evidence.agreement_of_estimates([estimate], [other], within=0.05)
+
+
+def test_provenance_names_records_and_marks_old_code(curves):
+    line = tables.provenance([curves]).data
+    assert record_name(curves) in line and "†" not in line
+    old = tables.provenance([curves, {**curves, "core": "0" * 64}]).data
+    assert "2 records" in old and "00000000 †" in old and "earlier version of wdat_core.py" in old
+    assert "Drawn from no record" in tables.provenance([]).data
+
+
+def test_committed_records_have_the_names_that_they_would_be_given():
+    for path in files.RESULTS.glob("*.json"):
+        assert path.name == record_name(parse_record(path.read_bytes()))
+    assert read_records()
