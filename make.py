@@ -24,6 +24,7 @@ BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
 HTML = ROOT / "_build" / "html"
 LEFTOVERS = [
     "_build",
+    "book/figures",
     "book/notebooks",
     ".hypothesis",
     ".mypy_cache",

@@ -15,9 +15,11 @@ import pytest
 import yaml
 
 import wdat_core
+from companion.pictures import budget, opening
+from companion.records import read_records
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ["_config.yml", "book", "notebooks", "wdat_core.py"]
+PARTS = ["_config.yml", "book", "companion", "notebooks", "results", "wdat_core.py"]
 EXTERNAL = re.compile(r"(?:https?:)?//", re.IGNORECASE)
 # What a browser loads by itself, by tag: the attributes that say from where. (A link a reader clicks may go anywhere.)
 LOADED = {
@@ -173,15 +175,10 @@ def test_the_ledger_states_the_defaults_of_the_configuration():
     assert stated == {name: getattr(config, name) for name in left_open}
 
 
-def test_the_schematic_is_what_its_script_draws():
-    script = ROOT / "book" / "figures" / "attackers.py"
-    assert script.with_suffix(".html").read_text(encoding="utf-8") == load(script).draw()
-
-
-def test_both_attackers_of_the_schematic_have_the_same_budget():
-    figure = load(ROOT / "book" / "figures" / "attackers.py")
-    for moves in (figure.pointwise(figure.MARGINS), figure.distributional(figure.MARGINS)):
-        assert sum(move**2 for move in moves) / len(moves) == pytest.approx(1, abs=0.005)
+def test_the_first_page_shows_the_measured_picture(build):
+    record = opening(read_records(kind="spend"))
+    assert record is not None
+    assert budget(record) in (build[2] / "intro.html").read_text(encoding="utf-8")
 
 
 def test_notebooks_are_copied_once_and_stale_copies_go(tmp_path):

@@ -1,7 +1,8 @@
-"""What Jupyter Book cannot do from _config.yml: bring the notebooks in, and find wdat_core.
+"""What Jupyter Book cannot do from _config.yml: bring the notebooks in, draw the first page's picture, find wdat_core.
 
 Sphinx reads only what lies inside book/, and the notebooks lie beside it. Before the table of contents is read they are
-copied to book/notebooks/, which git ignores. Copies, since symbolic links are dropped silently on Windows.
+copied to book/notebooks/, which git ignores. Copies, since symbolic links are dropped silently on Windows. The picture
+is drawn from its record at the same time, so that it cannot be older than the record.
 """
 
 from __future__ import annotations
@@ -29,13 +30,25 @@ def copy_notebooks(source: Path, target: Path) -> None:
             copy.write_bytes(content)
 
 
+def draw_budget(results: Path, target: Path) -> None:
+    """Write the picture of the first page; one that is as it should be is left alone."""
+    from companion.pictures import budget, opening
+    from companion.records import read_records
+
+    picture = budget(opening(read_records(results, "spend"))).encode()
+    if not target.exists() or target.read_bytes() != picture:
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(picture)
+
+
 def on_config(app: Sphinx, config: Config) -> None:
     book = Path(app.srcdir)
     copy_notebooks(book.parent / "notebooks", book / "notebooks")
+    draw_budget(book.parent / "results", book / "figures" / "budget.html")
 
 
 def setup(app: Sphinx) -> dict[str, object]:
-    # autodoc imports wdat_core from this checkout, installed or not.
+    # autodoc imports wdat_core from this checkout, installed or not, and so do we companion.
     sys.path.insert(0, str(Path(app.srcdir).parent))
     # sphinx_external_toc looks for the pages of _toc.yml in the same event, at priority 900.
     app.connect("config-inited", on_config, priority=100)
