@@ -25,7 +25,8 @@ from companion.promises import promises, promises_table
 from companion.records import LATER, pack, read_records, recorded_like, unpack, write_record
 from companion.runs import finetune_grid, pick_device
 from companion.settings import GRIDS, METRICS, PAPER_NETWORKS, PARAMETERS, PRESETS, ParameterError, Settings
-from companion.tables import describe, grid_table
+from companion.tables import compare, describe, grid_table
+from wdat_core import Scores
 
 
 def from_notebook(**parameters):
@@ -400,6 +401,23 @@ def test_paired_interval():
     got = change([record], "w_2")
     assert got.value == pytest.approx(6)
     assert got.half == pytest.approx(1.96 * math.sqrt((14 - 36 / 100) / 99 / 100) * 100)
+
+
+def scores(correct):
+    bits = {m: torch.tensor(correct) for m in METRICS}
+    return Scores(**{m: b.float().mean().item() for m, b in bits.items()}, correct=bits)
+
+
+def test_scores_are_compared_on_the_same_images():
+    """Of 100 images 50 were right; 10 are won and 4 lost, as in `test_paired_interval`."""
+    before = scores([False] * 50 + [True] * 50)
+    after = scores([True] * 10 + [False] * 44 + [True] * 46)
+    half, paired = (1.96 * math.sqrt(v / 99 / 100) * 100 for v in (25, 14 - 36 / 100))
+    table = compare(before, after).data.replace("\u00a0", " ")
+    assert f"| W₂ | 50.00 ± {half:.2f} | 56.00 ± " in table and f" | +6.00 ± {paired:.2f} |" in table
+    assert table.count("\n") == 1 + len(METRICS)
+    with pytest.raises(ParameterError, match="scores of 2 and 100 images cannot be paired"):
+        compare(before, scores([True, False]))
 
 
 def test_command_repeats_the_column_exactly():
