@@ -302,7 +302,8 @@ def _budgets(distance: Tensor, p: float, delta: Tensor | float) -> Tensor:
     if p == math.inf:
         return torch.as_tensor(delta, dtype=distance.dtype, device=distance.device).expand_as(distance)
     total = _mean(distance, p)
-    return torch.where(total > delta, distance * (delta / total), distance)
+    # Not delta / total, for which torch takes 1 / total, and that can be infinite.
+    return torch.where(total > delta, distance / total * delta, distance)
 
 
 def _pull_back(x_adv: Tensor, x: Tensor, distance: Tensor, budget: Tensor, r: float) -> Tensor:

@@ -93,18 +93,20 @@ class Settings:
     fresh: bool = False
 
     @classmethod
-    def from_notebook(cls, namespace: dict[str, Any], names: str = "", *, network: str | None = None) -> Settings:
+    def from_notebook(
+        cls, namespace: dict[str, Any], does: str = "fine-tune", *, network: str | None = None
+    ) -> Settings:
         """The settings that the variables of a notebook's namespace give, checked, with the preset filled in.
 
         Args:
             namespace: the notebook's `globals()`.
-            names: the parameters that the notebook has, with spaces between; all where there are none.
+            does: what the notebook does, a key of `PARAMETERS`.
             network: the network of the preset "paper" where it is not that of Zhang et al.
 
         Raises:
             ParameterError: a variable is no parameter of this notebook, has the wrong type, or an impossible value.
         """
-        known = names.split() or [f.name for f in dataclasses.fields(cls)]
+        known = PARAMETERS[does]
         given = {}
         for name, value in namespace.items():
             if name.startswith("_") or name in ("In", "Out") or isinstance(value, types.ModuleType) or callable(value):
@@ -122,9 +124,9 @@ class Settings:
         return cls(**given).resolved()
 
     @classmethod
-    def each_from_notebook(cls, namespace: dict[str, Any], names: str) -> list[Settings]:
+    def each_from_notebook(cls, namespace: dict[str, Any], does: str) -> list[Settings]:
         """As `from_notebook`, for a notebook about several networks: one for each, or for the one that is given."""
-        settings = cls.from_notebook(namespace, names)
+        settings = cls.from_notebook(namespace, does)
         if namespace.get("network") is not None:
             return [settings]
         every = PAPER_NETWORKS if settings.preset == "paper" else STAND_INS
@@ -184,13 +186,40 @@ class Settings:
         return [(float(tau), float(eta)) for eta in etas for tau in taus]
 
 
-# The parameters of notebooks that have not all of them: that attack, also batch by batch; that estimate Upsilon; that
-# draw curves; that compute both grids.
-ATTACKING = "preset network data test_images delta steps precision compiled device models fresh"
-ATTACKING_BATCHES = ATTACKING.replace("test_images", "train_images test_images batch_size")
-ESTIMATING = "preset network data train_images delta precision compiled seed device models fresh"
-CURVES = " ".join(f.name for f in dataclasses.fields(Settings) if f.name != "export")
-BOTH_GRIDS = " ".join(name for name in CURVES.split() if name not in ("tau", "eta"))
+_ALL = [f.name for f in dataclasses.fields(Settings)]
+_ATTACK = [
+    "preset",
+    "network",
+    "data",
+    "test_images",
+    "delta",
+    "steps",
+    "precision",
+    "compiled",
+    "device",
+    "models",
+    "fresh",
+]
+PARAMETERS = {  # of the notebooks, by what they do
+    "fine-tune": _ALL,
+    "fine-tune both ways": [name for name in _ALL if name not in ("tau", "eta", "export")],
+    "follow": [name for name in _ALL if name != "export"],
+    "attack": _ATTACK,
+    "attack in batches": [*_ATTACK[:3], "train_images", "test_images", "batch_size", *_ATTACK[4:]],
+    "estimate": [
+        "preset",
+        "network",
+        "data",
+        "train_images",
+        "delta",
+        "precision",
+        "compiled",
+        "seed",
+        "device",
+        "models",
+        "fresh",
+    ],
+}
 
 
 def _check(

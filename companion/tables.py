@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from companion.evidence import (
     ALONG,
@@ -19,8 +19,11 @@ from companion.evidence import (
     studies,
     table_rows,
 )
-from companion.records import LATER, Record, core_digest, record_name
-from companion.settings import METRICS, PAPER_NETWORKS, STAND_INS
+from companion.records import LATER, Record, core_digest, pack, record_name
+from companion.settings import METRICS, PAPER_NETWORKS, STAND_INS, ParameterError
+
+if TYPE_CHECKING:
+    from wdat_core import Scores
 
 HOW = {"whole": "whole network", "last_layer": "last layer"}
 # Section 7 says which setting Table 5 reports.
@@ -106,6 +109,25 @@ def _seeds(records: Sequence[Record]) -> str:
 def short_name(network: str) -> str:
     """The paper's own words for one of its networks, the name of any other."""
     return PAPER_NETWORKS[network]["paper"] if network in PAPER_NETWORKS else network
+
+
+def compare(before: Scores, after: Scores) -> Any:
+    """Two networks on the same images, as Markdown: accuracy in per cent, and the change, each with its 95 % interval.
+
+    Needs no record: it is for networks of one's own. The interval of a change is that of the paired differences.
+    """
+    from IPython.display import Markdown
+
+    n = {len(scores.correct[m]) for scores in (before, after) for m in METRICS}
+    if len(n) > 1:
+        raise ParameterError(f"scores of {' and '.join(map(str, sorted(n)))} images cannot be paired")
+    bits = {when: {m: pack(s.correct[m]) for m in METRICS} for when, s in (("before", before), ("after", after))}
+    record = {"correct": bits, "data": {"test": n.pop()}}
+    lines = ["| Accuracy, % | before | after | change |", "|---|---|---|---|"]
+    for m, label in METRICS.items():
+        cells = [accuracy([record], when, m).text() for when in ("before", "after")]
+        lines.append(f"| {' | '.join([label, *cells, change([record], m).text(signed=True)])} |")
+    return Markdown("\n".join(lines))
 
 
 def describe(records: Sequence[Record], title: str) -> Any:

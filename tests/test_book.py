@@ -4,9 +4,6 @@ import ast
 import dataclasses
 import importlib.util
 import re
-import shutil
-import subprocess
-import sysconfig
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -19,7 +16,6 @@ from companion.pictures import budget, opening
 from companion.records import read_records
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ["_config.yml", "book", "companion", "notebooks", "results", "wdat_core.py"]
 EXTERNAL = re.compile(r"(?:https?:)?//", re.IGNORECASE)
 # What a browser loads by itself, by tag: the attributes that say from where. (A link a reader clicks may go anywhere.)
 LOADED = {
@@ -69,24 +65,6 @@ def load(path):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.fixture(scope="module")
-def build(tmp_path_factory):
-    """The exit code and the output of `jupyter-book build book/` in a fresh copy, and the folder of its pages."""
-    root = tmp_path_factory.mktemp("clone")
-    for part in PARTS:
-        if (ROOT / part).is_dir():
-            left_out = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "notebooks")
-            shutil.copytree(ROOT / part, root / part, ignore=left_out)
-        else:
-            shutil.copy(ROOT / part, root)
-    (root / "book" / "notebooks").mkdir()
-    (root / "book" / "notebooks" / "stale.ipynb").write_text("a copy of a notebook that is gone", encoding="utf-8")
-    program = shutil.which("jupyter-book", path=sysconfig.get_path("scripts"))
-    command = [program, "build", "book/", "-W", "--keep-going"]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, encoding="utf-8", errors="replace")
-    return done.returncode, done.stdout + done.stderr, root / "_build" / "html"
 
 
 @pytest.fixture(scope="module")

@@ -17,15 +17,16 @@ import papermill
 import pytest
 import torch
 
-from companion import evidence, files, networks, runs, settings
+from companion import evidence, files, networks, runs
 from companion.data import cifar10, embedded, floats, load_data
 from companion.evidence import Estimate, accuracy, agreement, change, columns_of, paper_value, table_rows
 from companion.plots import plot_changes
 from companion.promises import promises, promises_table
 from companion.records import LATER, pack, read_records, recorded_like, unpack, write_record
 from companion.runs import finetune_grid, pick_device
-from companion.settings import GRIDS, METRICS, PAPER_NETWORKS, PRESETS, ParameterError, Settings
-from companion.tables import describe, grid_table
+from companion.settings import GRIDS, METRICS, PAPER_NETWORKS, PARAMETERS, PRESETS, ParameterError, Settings
+from companion.tables import compare, describe, grid_table
+from wdat_core import Scores
 
 
 def from_notebook(**parameters):
@@ -402,6 +403,23 @@ def test_paired_interval():
     assert got.half == pytest.approx(1.96 * math.sqrt((14 - 36 / 100) / 99 / 100) * 100)
 
 
+def scores(correct):
+    bits = {m: torch.tensor(correct) for m in METRICS}
+    return Scores(**{m: b.float().mean().item() for m, b in bits.items()}, correct=bits)
+
+
+def test_scores_are_compared_on_the_same_images():
+    """Of 100 images 50 were right; 10 are won and 4 lost, as in `test_paired_interval`."""
+    before = scores([False] * 50 + [True] * 50)
+    after = scores([True] * 10 + [False] * 44 + [True] * 46)
+    half, paired = (1.96 * math.sqrt(v / 99 / 100) * 100 for v in (25, 14 - 36 / 100))
+    table = compare(before, after).data.replace("\u00a0", " ")
+    assert f"| W₂ | 50.00 ± {half:.2f} | 56.00 ± " in table and f" | +6.00 ± {paired:.2f} |" in table
+    assert table.count("\n") == 1 + len(METRICS)
+    with pytest.raises(ParameterError, match="scores of 2 and 100 images cannot be paired"):
+        compare(before, scores([True, False]))
+
+
 def test_command_repeats_the_column_exactly():
     settings = from_notebook(delta=4 / 255, eta=1, seed=3, export="anywhere")
     assert runs.command(settings, "table4", tau=0.01, eta=1.0) == (
@@ -473,9 +491,9 @@ def test_settings_and_notebook_agree_on_parameters(item):
     parameters = papermill.inspect_notebook(path)
     defaults = {name: p["default"].replace("8 / 255", repr(8 / 255)) for name, p in parameters.items()}
     found = {name: ast.literal_eval(text) for name, text in defaults.items()}
-    (said,) = re.findall(r"from_notebook\(globals\(\),? ?([A-Z_]*)", path.read_text(encoding="utf-8"))
-    assert list(found) == (getattr(settings, said).split() if said else list(dataclasses.asdict(Settings())))
-    usual = dataclasses.asdict(Settings()) | ({"tau": 0.01, "eta": 1.0} if said == "CURVES" else {})
+    (does,) = re.findall(r'from_notebook\(globals\(\)(?:, \\"(.*?)\\")?', path.read_text(encoding="utf-8"))
+    assert list(found) == PARAMETERS[does or "fine-tune"]
+    usual = dataclasses.asdict(Settings()) | ({"tau": 0.01, "eta": 1.0} if does == "follow" else {})
     assert found == {name: usual[name] for name in found}
     assert [name for name, p in parameters.items() if not p["help"]] == []
 

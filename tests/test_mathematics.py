@@ -505,3 +505,10 @@ def test_images_of_any_shape():
     for p, r in THREATS:
         shaped = wpgd(model, x, y, Threat(p, r, 0.05), steps=3).x_adv
         assert torch.equal(wpgd(flat, x.flatten(1), y, Threat(p, r, 0.05), steps=3).x_adv, shaped.view(8, PIXELS))
+
+
+@pytest.mark.parametrize("r", [2, math.inf])
+def test_distances_whose_inverse_is_infinite_are_projected(r):
+    x = torch.tensor([[5.5e-309], [1.0]], dtype=torch.float64)
+    x_adv = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
+    assert (project(x_adv, x, Threat(r=r, delta=5e-324)) - x).abs().max() <= 5e-324

@@ -7,7 +7,7 @@ import pytest
 
 from companion import evidence, files, plots, runs, tables
 from companion.records import images_of, parse_record, read_records, record_name, unpack, write_record
-from companion.settings import ATTACKING, ParameterError, Settings
+from companion.settings import ParameterError, Settings
 
 SMALL = {"train_images": 60, "val_images": 20, "test_images": 50, "batch_size": 20, "steps": 2, "epochs": 3}
 ONE = Settings(tau=0.1, eta=1, **SMALL).resolved()
@@ -111,12 +111,12 @@ def test_what_each_image_costs(folder):
 
 
 def test_one_notebook_for_several_networks():
-    names = [s.network for s in Settings.each_from_notebook({"preset": "paper"}, ATTACKING)]
+    names = [s.network for s in Settings.each_from_notebook({"preset": "paper"}, "attack")]
     assert len(names) == 5 and names[0] == "Zhang2019Theoretically"
-    (one,) = Settings.each_from_notebook({"preset": "paper", "network": "demo"}, ATTACKING)
+    (one,) = Settings.each_from_notebook({"preset": "paper", "network": "demo"}, "attack")
     assert one.network == "demo"
     with pytest.raises(ParameterError, match=r"unknown parameter 'tau'"):
-        Settings.each_from_notebook({"tau": 0.1}, ATTACKING)
+        Settings.each_from_notebook({"tau": 0.1}, "attack")
 
 
 def test_network_table_has_a_dash_for_what_was_not_measured(folder):
