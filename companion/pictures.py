@@ -225,9 +225,15 @@ def _note(record: Record, images: Sequence[Image]) -> str:
         f' <span class="kept">■</span> still right. The network <code>{network}</code> reads'
         f" {100 * accuracies(record)['x']:.1f}&nbsp;% correctly when nobody attacks. Both attackers may spend"
         f" δ&nbsp;=&nbsp;{255 * delta:.4g}/255: W∞ on every image, W₂ as the root mean square (r.m.s.) over all."
+<<<<<<< HEAD
         f" W₂ ends at {pixels(root_mean_square(images, 'w_2'))}/255: its steps add up to δ, but do not all move"
         " the same images."
         f" Point at a column for its image. Drawn from <code>results/{html.escape(record_name(record))}</code>{old}."
+=======
+        f" W₂ ends at {pixels(root_mean_square(images, 'w_2'))}/255: its steps add up to δ, but do not all move the"
+        " same images. Point at a column for its image."
+        f" Drawn from <code>results/{html.escape(record_name(record))}</code>{old}."
+>>>>>>> 0d079d2f59d9af499404085dcf7ed89652757866
     )
 
 
@@ -240,12 +246,11 @@ KINDS = {
     "spared": "Wrong before any attack: the first ones",
 }
 _STYLE = """<style>
-.gallery { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(19rem, 100%), 1fr)); gap: 0.5rem 2rem; }
-.gallery h4 { grid-column: 1 / -1; margin: 1rem 0 0; font-size: 1rem; }
-.gallery figure { margin: 0; break-inside: avoid; }
-.gallery figcaption { text-align: left; margin: 0; }
-.gallery .row { display: grid; grid-template-columns: repeat(5, 1fr); gap: 0.3rem; }
-.gallery .row { font-size: 0.75rem; line-height: 1.25; }
+.gallery h4 { margin: 1.25rem 0 0; font-size: 1rem; }
+.gallery figure { max-width: 36rem; margin: 0.4rem 0 1rem; break-inside: avoid; }
+.gallery figcaption { margin: 0; padding: 0; color: inherit; font: inherit; text-align: left; }
+.gallery .five { display: grid; grid-template-columns: repeat(5, 1fr); gap: 0.4rem; }
+.gallery .five { font-size: 0.8rem; line-height: 1.3; }
 .gallery img { display: block; width: 100%; margin: 0; image-rendering: pixelated; }
 .gallery .swap { display: block; background: var(--original) 0 0 / 100% 100%; image-rendering: pixelated; }
 .gallery .swap:is(:hover, :focus) img { opacity: 0; }
@@ -303,7 +308,7 @@ def _card(image: Image, pixels_of: Mapping[str, Any], times: int) -> str:
         ]
     return (
         f"<figure style=\"--original: url('{original}')\"><figcaption>Image {image.index}, <b>{name}</b>,"
-        f' read as {class_name(image.before)}</figcaption><div class="row">{"".join(cells)}</div></figure>'
+        f' read as {class_name(image.before)}</figcaption><div class="five">{"".join(cells)}</div></figure>'
     )
 
 
@@ -343,10 +348,13 @@ def spend_table(record: Record | None) -> str:
         return "Nothing is recorded for these parameters yet."
     images = images_in(record)
     lines = ["| attacker | still right | r.m.s. of the moves | largest move | not moved |", "|---|--:|--:|--:|--:|"]
-    lines.append(f"| none | {100 * accuracies(record)['x']:.1f} % | – | – | {len(images):,} |")
+    lines.append(f"| none | {100 * accuracies(record)['x']:.1f}\u00a0% | – | – | {len(images):,} |")
     for attacker, symbol in NAMES.items():
         moved = [i.moved[attacker] for i in images]
-        cells = [f"{100 * accuracies(record)[attacker]:.1f} %", f"{pixels(root_mean_square(images, attacker))}/255"]
+        cells = [
+            f"{100 * accuracies(record)[attacker]:.1f}\u00a0%",
+            f"{pixels(root_mean_square(images, attacker))}/255",
+        ]
         lines.append(f"| {symbol} | {' | '.join(cells)} | {pixels(max(moved))}/255 | {moved.count(0):,} |")
     return "\n".join(lines)
 
