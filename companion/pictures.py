@@ -225,15 +225,9 @@ def _note(record: Record, images: Sequence[Image]) -> str:
         f' <span class="kept">■</span> still right. The network <code>{network}</code> reads'
         f" {100 * accuracies(record)['x']:.1f}&nbsp;% correctly when nobody attacks. Both attackers may spend"
         f" δ&nbsp;=&nbsp;{255 * delta:.4g}/255: W∞ on every image, W₂ as the root mean square (r.m.s.) over all."
-<<<<<<< HEAD
-        f" W₂ ends at {pixels(root_mean_square(images, 'w_2'))}/255: its steps add up to δ, but do not all move"
-        " the same images."
-        f" Point at a column for its image. Drawn from <code>results/{html.escape(record_name(record))}</code>{old}."
-=======
         f" W₂ ends at {pixels(root_mean_square(images, 'w_2'))}/255: its steps add up to δ, but do not all move the"
         " same images. Point at a column for its image."
         f" Drawn from <code>results/{html.escape(record_name(record))}</code>{old}."
->>>>>>> 0d079d2f59d9af499404085dcf7ed89652757866
     )
 
 
