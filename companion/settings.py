@@ -205,6 +205,8 @@ PARAMETERS = {  # of the notebooks, by what they do
     "fine-tune both ways": [name for name in _ALL if name not in ("tau", "eta", "export")],
     "follow": [name for name in _ALL if name != "export"],
     "attack": _ATTACK,
+    "show attacks": _ATTACK[:-1],
+    "bring your own": ["tau", "epochs", "delta", "steps", "seed"],
     "attack in batches": [*_ATTACK[:3], "train_images", "test_images", "batch_size", *_ATTACK[4:]],
     "estimate": [
         "preset",

@@ -1,10 +1,7 @@
 """Settings, data, networks, records and tables: what a notebook's user can get right and wrong."""
 
-import ast
-import dataclasses
 import json
 import math
-import re
 import string
 import subprocess
 import sys
@@ -13,7 +10,6 @@ import urllib.error
 import urllib.request
 
 import numpy as np
-import papermill
 import pytest
 import torch
 
@@ -24,7 +20,7 @@ from companion.plots import plot_changes
 from companion.promises import promises, promises_table
 from companion.records import LATER, pack, read_records, recorded_like, unpack, write_record
 from companion.runs import finetune_grid, pick_device
-from companion.settings import GRIDS, METRICS, PAPER_NETWORKS, PARAMETERS, PRESETS, ParameterError, Settings
+from companion.settings import GRIDS, METRICS, PAPER_NETWORKS, PRESETS, ParameterError, Settings
 from companion.tables import compare, describe, grid_table
 from wdat_core import Scores
 
@@ -479,23 +475,6 @@ def test_damaged_paper_number_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "ASSETS", tmp_path)
     with pytest.raises(ParameterError, match=r"the paper's numbers are damaged or missing: restore .*paper.csv"):
         paper_value(4, "Zhang2019Theoretically", "w_2")
-
-
-ITEMS = [f"table{n}" for n in range(1, 12)] + [f"figure7_{n}" for n in range(1, 5)]
-
-
-@pytest.mark.parametrize("item", ITEMS)
-def test_settings_and_notebook_agree_on_parameters(item):
-    """The parameters of a notebook are fields of Settings with the same default, and those that it says it has."""
-    path = files.ROOT / "notebooks" / f"{item}.ipynb"
-    parameters = papermill.inspect_notebook(path)
-    defaults = {name: p["default"].replace("8 / 255", repr(8 / 255)) for name, p in parameters.items()}
-    found = {name: ast.literal_eval(text) for name, text in defaults.items()}
-    (does,) = re.findall(r'from_notebook\(globals\(\)(?:, \\"(.*?)\\")?', path.read_text(encoding="utf-8"))
-    assert list(found) == PARAMETERS[does or "fine-tune"]
-    usual = dataclasses.asdict(Settings()) | ({"tau": 0.01, "eta": 1.0} if does == "follow" else {})
-    assert found == {name: usual[name] for name in found}
-    assert [name for name, p in parameters.items() if not p["help"]] == []
 
 
 @pytest.mark.parametrize(("table", "network", "perturb"), [(n, *what) for n, what in GRIDS.items()])
