@@ -442,7 +442,8 @@ def _attack(
 
         upsilons.append(_mean(norm, q))
         if k == 0 and upsilon is not None:
-            delta = threat.delta * _share(upsilons[0], upsilon(upsilons[0]), q)
+            own = upsilons[0].to(torch.promote_types(x.dtype, torch.float32))  # the quotient overflows in float16
+            delta = threat.delta * _share(own, upsilon(own), q)
         # 0 where an infinite step meets an image that is to stay; far enough for any pixel, and its norm is a number.
         step = (_share(norm, upsilons[k], q) * (step_ratio * delta / steps)).nan_to_num(0.0)
         step = step.clamp(max=math.sqrt(torch.finfo(x.dtype).max))
