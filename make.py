@@ -1,7 +1,7 @@
 """Set the project up in .venv and run it. Needs Python 3.11 to 3.13, a package index, and nothing else.
 
 python make.py demo       Table 4 with tau = 0.01, on the demo network, into out.ipynb
-python make.py test       every check there is: ruff, mypy, Table 4, the book, the tests, the notebooks
+python make.py test       every check there is: ruff, mypy, Table 4, the tests (the book among them), the notebooks
 python make.py book       the book, into _build/html
 python make.py benchmark  speed and memory as ratios to named baselines, other libraries among them
 python make.py lint       ruff and mypy
@@ -83,7 +83,6 @@ TARGETS = {
     "test": {
         **LINT,
         "table 4": lambda: table4("-p", "eta", "1"),
-        "book": book,
         "pytest": lambda: python("-m", "pytest", "--nbval", "-q"),
     },
     "book": {"book": book},
