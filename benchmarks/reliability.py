@@ -14,11 +14,11 @@ import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from companion import files
 from companion.records import SCHEMA, core_digest, provenance, write_record
 from companion.runs import pick_device
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 FILES = ("checkpoint", "downloads", "errors", "export", "hostile", "passes", "records", "security")
