@@ -20,7 +20,6 @@ from companion import files
 from companion.records import SCHEMA, core_digest, provenance, write_record
 from companion.runs import pick_device
 
-
 FILES = ("checkpoint", "downloads", "errors", "export", "hostile", "passes", "records", "security")
 
 
