@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,19 +55,21 @@ def _paper_rows() -> list[dict[str, str]]:
 
 def accuracy(records: Sequence[Record], when: str, metric: str) -> Estimate:
     """Mean over records that differ in the seed alone, with the interval of sampling test images."""
-    return _estimate([_bits(r, when, metric) for r in records])
+    return estimate_of([bits(r, when, metric) for r in records])
 
 
 def change(records: Sequence[Record], metric: str) -> Estimate:
     """Accuracy after minus before on the same images, mean over seeds, with the interval of the paired differences."""
-    return _estimate([_bits(r, "after", metric) - _bits(r, "before", metric) for r in records])
+    return estimate_of([bits(r, "after", metric) - bits(r, "before", metric) for r in records])
 
 
-def _bits(record: Record, when: str, metric: str) -> Any:
+def bits(record: Record, when: str, metric: str) -> Any:
+    """Whether each image is classified correctly, a numpy array (n,) of 0 and 1."""
     return unpack(record["correct"][when][metric], images_of(record, when))
 
 
-def _estimate(per_seed: Sequence[Any]) -> Estimate:
+def estimate_of(per_seed: Sequence[Any]) -> Estimate:
+    """The mean in per cent of what each image contributes, arrays (n,) of the seeds, and the interval over images."""
     import numpy as np
 
     values = 100 * np.mean(per_seed, axis=0)
@@ -81,11 +85,23 @@ def columns_of(records: Sequence[Record]) -> dict[tuple[float, float], list[Reco
     return columns
 
 
+def unusual(record: Record) -> str:
+    """What in a configuration is not as by default, which is the paper's where it says; empty where nothing is."""
+    import wdat_core
+
+    usual = {f.name: f.default for f in dataclasses.fields(wdat_core.FinetuneConfig)}
+    own = ("perturb", "tau", "eta", "seed", "epochs", "threat", "samples", "fraction")
+    delta = record["config"]["threat"]["delta"]
+    parts = [] if math.isclose(delta, 8 / 255) else [f"δ = {255 * delta:.4g}/255"]
+    parts += [f"`{k}={v}`" for k, v in record["config"].items() if k not in own and v != usual.get(k, v)]
+    return "".join(f", {part}" for part in parts)
+
+
 def of_networks(table: int, part: str, records: Sequence[Record], recorded: Sequence[Record]) -> list[dict[str, Any]]:
     """The rows of Table 1 or 2: the paper's five networks, what is recorded here, and this run.
 
     Each row has "network", "source" ("paper", "recorded here", "this run"), "images" (how many, of what; None where the
-    paper does not say) and "cells", an Estimate or None for each metric. Rows of one network stand together.
+    paper does not say) and "cells", an Estimate or None for each metric.
 
     Args:
         part: the images of the measured rows, "test" or "train".
@@ -100,10 +116,9 @@ def of_networks(table: int, part: str, records: Sequence[Record], recorded: Sequ
     for source, those in (("recorded here", recorded), ("this run", records)):
         for r in (r for r in those if part in r["metrics"]):
             cells = {m: accuracy([r], part, m) for m in metrics}
-            images = f"{images_of(r, part):,} {PARTS[part]}, {r['data']['source']}"
+            images = f"{images_of(r, part):,} {PARTS[part]}, {r['data']['source']}{unusual(r)}"
             rows.append({"network": r["network"]["name"], "source": source, "images": images, "cells": cells})
-    names = list(dict.fromkeys(row["network"] for row in rows))
-    return sorted(rows, key=lambda row: names.index(row["network"]))
+    return rows
 
 
 ALONG = {  # what Figures 7.2 to 7.4 show of each epoch: a record's key, and what it is; the second is drawn dashed
@@ -118,14 +133,16 @@ def along(record: Record) -> list[dict[str, float]]:
     return [record["history"]["start"], *record["history"]["epochs"]]
 
 
-def with_curves(records: Sequence[Record]) -> list[Record]:
-    """Those whose curves were measured."""
-    return [record for record in records if "start" in record["history"]]
+def with_curves(records: Sequence[Record], like: Sequence[Record]) -> list[Record]:
+    """Those whose curves were measured, at the tau and eta of other records."""
+    columns = {(r["config"]["tau"], r["config"]["eta"]) for r in like}
+    return [r for r in records if "start" in r["history"] and (r["config"]["tau"], r["config"]["eta"]) in columns]
 
 
 def relative_errors(record: Record) -> list[float]:
     """|estimate / reference - 1| of each sample of a record of kind "sensitivity"."""
-    return [abs(estimate / record["reference"] - 1) for estimate in record["estimates"]]
+    whole = max(record["reference"], sys.float_info.min)  # 0 where no image is classified correctly
+    return [abs(estimate - record["reference"]) / whole for estimate in record["estimates"]]
 
 
 def studies(records: Sequence[Record]) -> list[list[Record]]:

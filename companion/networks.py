@@ -146,7 +146,7 @@ def load_network(name: str, models: Path) -> Network:
         near = difflib.get_close_matches(name, [*STAND_INS, *zoo], n=3, cutoff=0.3)
         raise ParameterError(
             f"unknown network {name!r}"
-            + (f": did you mean {', '.join(near)}?" if near else "")
+            + (f": did you mean {', '.join(near)}?" if near else ".")
             + f" Known are {', '.join(STAND_INS)}, the CIFAR-10 l_inf networks of RobustBench, and exports by path"
         )
     return _robustbench(name, zoo[name], Path(models))
@@ -326,6 +326,17 @@ def export(model: nn.Module, record: Record, folder: str | Path) -> Path:
             f"{path} could not be written ({one_line(error)}): make room, or give another folder"
         ) from error
     return path
+
+
+def is_exported(record: Record, folder: str | Path) -> bool:
+    """Whether the folder holds an export of this very run."""
+    for path in from_root(folder).glob(f"{record_stem(record)}-*/record.json"):
+        try:
+            if parse_record(path.read_bytes()) == record:
+                return True
+        except (OSError, ValueError):
+            continue
+    return False
 
 
 def _serialised(base: str, state: dict[str, Tensor]) -> bytes:

@@ -54,6 +54,7 @@ def _scores(when: str) -> Rules:
     return {f"metrics.{when}.{m}": _FRACTION for m in METRICS} | {f"correct.{when}.{m}": ".+" for m in METRICS}
 
 
+_ATTACK: Rules = {"config.threat.delta": (0, 1), "config.steps": _COUNT, "config.precision": _TEXT}
 _CURVES = (("test", "w_inf"), ("test", "w_2"), ("val", "w_inf"))
 RULES: dict[str, Rules] = {
     "finetune": _TRAINED
@@ -65,13 +66,17 @@ RULES: dict[str, Rules] = {
     | {f"history.{row}.{part}_upsilon?": _AMOUNT for row in ("start", "epochs.*") for part in ("test", "train")},
     "evaluate": _EVERY
     | _SUBJECT
+    | _ATTACK
+    | {"config.batch_size": _COUNT}
     | {"metrics.*": _FRACTION, "correct.*": ".+", "upsilon": _AMOUNT, "distance": _AMOUNT, "seconds.evaluate": _AMOUNT}
     | {f"metrics.*.{m}": _FRACTION for m in (*METRICS, "budget")},
     "sensitivity": _EVERY
     | _SUBJECT
+    | {"config.threat.delta": (0, 1), "config.samples": _COUNT, "config.seed": range(2**63), "config.precision": _TEXT}
     | {"data.train": _COUNT, "reference": _AMOUNT, "estimates.*": _AMOUNT, "config.fraction": _FRACTION},
     "spend": _EVERY
     | _SUBJECT
+    | _ATTACK
     | {"data.test": _COUNT, "label.*": range(1000), "distance.*": _AMOUNT}
     | {f"prediction.{name}.*": range(1000) for name in ("x", "w_inf", "w_2")},
     "pretrain": _TRAINED | _scores("after"),
@@ -224,8 +229,13 @@ def parse_record(content: bytes) -> Record:
             for name, value in found.items():
                 if not _fits(value, rule):
                     raise ValueError(f"{name} cannot be {value!r}")
+        if unfit := [
+            k for k, v in leaves.items() if k.startswith("config.") and isinstance(v, str) and not _fits(v, _TEXT)
+        ]:
+            raise ValueError(f"{unfit[0]} cannot be {leaves[unfit[0]]!r}")
         _check_config(record)
         _check_bits(record)
+        _check_lengths(record)
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"not a record of schema {SCHEMA} ({one_line(error)})") from error
     return record
@@ -266,6 +276,15 @@ def _check_bits(record: Record) -> None:
                 raise ValueError(f"correct.{when}.{metric} is not of {n} images")
             if not math.isclose(unpack(text, n).mean(), value, abs_tol=1e-6):
                 raise ValueError(f"metrics.{when}.{metric} is {value!r}, and {unpack(text, n).mean()} of its images")
+
+
+def _check_lengths(record: Record) -> None:
+    """What is said of each image is said of all."""
+    if record["kind"] == "spend":
+        n = record["data"]["test"]
+        lists = [record["label"], *record["prediction"].values(), *record["distance"].values()]
+        if any(len(values) != n for values in lists) or not {"w_inf", "w_2"} <= record["distance"].keys():
+            raise ValueError(f"it does not have the label, predictions and distances of {n} images")
 
 
 def images_of(record: Record, when: str) -> int:

@@ -25,15 +25,18 @@ from companion.records import (
     SCHEMA,
     Record,
     core_digest,
+    device_name,
     pack,
     parse_record,
     plain,
+    protocol,
     provenance,
     record_name,
     subject,
+    versions,
     write_record,
 )
-from companion.settings import METRICS, PAPER_NETWORKS, PRESETS, ParameterError, Settings
+from companion.settings import METRICS, NOTEBOOKS, PAPER_NETWORKS, PARAMETERS, PRESETS, ParameterError, Settings
 
 if TYPE_CHECKING:
     import torch
@@ -145,7 +148,7 @@ def finetune_grid(settings: Settings, perturb: str, *, notebook: str, curves: bo
         ParameterError: as `bench`; or the loaded network's clean accuracy is not the published one; or the time of
             `stop_after` is up, for this column.
     """
-    from companion.networks import check_export, export
+    from companion.networks import check_export, export, is_exported
     from wdat_core import FinetuneConfig, Threat, evaluate, finetune
 
     on = bench(settings)
@@ -171,11 +174,23 @@ def finetune_grid(settings: Settings, perturb: str, *, notebook: str, curves: bo
         )
         record = _begin("finetune", on, ("train", "val", "test"), plain(dataclasses.asdict(config)))
         held = _held(record, on)
-        if held and settings.export is None and (not curves or "start" in held["history"]):
+        has_curves = bool(held and "start" in held["history"])
+        exported = settings.export is None or bool(held and is_exported(held, settings.export))
+        if held and exported and (has_curves or not curves):
             records.append(held)
             continue
+        follow = curves or has_curves  # what was measured is not lost to a run for another purpose
         tuned = copy.deepcopy(on.model)
-        run = [config, on.at_once, on.network.digest, on.data.digest(), core_digest(), curves]
+        run = [
+            config,
+            on.at_once,
+            on.network.digest,
+            on.data.digest(),
+            core_digest(),
+            follow,
+            device_name(on.device),
+            versions(),
+        ]
         kept = files.RUNS / f"{digest(repr(run).encode())[:16]}.checkpoint"
         history = finetune(
             tuned,
@@ -185,7 +200,7 @@ def finetune_grid(settings: Settings, perturb: str, *, notebook: str, curves: bo
             eval_batch_size=on.at_once,
             resume=kept,
             stop_after=settings.stop_after,
-            on_epoch=(lambda _, model: _along(on, model)) if curves else None,
+            on_epoch=(lambda _, model: _along(on, model)) if follow else None,
             progress=progress(label),
         )
         if not history.finished:
@@ -214,7 +229,7 @@ def finetune_grid(settings: Settings, perturb: str, *, notebook: str, curves: bo
                 "before": {m: before["correct"]["test"][m] for m in METRICS},
                 "after": {m: pack(after.correct[m]) for m in METRICS},
             },
-            "history": epochs | ({"start": _start(on)} if curves else {}),
+            "history": epochs | ({"start": _start(on)} if follow else {}),
             "seconds": seconds | {"evaluate": round(time.perf_counter() - begin, 1)},
             **provenance(on.device, command(settings, notebook, tau=tau, eta=eta)),
         }
@@ -287,6 +302,7 @@ def estimates_each(settings: Sequence[Settings], *, notebook: str) -> list[Recor
 def spend(settings: Settings, *, notebook: str) -> tuple[Record, dict[str, Tensor]]:
     """What each test image costs both attackers, as a record; and the images: "x", "w_inf" and "w_2", (n, 3, 32, 32).
 
+    Always computed, since no record holds the images.
     The record has for each image the label, the prediction before and after each attack, and how far (l_inf) each
     attack moved it.
     """
@@ -326,7 +342,7 @@ def spend(settings: Settings, *, notebook: str) -> tuple[Record, dict[str, Tenso
 def _predict(on: Bench, x: Tensor) -> list[int]:
     import torch
 
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(on.device.type, torch.bfloat16, enabled=on.settings.precision == "bfloat16"):
         return [int(k) for part in x.split(on.at_once) for k in on.model(part).argmax(1)]
 
 
@@ -344,19 +360,26 @@ def _held(record: Record, on: Bench) -> Record | None:
     except (OSError, ValueError):
         return None
     here = provenance(on.device, held["command"])
-    return held if all(held[key] == here[key] for key in ("core", "versions", "device")) else None
+    same = protocol(held) == protocol(record) and all(held[key] == here[key] for key in ("core", "versions", "device"))
+    return held if same else None
 
 
 def command(settings: Settings, notebook: str, **column: Any) -> str:
-    """The papermill line that repeats a record, of one column if it is given; a folder for CIFAR-10 is called data, one
-    of exports so."""
+    """The papermill line that repeats a record; a folder for CIFAR-10 is called data, one of exports so.
+
+    Args:
+        column: the tau and eta of the record, where the notebook takes them.
+    """
     defaults = {**dataclasses.asdict(Settings()), **PRESETS[settings.preset]}
+    if settings.preset == "paper":
+        del defaults["network"]  # another one in other notebooks
     name = Path(str(settings.network)).name
     network = name if name == settings.network else f"exports/{name}"
     data = "embedded" if settings.data == "embedded" else "data"
-    one = dataclasses.replace(settings, network=network, data=data, **column)
+    one = dataclasses.asdict(dataclasses.replace(settings, network=network, data=data, **column))
     own = ("device", "models", "stop_after", "export", "fresh")
-    given = {k: v for k, v in dataclasses.asdict(one).items() if v != defaults[k] and k not in own}
+    known = [k for k in PARAMETERS[NOTEBOOKS[notebook]] if k not in own]
+    given = {k: one[k] for k in known if k not in defaults or one[k] != defaults[k]}
     return " ".join(
         [
             f"papermill notebooks/{notebook}.ipynb out.ipynb",
@@ -390,8 +413,8 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()  # which the meta device has not
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ParameterError(f"device {name!r} is not to be had here: use auto or cpu ({one_line(error)})") from error
     return device
 
@@ -402,8 +425,8 @@ def progress(label: str) -> Callable[[str], None]:
     The line replaces the one before, and the empty line at the end clears it: nothing stays in stored outputs.
     """
     try:
-        descriptor = os.dup(sys.stderr.fileno())  # under ipykernel this is the process's own stderr
-        terminal = os.fdopen(descriptor, "w") if os.isatty(descriptor) else None
+        descriptor = sys.stderr.fileno()  # under ipykernel this is the process's own stderr
+        terminal = os.fdopen(os.dup(descriptor), "w") if os.isatty(descriptor) else None
     except (OSError, AttributeError, ValueError, io.UnsupportedOperation):
         terminal = None
     in_kernel = "ipykernel" in sys.modules

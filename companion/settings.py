@@ -41,7 +41,7 @@ class ParameterError(ValueError):
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # A laptop computes Table 4 in a minute or two, without any download.
+    # A laptop computes a column of Table 4 in a minute, without any download.
     "demo": {
         "network": "demo",
         "data": "embedded",
@@ -66,7 +66,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """The parameters of all notebooks; None takes the preset's value, for tau and eta both of the paper's."""
+    """The parameters of all notebooks.
+
+    None takes the preset's value where it has one; for tau and eta both of the paper's; for the others, none.
+    """
 
     preset: str = "demo"
     tau: float | None = None
@@ -93,40 +96,45 @@ class Settings:
     fresh: bool = False
 
     @classmethod
-    def from_notebook(
-        cls, namespace: dict[str, Any], does: str = "fine-tune", *, network: str | None = None
-    ) -> Settings:
+    def from_notebook(cls, namespace: dict[str, Any], notebook: str) -> Settings:
         """The settings that the variables of a notebook's namespace give, checked, with the preset filled in.
 
         Args:
             namespace: the notebook's `globals()`.
-            does: what the notebook does, a key of `PARAMETERS`.
-            network: the network of the preset "paper" where it is not that of Zhang et al.
+            notebook: its name, a key of `NOTEBOOKS`.
 
         Raises:
             ParameterError: a variable is no parameter of this notebook, has the wrong type, or an impossible value.
         """
+        does = NOTEBOOKS[notebook]
         known = PARAMETERS[does]
+        # In a live notebook the cell is run again when the names of all later cells are there as well.
+        again = namespace.get("_parameters_were_checked", False)
         given = {}
         for name, value in namespace.items():
             if name.startswith("_") or name in ("In", "Out") or isinstance(value, types.ModuleType) or callable(value):
                 continue
-            if name not in known:
+            if name in known:
+                given[name] = value
+            elif not again:
                 near = difflib.get_close_matches(name, known, n=1)
-                raise ParameterError(
-                    f"unknown parameter {name!r}"
-                    + (f": did you mean {near[0]!r}?" if near else "")
-                    + f" Known are {', '.join(known)}"
-                )
-            given[name] = value
-        if network and given.get("network") is None and given.get("preset") == "paper":
-            given["network"] = network
-        return cls(**given).resolved()
+                hint = f": did you mean {near[0]!r}?" if near else "."
+                raise ParameterError(f"unknown parameter {name!r}{hint} Known are {', '.join(known)}")
+        namespace["_parameters_were_checked"] = True
+        if given.get("preset") == "paper" and given.get("network") is None and notebook in PAPER_SUBJECTS:
+            given["network"] = PAPER_SUBJECTS[notebook]
+        settings = cls(**given).resolved()
+        if does == "follow":  # one column, not the paper's four
+            for name in ("tau", "eta"):
+                _check(name, getattr(settings, name), float)
+        if settings.fresh and settings.stop_after is not None:
+            raise ParameterError("fresh=True with stop_after would never end: each call starts from the beginning")
+        return settings
 
     @classmethod
-    def each_from_notebook(cls, namespace: dict[str, Any], does: str) -> list[Settings]:
+    def each_from_notebook(cls, namespace: dict[str, Any], notebook: str) -> list[Settings]:
         """As `from_notebook`, for a notebook about several networks: one for each, or for the one that is given."""
-        settings = cls.from_notebook(namespace, does)
+        settings = cls.from_notebook(namespace, notebook)
         if namespace.get("network") is not None:
             return [settings]
         every = PAPER_NETWORKS if settings.preset == "paper" else STAND_INS
@@ -151,11 +159,11 @@ class Settings:
             _check("tau", self.tau, float, above=0)
         if self.eta is not None:
             _check("eta", self.eta, float, above=0, at_most=1)
-        _check("delta", self.delta, float, above=0)
+        _check("delta", self.delta, float, above=0, at_most=1)
         _check("beta", self.beta, float, above=-math.ulp(0))
         for name in ("train_images", "val_images", "test_images", "epochs", "batch_size", "steps"):
             _check(name, getattr(self, name), int, above=0)
-        _check("seed", self.seed, int, above=-1)
+        _check("seed", self.seed, int, above=-1, at_most=2**63 - 1)
         _check("consistency", self.consistency, str, choices=("ce_detached", "ce", "kl"))
         _check("upsilon_from", self.upsilon_from, str, choices=("sample", "batch"))
         _check("precision", self.precision, str, choices=("float32", "bfloat16"))
@@ -222,6 +230,20 @@ PARAMETERS = {  # of the notebooks, by what they do
         "fresh",
     ],
 }
+
+
+NOTEBOOKS = {  # what each does
+    "table1": "attack",
+    "table2": "attack in batches",
+    **{f"table{n}": "fine-tune" for n in GRIDS},
+    "table5": "fine-tune both ways",
+    "figure7_1": "estimate",
+    **{f"figure7_{n}": "follow" for n in (2, 3, 4)},
+    "gallery": "show attacks",
+    "own_network": "bring your own",
+}
+# Whose network each takes in the preset "paper", where it is one; of Chen and Lee the paper prints no grid.
+PAPER_SUBJECTS = {f"table{n}": network for n, (network, _) in GRIDS.items()} | {"table5": "Chen2024Data_WRN_34_10"}
 
 
 def _check(

@@ -18,6 +18,7 @@ from companion.evidence import (
     relative_errors,
     studies,
     table_rows,
+    unusual,
 )
 from companion.records import LATER, Record, core_digest, pack, record_name
 from companion.settings import METRICS, PAPER_NETWORKS, STAND_INS, ParameterError
@@ -38,6 +39,8 @@ def network_table(
     rows = of_networks(table, parts[0], records, recorded)
     for part in parts[1:]:
         rows += [row for row in of_networks(table, part, records, recorded) if row["source"] != "paper"]
+    names = list(dict.fromkeys(row["network"] for row in rows))
+    rows.sort(key=lambda row: names.index(row["network"]))  # the rows of a network stand together
     measured = {row["network"] for row in rows if row["source"] != "paper"}
     labels = METRICS | {"budget": "W-PGD-budget"}
     lines = []
@@ -63,9 +66,11 @@ def best_table(records: Sequence[Record], recorded: Sequence[Record]) -> Any:
         for study in studies(those):
             best = best_setting(study)
             config, data, name = best[0]["config"], best[0]["data"], best[0]["network"]["name"]
-            size = f"{data['train']:,} training images, {config['epochs']} epochs, {_seeds(best)}"
+            size = f"{data['train']:,} training images, {config['epochs']} epochs, {_seeds(best)}{unusual(best[0])}"
+            columns = {(r["config"]["perturb"], r["config"]["tau"], r["config"]["eta"]) for r in study}
+            choice = f"best of {len(columns)}" if len(columns) > 1 else "the only one"
             cells = [f"{accuracy(best, 'after', m).value:.2f} ({change(best, m).text(signed=True)})" for m in METRICS]
-            setting = _setting(config["perturb"], config["tau"], config["eta"])
+            setting = f"{_setting(config['perturb'], config['tau'], config['eta'])} ({choice})"
             lines.append([short_name(name), f"{source}: {size}", setting, *cells])
     return _markdown(["network", "evidence", "best setting", *METRICS.values()], lines)
 
@@ -136,8 +141,12 @@ def describe(records: Sequence[Record], title: str) -> Any:
 
     if not records:
         return Markdown(f"**{title}.** Nothing is recorded for these parameters yet.")
-    r = records[0]
-    config, data, seconds = r["config"], r["data"], [x["seconds"] for x in records]
+    r, config, data = records[0], records[0]["config"], records[0]["data"]
+    # Measuring curves takes time of its own.
+    seconds = [x["seconds"] for x in records if "start" not in x["history"]] or [x["seconds"] for x in records]
+    columns = columns_of(records)
+    column = "" if len(columns) > 1 else f" τ = {config['tau']:g}, η = {config['eta']:g},"
+    devices, cores = ({x[key] for x in records} for key in ("device", "core"))
     stand_in = r["network"]["name"] in STAND_INS
     epochs = "epoch" if config["epochs"] == 1 else "epochs"
     others = "".join(f", `{k}={config[k]}`" for k, usual in LATER.items() if config.get(k, usual) != usual)
@@ -145,22 +154,22 @@ def describe(records: Sequence[Record], title: str) -> Any:
         f"**{title}.** Network `{r['network']['name']}` ({r['network']['source']}"
         f"{'; a stand-in, none of the paper’s networks' if stand_in else ''}), {data['source']}: {data['train']:,} for"
         f" training, {data['val']:,} for validation, {data['test']:,} for test. {config['epochs']} {epochs} at"
-        f" batch size {config['batch_size']}, `perturb={config['perturb']}`,"
+        f" batch size {config['batch_size']},{column} `perturb={config['perturb']}`,"
         f" `consistency={config['consistency']}`{others},"
         f" β = {config['beta']:g}, δ = {255 * config['threat']['delta']:.4g}/255, {config['steps']} steps,"
-        f" {_seeds(records)}. On {r['device']}:"
+        f" {_seeds(records)}. On {' and '.join(sorted(devices))}:"
         f" {sum(s['finetune'] for s in seconds) / len(seconds):.0f} s of fine-tuning and"
         f" {sum(s['evaluate'] for s in seconds) / len(seconds):.0f} s of evaluation a column, in the mean;"
         f" {seconds[0]['baseline']:.0f} s for the baseline. torch {r['versions']['torch']}, Python"
-        f" {r['versions']['python']}, core {r['core'][:8]}."
+        f" {r['versions']['python']}, core {', '.join(sorted(core[:8] for core in cores))}."
     )
 
 
 def verdicts(table: int, recorded: Sequence[Record]) -> Any:
     """What the recorded runs say about each column of the paper, by rule, as Markdown.
 
-    A change counts as "up" or "down" where its 95 % interval leaves out 0, else as "not visible". The spread is that of
-    the seeds, each measured on the same test images.
+    A change counts as "up" or "down" where its 95 % interval and every seed are on that side of 0 (the rule of the
+    claims), else as "not visible".
     """
     from IPython.display import Markdown
 
@@ -173,7 +182,7 @@ def verdicts(table: int, recorded: Sequence[Record]) -> Any:
             paper, here = rows[metric, "paper"][column], change(records, metric)
             spread = [change([r], metric).value for r in records]
             seeds = "1" if len(spread) == 1 else f"{len(spread)}: {min(spread):+.2f} to {max(spread):+.2f}"
-            visible = abs(here.value) > (here.half or 0)
+            visible = abs(here.value) > (here.half or 0) and (min(spread) > 0 or max(spread) < 0)
             cells = [f"τ = {column[0]:g}, η = {column[1]:g}", METRICS[metric]]
             cells += [paper[1].text(signed=True) if paper else "–", here.text(signed=True), seeds]
             lines.append([*cells, ("up" if here.value > 0 else "down") if visible else "not visible"])
@@ -189,7 +198,8 @@ def estimates_table(records: Sequence[Record], recorded: Sequence[Record]) -> An
         for r in those:
             errors = relative_errors(r)
             sample = f"{r['config']['samples']} samples of {100 * r['config']['fraction']:g} %"
-            cells = [short_name(r["network"]["name"]), source, f"{r['data']['train']:,}, {r['data']['source']}", sample]
+            images = f"{r['data']['train']:,}, {r['data']['source']}{unusual(r)}"
+            cells = [short_name(r["network"]["name"]), source, images, sample]
             cells += [f"{r['reference']:.2f}", f"{min(r['estimates']):.2f} to {max(r['estimates']):.2f}"]
             lines.append([*cells, f"{100 * median(errors):.0f} %", f"{100 * max(errors):.0f} %"])
     columns = ["network", "evidence", "training images", "estimates", "Υ of all", "Υ of the samples", "median error"]
@@ -198,6 +208,8 @@ def estimates_table(records: Sequence[Record], recorded: Sequence[Record]) -> An
 
 def along_table(what: str, recorded: Sequence[Record]) -> Any:
     """Figure 7.2, 7.3 or 7.4 in numbers: by epoch the mean over seeds, and their spread."""
+    if not recorded:
+        return _markdown(["epoch", *ALONG[what].values()], [["nothing is recorded for these parameters", "–", "–"]])
     columns, lines = ALONG[what], []
     for epoch, rows in enumerate(zip(*map(along, recorded), strict=True)):
         cells = [str(epoch) if epoch else "0, before fine-tuning"]

@@ -43,10 +43,13 @@ def _moved(won, lost):
     return right
 
 
-def finetuned(w_2=(0, 0), w_inf=(0, 0), *, val=0.5, network="demo", upsilon=(1.0, 1.0), epochs=3, **config):
+def finetuned(w_2=(0, 0), w_inf=(0, 0), *, val=0.5, network="demo", curve=(), epochs=3, **config):
+    epochs = len(curve) - 1 if curve else epochs
     config = plain(dataclasses.asdict(wdat_core.FinetuneConfig(epochs=epochs, **config)))
     kept = epochs - 1  # a middle epoch, so that the last is not taken for it
     rows = [{"epoch": e, "w_2": val if e == kept else 0.0} for e in range(1, epochs + 1)]
+    curves = [{"train_upsilon": upsilon} for upsilon in curve]
+    rows = [{**row, **more} for row, more in zip(rows, curves[1:] or [{}] * epochs, strict=True)]
     return {
         "kind": "finetune",
         "network": {"name": network, "digest": network},
@@ -56,7 +59,7 @@ def finetuned(w_2=(0, 0), w_inf=(0, 0), *, val=0.5, network="demo", upsilon=(1.0
             "before": {"w_2": bits(), "w_inf": bits()},
             "after": {"w_2": bits(*w_2), "w_inf": bits(*w_inf)},
         },
-        "history": {"best": kept, "epochs": rows, "upsilon": list(upsilon)},
+        "history": {"best": kept, "epochs": rows} | ({"start": curves[0]} if curve else {}),
     }
 
 
@@ -308,13 +311,13 @@ def test_estimates_are_ranked_by_visible_robustness():
 
 def test_upsilon_is_volatile_where_its_median_change_lies_above_ten_per_cent():
     wild, tame = [1.0, 1.5] * 10, [1.0, 1.01] * 10
-    assert found("upsilon-volatile", finetuned(upsilon=wild)) == ("reproduced", ["holds"])
-    assert found("upsilon-volatile", finetuned(upsilon=tame)) == ("not", ["contradicted"])
-    assert found("upsilon-volatile", finetuned(upsilon=wild, eta=0.1)) == ("not yet measured", [])
-    assert found("upsilon-volatile", finetuned(upsilon=[1.0])) == ("not yet measured", [])
-    both = [finetuned(upsilon=wild), finetuned(upsilon=tame, seed=1)]
+    assert found("upsilon-volatile", finetuned(curve=wild)) == ("reproduced", ["holds"])
+    assert found("upsilon-volatile", finetuned(curve=tame)) == ("not", ["contradicted"])
+    assert found("upsilon-volatile", finetuned(curve=wild, eta=0.1)) == ("not yet measured", [])
+    assert found("upsilon-volatile", finetuned()) == ("not yet measured", [])
+    both = [finetuned(curve=wild), finetuned(curve=tame, seed=1)]
     assert found("upsilon-volatile", *both) == ("not", ["not visible"])
-    assert found("upsilon-volatile", finetuned(upsilon=[0.0, *wild])) == ("reproduced", ["holds"])
+    assert found("upsilon-volatile", finetuned(curve=[0.0, *wild])) == ("reproduced", ["holds"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 from papermill.exceptions import PapermillExecutionError
 
 from companion import files
-from companion.settings import PARAMETERS, Settings
+from companion.settings import NOTEBOOKS, PARAMETERS, Settings
 
 TABLE4 = files.ROOT / "notebooks" / "table4.ipynb"
 SMALL = {"tau": 0.01, "eta": 1, "train_images": 60, "val_images": 20, "test_images": 50, "batch_size": 20, "steps": 2}
@@ -56,9 +56,10 @@ def test_a_column_ends_in_a_record_and_a_table(tmp_path):
 def test_every_parameter_is_explained_and_known(path):
     parameters = papermill.inspect_notebook(path)  # empty where a notebook has none
     assert [name for name, parameter in parameters.items() if not parameter["help"].strip()] == []
-    asked = re.findall(r'from_notebook\(globals\(\)(?:, \\"(.*?)\\")?', path.read_text(encoding="utf-8"))
+    asked = re.findall(r'from_notebook\(globals\(\)(?:, \\"(.*?)\\")', path.read_text(encoding="utf-8"))
     if asked:
-        does = asked[0] or "fine-tune"
+        assert asked == [path.stem]
+        does = NOTEBOOKS[path.stem]
         assert list(parameters) == PARAMETERS[does]
         if does == "bring your own":
             return

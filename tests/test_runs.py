@@ -111,12 +111,12 @@ def test_what_each_image_costs(folder):
 
 
 def test_one_notebook_for_several_networks():
-    names = [s.network for s in Settings.each_from_notebook({"preset": "paper"}, "attack")]
+    names = [s.network for s in Settings.each_from_notebook({"preset": "paper"}, "table1")]
     assert len(names) == 5 and names[0] == "Zhang2019Theoretically"
-    (one,) = Settings.each_from_notebook({"preset": "paper", "network": "demo"}, "attack")
+    (one,) = Settings.each_from_notebook({"preset": "paper", "network": "demo"}, "table1")
     assert one.network == "demo"
     with pytest.raises(ParameterError, match=r"unknown parameter 'tau'"):
-        Settings.each_from_notebook({"tau": 0.1}, "attack")
+        Settings.each_from_notebook({"tau": 0.1}, "table1")
 
 
 def test_network_table_has_a_dash_for_what_was_not_measured(folder):
@@ -124,7 +124,7 @@ def test_network_table_has_a_dash_for_what_was_not_measured(folder):
     table = tables.network_table(1, [record], []).data
     assert "| Zhang et al. (2019) | paper | 10,000 test images, CIFAR-10 | 84.92 | 57.05 | 42.99 |" in table
     assert table.count("|  | recorded here | – | – | – | – |") == 5
-    assert f"| demo | this run | 50 test images, {record['data']['source']} |" in table
+    assert f"| demo | this run | 50 test images, {record['data']['source']}, `steps=2`, `batch_size=20` |" in table
     other = json.loads(json.dumps(record).replace('"demo"', '"Wang2023Better_WRN-28-10"'))
     assert tables.network_table(1, [], [other]).data.count("| recorded here | – |") == 4
 
