@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from importlib import metadata
 
 import pyautoattack
@@ -37,6 +38,20 @@ def exported(tmp_path_factory):
         (record,) = finetune_grid(settings, "whole", notebook="table4")
     (path,) = folder.iterdir()
     return path, record
+
+
+def test_what_is_exported_is_not_computed_again(tmp_path, monkeypatch):
+    """So a grid of exports that was stopped in its last column goes on there."""
+    monkeypatch.setattr(files, "RUNS", tmp_path / "runs")
+    settings = Settings(tau=0.01, eta=1, export=str(tmp_path / "exports"), **SIZES).resolved()
+    first = finetune_grid(settings, "whole", notebook="table4")
+    with monkeypatch.context() as patch:
+        patch.setattr("wdat_core.finetune", lambda *_, **__: pytest.fail("computed again"))
+        assert finetune_grid(settings, "whole", notebook="table4") == first
+    (exported,) = (tmp_path / "exports").iterdir()
+    shutil.rmtree(exported)
+    finetune_grid(settings, "whole", notebook="table4")
+    assert exported.is_dir()
 
 
 def other_demo():

@@ -1,5 +1,7 @@
 """From settings to records: what a run measures, and which finished run is taken instead of a new one."""
 
+import ast
+import dataclasses
 import json
 import math
 
@@ -7,7 +9,7 @@ import pytest
 
 from companion import evidence, files, plots, runs, tables
 from companion.records import images_of, parse_record, read_records, record_name, unpack, write_record
-from companion.settings import ParameterError, Settings
+from companion.settings import NOTEBOOKS, ParameterError, Settings
 
 SMALL = {"train_images": 60, "val_images": 20, "test_images": 50, "batch_size": 20, "steps": 2, "epochs": 3}
 ONE = Settings(tau=0.1, eta=1, **SMALL).resolved()
@@ -180,3 +182,55 @@ def test_committed_records_have_the_names_that_they_would_be_given():
     for path in files.RESULTS.glob("*.json"):
         assert path.name == record_name(parse_record(path.read_bytes()))
     assert read_records()
+
+
+@pytest.mark.parametrize("notebook", [name for name, does in NOTEBOOKS.items() if does != "bring your own"])
+@pytest.mark.parametrize("given", [{}, {"preset": "paper"}, {"preset": "paper", "network": "Zhang2019Theoretically"}])
+def test_the_command_of_a_record_repeats_it(notebook, given):
+    """What papermill would make of the line are the settings that it was made from; of a grid, those of the column."""
+    does, one = NOTEBOOKS[notebook], {"tau": 0.01, "eta": 1.0}
+    column = one if does in ("fine-tune", "follow") else {}
+    given = {**given, "delta": 4 / 255, "precision": "bfloat16"} | (one if does == "follow" else {})
+    settings = Settings.from_notebook(given, notebook)
+    words = runs.command(settings, notebook, **column).split()
+    assert words[:3] == ["papermill", f"notebooks/{notebook}.ipynb", "out.ipynb"] and set(words[3::3]) == {"-p"}
+    typed = {name: parse(text) for name, text in zip(words[4::3], words[5::3], strict=True)}
+    again = Settings.from_notebook(typed, notebook)
+    assert again == dataclasses.replace(settings, **column)
+
+
+def parse(text):
+    """A value as papermill reads it."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def test_settings_can_be_changed_in_a_live_notebook():
+    namespace = {"preset": "demo", "tau": 0.1, "eta": 1}
+    assert Settings.from_notebook(namespace, "table4").tau == 0.1
+    namespace |= {"tau": 0.01, "run": [], "name": "something of a later cell"}
+    assert Settings.from_notebook(namespace, "table4").tau == 0.01
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"tau": None}, "tau must be a number, not None"),
+        ({"stop_after": 60, "fresh": True}, "would never end"),
+        ({"delta": 8}, "delta must be above 0 and at most 1, not 8"),
+        ({"seed": 2**70}, "seed must be at least 0 and at most"),
+        ({"export": "exports"}, "unknown parameter 'export'"),
+    ],
+)
+def test_what_cannot_be_is_named(given, message):
+    with pytest.raises(ParameterError, match=message):
+        Settings.from_notebook({"tau": 0.01, "eta": 1.0, **given}, "figure7_2")
+
+
+def test_curves_are_of_the_columns_asked_for(curves):
+    other = {**curves, "config": {**curves["config"], "tau": 0.01}}
+    assert evidence.with_curves([curves, other], like=[curves]) == [curves]
+    bare = {**curves, "history": {k: v for k, v in curves["history"].items() if k != "start"}}
+    assert evidence.with_curves([bare], like=[curves]) == []
