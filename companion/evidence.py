@@ -101,7 +101,7 @@ def of_networks(table: int, part: str, records: Sequence[Record], recorded: Sequ
     """The rows of Table 1 or 2: the paper's five networks, what is recorded here, and this run.
 
     Each row has "network", "source" ("paper", "recorded here", "this run"), "images" (how many, of what; None where the
-    paper does not say) and "cells", an Estimate or None for each metric.
+    paper does not say), "upsilon" (of those images, or None) and "cells", an Estimate or None for each metric.
 
     Args:
         part: the images of the measured rows, "test" or "train".
@@ -112,12 +112,13 @@ def of_networks(table: int, part: str, records: Sequence[Record], recorded: Sequ
     for name in PAPER_NETWORKS:
         values = {m: paper_value(table, name, m) for m in metrics}
         cells = {m: None if v is None else Estimate(v) for m, v in values.items()}
-        rows.append({"network": name, "source": "paper", "images": None, "cells": cells})
+        rows.append({"network": name, "source": "paper", "images": None, "upsilon": None, "cells": cells})
     for source, those in (("recorded here", recorded), ("this run", records)):
         for r in (r for r in those if part in r["metrics"]):
             cells = {m: accuracy([r], part, m) for m in metrics}
             images = f"{images_of(r, part):,} {PARTS[part]}, {r['data']['source']}{unusual(r)}"
-            rows.append({"network": r["network"]["name"], "source": source, "images": images, "cells": cells})
+            row = {"network": r["network"]["name"], "source": source, "images": images}
+            rows.append({**row, "upsilon": r["upsilon"], "cells": cells})
     return rows
 
 

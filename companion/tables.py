@@ -47,10 +47,13 @@ def network_table(
     for row in rows:
         images = row["images"] or ("10,000 test images, CIFAR-10" if table == 1 else "not stated")
         values = ["–" if cell is None else cell.text() for cell in row["cells"].values()]
+        if table == 2:
+            values.append("–" if row["upsilon"] is None else f"{row['upsilon']:.1f}")
         lines.append([short_name(row["network"]), row["source"], images, *values])
         if row["source"] == "paper" and row["network"] not in measured:
             lines.append(["", "recorded here", "–", *("–" for _ in values)])
-    return _markdown(["network", "evidence", "images", *(labels[m] for m in rows[0]["cells"])], lines)
+    columns = ["network", "evidence", "images", *(labels[m] for m in rows[0]["cells"]), *(["Υ"] if table == 2 else [])]
+    return _markdown(columns, lines)
 
 
 def best_table(records: Sequence[Record], recorded: Sequence[Record]) -> Any:
