@@ -1,12 +1,15 @@
 """The notebooks as papermill runs them: bad parameters stop at once with one line, good ones end in a record."""
 
+import dataclasses
 import json
+import re
 
 import papermill
 import pytest
 from papermill.exceptions import PapermillExecutionError
 
 from companion import files
+from companion.settings import Settings
 
 TABLE4 = files.ROOT / "notebooks" / "table4.ipynb"
 SMALL = {"tau": 0.01, "eta": 1, "train_images": 60, "val_images": 20, "test_images": 50, "batch_size": 20, "steps": 2}
@@ -45,3 +48,15 @@ def test_a_column_ends_in_a_record_and_a_table(tmp_path):
     # Progress was shown while it ran; nothing of it, and no warning, stays.
     assert not [o for o in shown if o.output_type == "stream"]
     assert not [o for o in shown if " left" in str(o)]
+
+
+@pytest.mark.parametrize("path", sorted(files.ROOT.glob("notebooks/*.ipynb")), ids=lambda path: path.stem)
+def test_every_parameter_is_explained_and_known(path):
+    parameters = papermill.inspect_notebook(path)  # empty where a notebook has none
+    assert [name for name, parameter in parameters.items() if not parameter["help"].strip()] == []
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    if parameters and "from_notebook(" in code:
+        assert {*parameters} <= {field.name for field in dataclasses.fields(Settings)}
+        for names in re.findall(r"from_notebook\(globals\(\), \"([^\"]*)\"", code):
+            assert {*parameters} == {*names.split()}
