@@ -240,7 +240,7 @@ KINDS = {
     "spared": "Wrong before any attack: the first ones",
 }
 _STYLE = """<style>
-.gallery h4 { margin: 1.25rem 0 0; font-size: 1rem; }
+.gallery h3 { margin: 1.25rem 0 0; font-size: 1rem; }
 .gallery figure { max-width: 36rem; margin: 0.4rem 0 1rem; break-inside: avoid; }
 .gallery figcaption { margin: 0; padding: 0; color: inherit; font: inherit; text-align: left; }
 .gallery .five { display: grid; grid-template-columns: repeat(5, 1fr); gap: 0.4rem; }
@@ -282,7 +282,7 @@ def gallery(record: Record, pixels_of: Mapping[str, Any], which: Mapping[str, Se
     images, times = images_in(record), magnification(record)
     parts = [_STYLE, '<div class="gallery">']
     for kind, members in which.items():
-        parts.append(f"<h4>{KINDS[kind]}</h4>")
+        parts.append(f"<h3>{KINDS[kind]}</h3>")
         parts += [_card(images[member.index], pixels_of, times) for member in members]
     return "\n".join([*parts, "</div>"])
 
@@ -324,7 +324,7 @@ def gallery_table(record: Record | None) -> str:
     if not record or not record["label"]:
         return "Nothing is recorded for these parameters yet."
     lines = [
-        "| | image | class | read as | W∞ moves it | read as | W₂ moves it | read as |",
+        "| why | image | class | read as | W∞ moves it | read as | W₂ moves it | read as |",
         "|---|--:|---|---|--:|---|--:|---|",
     ]
     for kind, members in chosen(record).items():

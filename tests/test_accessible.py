@@ -153,14 +153,15 @@ def test_text_on_our_band_can_be_read(build, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_parts_of_the_schematic_can_be_told_from_the_page(build, mode):
+def test_the_parts_of_the_first_picture_can_be_told_from_the_page(build, mode):
     theme = colours(build, mode)
     style = (build[2] / "_static" / "companion.css").read_text(encoding="utf-8")
-    drawn = re.findall(r"\.attackers [^{]*{[^}]*(?:fill|stroke): var\((--wdat-\w+)\)(?:[^}]*opacity: ([\d.]+))?", style)
-    assert len(drawn) >= 5
-    for name, opacity in drawn:
-        colour = (*theme[name][:3], float(opacity or 1))
-        assert contrast(colour, theme["--pst-color-background"]) >= 3, f"{name} {opacity}"
+    drawn = set(re.findall(r"\.budget [^{]*{[^}]*(?:color|stroke): var\((--wdat-\w+)\)", style))
+    assert len(drawn) == 4
+    for name in drawn:
+        assert contrast(theme[name], theme["--pst-color-background"]) >= 3, name
+    # Fooled and kept differ in more than the hue.
+    assert abs(luminance(theme["--wdat-strike"]) - luminance(theme["--wdat-calm"])) > 0.13
 
 
 def test_the_colours_of_the_plots_can_be_told_from_white():
