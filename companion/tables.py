@@ -21,6 +21,7 @@ from companion.evidence import (
     unusual,
 )
 from companion.records import LATER, Record, core_digest, pack, record_name
+from companion.records import provenance as made_by
 from companion.settings import METRICS, PAPER_NETWORKS, STAND_INS, ParameterError
 
 if TYPE_CHECKING:
@@ -249,3 +250,14 @@ def provenance(records: Sequence[Record]) -> Any:
         f"<table><thead><tr>{''.join(f'<th>{column}</th>' for column in columns)}</tr></thead>"
         f"<tbody>{''.join(f'<tr>{row}</tr>' for row in rows)}</tbody></table></details>"
     )
+
+
+def made_here(command: str, device: str = "cpu") -> Any:
+    """The last line of a page that draws on no record: what made the numbers on it."""
+    import torch
+    from IPython.display import HTML
+
+    made = made_by(torch.device(device), command)
+    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
+    line = f"Made by {command} on {made['device']}, {made['created'][:10]}: code {made['core'][:8]}, {versions}."
+    return HTML(f'<p class="provenance">{html.escape(line)} Nothing on this page is a record.</p>')

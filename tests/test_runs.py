@@ -8,7 +8,7 @@ import math
 import pytest
 
 from companion import evidence, files, plots, runs, tables
-from companion.records import images_of, parse_record, read_records, record_name, unpack, write_record
+from companion.records import core_digest, images_of, parse_record, read_records, record_name, unpack, write_record
 from companion.settings import NOTEBOOKS, ParameterError, Settings
 
 SMALL = {"train_images": 60, "val_images": 20, "test_images": 50, "batch_size": 20, "steps": 2, "epochs": 3}
@@ -234,3 +234,14 @@ def test_curves_are_of_the_columns_asked_for(curves):
     assert evidence.with_curves([curves, other], like=[curves]) == [curves]
     bare = {**curves, "history": {k: v for k, v in curves["history"].items() if k != "start"}}
     assert evidence.with_curves([bare], like=[curves]) == []
+
+
+def test_a_page_without_records_says_what_made_it():
+    line = tables.made_here("papermill notebooks/own_network.ipynb out.ipynb").data
+    assert "papermill notebooks/own_network.ipynb" in line and core_digest()[:8] in line and "torch" in line
+
+
+def test_every_executed_page_ends_in_where_its_numbers_come_from():
+    for path in files.ROOT.glob("notebooks/*.ipynb"):
+        last = json.loads(path.read_text(encoding="utf-8"))["cells"][-1]
+        assert 'class=\\"provenance' in json.dumps(last["outputs"]), path.name
