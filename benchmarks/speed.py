@@ -1,6 +1,6 @@
 """Speed and memory of the attack and of Algorithm 1, as ratios to baselines that are timed in the same run; one record.
 
-python make.py benchmark    all of it, with the peers in an environment of their own (a quarter of an hour)
+python make.py benchmark    all of it, with the peers in an environment of their own
 python benchmarks/speed.py [--device auto] [--rounds 5] [--peers PYTHON] [--groups attack ...] [--out runs] [--quick]
 
 After a warm-up, all contestants of a group run in turn, round after round; a row gives the median of the rounds' ratios

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from companion import evidence
-from companion.evidence import bits, columns_of, estimate_of, paper_value
+from companion.evidence import bits, estimate_of, paper_value
 from companion.records import Record, images_of, protocol
 from companion.settings import GRIDS, METRICS, PAPER_NETWORKS, STAND_INS
 from companion.tables import HOW, short_name
@@ -166,15 +166,7 @@ def _grouped(records: Sequence[Record], *but: str) -> list[list[Record]]:
 
 def studies(records: Sequence[Record]) -> list[Study]:
     """The fine-tuning records, a study for each group that differs in perturb, tau, eta and the seed alone."""
-    found = []
-    for group in evidence.studies(_of(records, "finetune")):
-        by_perturb: dict[str, list[Record]] = {}
-        for record in group:
-            by_perturb.setdefault(record["config"]["perturb"], []).append(record)
-        found.append(
-            {(how, *cell): seeds for how, those in by_perturb.items() for cell, seeds in columns_of(those).items()}
-        )
-    return found
+    return [evidence.settings_of(group) for group in evidence.studies(_of(records, "finetune"))]
 
 
 def best_column(study: Study) -> Column:

@@ -157,12 +157,15 @@ def studies(records: Sequence[Record]) -> list[list[Record]]:
 
 def best_setting(study: Sequence[Record]) -> list[Record]:
     """The records of the (perturb, tau, eta) that did best under W_2 on validation images, in the mean over seeds."""
-    groups: dict[tuple[str, float, float], list[Record]] = {}
-    for record in study:
-        config = record["config"]
-        groups.setdefault((config["perturb"], config["tau"], config["eta"]), []).append(record)
+    return max(settings_of(study).values(), key=on_validation)
 
-    return max(groups.values(), key=on_validation)
+
+def settings_of(study: Sequence[Record]) -> dict[tuple[str, float, float], list[Record]]:
+    """The records of each (perturb, tau, eta), one a seed."""
+    by_perturb: dict[str, list[Record]] = {}
+    for record in study:
+        by_perturb.setdefault(record["config"]["perturb"], []).append(record)
+    return {(how, *cell): seeds for how, those in by_perturb.items() for cell, seeds in columns_of(those).items()}
 
 
 def on_validation(records: Sequence[Record]) -> float:
@@ -214,8 +217,6 @@ def agreement_of_networks(part: str, records: Sequence[Record], recorded: Sequen
     Raises:
         AssertionError: an accuracy differs by more.
     """
-    from IPython.display import Markdown
-
     known = {protocol(r): r for r in recorded}
     compared = [r for r in records if protocol(r) in known]
     for r in compared:
@@ -225,11 +226,10 @@ def agreement_of_networks(part: str, records: Sequence[Record], recorded: Sequen
                 f"{r['network']['name']}, {metric} on {part} images: {here:.2f} % in this run, {there:.2f} % recorded,"
                 f" further apart than {within:g} points"
             )
-    if not compared:
-        return Markdown("Nothing is recorded for these parameters: there is nothing to compare this run with.")
-    return Markdown(
+    return _agrees(
+        len(compared),
         f"On {part} images this run agrees with the recorded one for {len(compared)} of {len(records)} networks, within"
-        f" {within:g} points. (Another machine rounds otherwise, which moves single images at the decision boundary.)"
+        f" {within:g} points. (Another machine rounds otherwise, which moves single images at the decision boundary.)",
     )
 
 
@@ -239,8 +239,6 @@ def agreement_of_estimates(records: Sequence[Record], recorded: Sequence[Record]
     Raises:
         AssertionError: Upsilon of the whole set or of a sample differs by more.
     """
-    from IPython.display import Markdown
-
     known = {(protocol(r), r["config"]["seed"]): r for r in recorded}
     compared = [r for r in records if (protocol(r), r["config"]["seed"]) in known]
     for r in compared:
@@ -251,11 +249,10 @@ def agreement_of_estimates(records: Sequence[Record], recorded: Sequence[Record]
                 f"Upsilon of {r['network']['name']}: {here:g} in this run, {other:g} recorded, further apart than"
                 f" {100 * within:g} %"
             )
-    if not compared:
-        return Markdown("Nothing is recorded for these parameters: there is nothing to compare this run with.")
-    return Markdown(
+    return _agrees(
+        len(compared),
         f"This run agrees with the recorded one for {len(compared)} of {len(records)} networks, within"
-        f" {100 * within:g} %."
+        f" {100 * within:g} %.",
     )
 
 
@@ -268,8 +265,6 @@ def agreement(records: Sequence[Record], recorded: Sequence[Record], *, before: 
     Raises:
         AssertionError: an accuracy differs by more.
     """
-    from IPython.display import Markdown
-
     by_column = columns_of(recorded)
     compared = [r for r in records if (r["config"]["tau"], r["config"]["eta"]) in by_column]
     for r in compared:
@@ -281,10 +276,16 @@ def agreement(records: Sequence[Record], recorded: Sequence[Record], *, before: 
                     f"{metric} {when} fine-tuning at tau {column[0]:g}, eta {column[1]:g}: {here:.2f} % in this run,"
                     f" {there:.2f} % recorded, further apart than {tolerance:g} points"
                 )
-    if not compared:
-        return Markdown("Nothing is recorded for these parameters: there is nothing to compare this run with.")
-    return Markdown(
+    return _agrees(
+        len(compared),
         f"This run agrees with the recorded ones in {len(compared)} of {len(records)} columns: within {before:g}"
         f" points before fine-tuning and {after:g} points after it."
-        " (Another machine rounds otherwise, which training amplifies.)"
+        " (Another machine rounds otherwise, which training amplifies.)",
     )
+
+
+def _agrees(compared: int, line: str) -> Any:
+    from IPython.display import Markdown
+
+    nothing = "Nothing is recorded for these parameters: there is nothing to compare this run with."
+    return Markdown(line if compared else nothing)

@@ -181,16 +181,7 @@ def finetune_grid(settings: Settings, perturb: str, *, notebook: str, curves: bo
             continue
         follow = curves or has_curves  # what was measured is not lost to a run for another purpose
         tuned = copy.deepcopy(on.model)
-        run = [
-            config,
-            on.at_once,
-            on.network.digest,
-            on.data.digest(),
-            core_digest(),
-            follow,
-            device_name(on.device),
-            versions(),
-        ]
+        run = [record, on.at_once, follow, core_digest(), device_name(on.device), versions()]
         kept = files.RUNS / f"{digest(repr(run).encode())[:16]}.checkpoint"
         history = finetune(
             tuned,

@@ -16,6 +16,7 @@ from companion.evidence import (
     of_networks,
     paper_value,
     relative_errors,
+    settings_of,
     studies,
     table_rows,
     unusual,
@@ -71,8 +72,8 @@ def best_table(records: Sequence[Record], recorded: Sequence[Record]) -> Any:
             best = best_setting(study)
             config, data, name = best[0]["config"], best[0]["data"], best[0]["network"]["name"]
             size = f"{data['train']:,} training images, {config['epochs']} epochs, {_seeds(best)}{unusual(best[0])}"
-            columns = {(r["config"]["perturb"], r["config"]["tau"], r["config"]["eta"]) for r in study}
-            choice = f"best of {len(columns)}" if len(columns) > 1 else "the only one"
+            n = len(settings_of(study))
+            choice = f"best of {n}" if n > 1 else "the only one"
             cells = [f"{accuracy(best, 'after', m).value:.2f} ({change(best, m).text(signed=True)})" for m in METRICS]
             setting = f"{_setting(config['perturb'], config['tau'], config['eta'])} ({choice})"
             lines.append([short_name(name), f"{source}: {size}", setting, *cells])
@@ -125,18 +126,16 @@ def compare(before: Scores, after: Scores) -> Any:
 
     Needs no record: it is for networks of one's own. The interval of a change is that of the paired differences.
     """
-    from IPython.display import Markdown
-
     n = {len(scores.correct[m]) for scores in (before, after) for m in METRICS}
     if len(n) > 1:
         raise ParameterError(f"scores of {' and '.join(map(str, sorted(n)))} images cannot be paired")
-    bits = {when: {m: pack(s.correct[m]) for m in METRICS} for when, s in (("before", before), ("after", after))}
-    record = {"correct": bits, "data": {"test": n.pop()}}
-    lines = ["| Accuracy, % | before | after | change |", "|---|---|---|---|"]
+    correct = {when: {m: pack(s.correct[m]) for m in METRICS} for when, s in (("before", before), ("after", after))}
+    record = {"correct": correct, "data": {"test": n.pop()}}
+    lines = []
     for m, label in METRICS.items():
         cells = [accuracy([record], when, m).text() for when in ("before", "after")]
-        lines.append(f"| {' | '.join([label, *cells, change([record], m).text(signed=True)])} |")
-    return Markdown("\n".join(lines))
+        lines.append([label, *cells, change([record], m).text(signed=True)])
+    return _markdown(["Accuracy, %", "before", "after", "change"], lines)
 
 
 def describe(records: Sequence[Record], title: str) -> Any:
@@ -252,12 +251,12 @@ def provenance(records: Sequence[Record]) -> Any:
     )
 
 
-def made_here(command: str, device: str = "cpu") -> Any:
+def made_here(command: str) -> Any:
     """The last line of a page that draws on no record: what made the numbers on it."""
     import torch
     from IPython.display import HTML
 
-    made = made_by(torch.device(device), command)
+    made = made_by(torch.device("cpu"), command)
     versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
     line = f"Made by {command} on {made['device']}, {made['created'][:10]}: code {made['core'][:8]}, {versions}."
     return HTML(f'<p class="provenance">{html.escape(line)} Nothing on this page is a record.</p>')

@@ -59,20 +59,24 @@ def test_a_finished_run_is_read(folder, curves, nothing_runs):
     runs.attack_each([ONE], "test", notebook="table1")
 
 
-@pytest.mark.parametrize("change", ["core", "device", "versions", "digest", "fresh"])
+@pytest.mark.parametrize("change", ["core", "device", "versions", "digest", "fresh", "steps", "test_images", "seed"])
 def test_any_other_is_computed(folder, curves, nothing_runs, change):
     path = folder / record_name(curves)
     before, settings = path.read_bytes(), ONE
     if change == "fresh":
         settings = Settings(tau=0.1, eta=1, fresh=True, **SMALL).resolved()
+    elif change in ("steps", "test_images", "seed"):
+        settings = dataclasses.replace(ONE, **{change: 3})
     elif change == "digest":
         path.write_bytes(before.replace(b'"loss"', b'"lose"'))
     else:
         other = {"core": "0" * 64, "device": "another", "versions": curves["versions"] | {"torch": "0"}}
         write_record({**curves, change: other[change]}, folder)
-    with pytest.raises(AssertionError, match="to be read"):
-        runs.finetune_grid(settings, "whole", notebook="table4")
-    path.write_bytes(before)
+    try:
+        with pytest.raises(AssertionError, match="to be read"):
+            runs.finetune_grid(settings, "whole", notebook="table4")
+    finally:
+        path.write_bytes(before)
 
 
 def test_curves_hold_what_the_run_reports_and_change_nothing(folder, curves):
@@ -151,9 +155,16 @@ def test_curves_are_drawn_as_the_table_says(curves, what):
     scale = 1 if what == "upsilon" else 100
     for line, key in zip(axis.lines, evidence.ALONG[what], strict=True):
         assert line.get_ydata() == pytest.approx([scale * row[key] for row in evidence.along(curves)])
-    rows = tables.along_table(what, [curves]).data.splitlines()
-    assert len(rows) == 2 + 1 + SMALL["epochs"]
-    assert rows[2].startswith("| 0, before fine-tuning |")
+    # Of two seeds, the second of which is twice as good: the mean, and from the least to the greatest.
+    key = next(iter(evidence.ALONG[what]))
+    double = [{**row, key: 2 * row[key]} for row in evidence.along(curves)]
+    other = {**curves, "history": {**curves["history"], "start": double[0], "epochs": double[1:]}}
+    (axis,) = plots.plot_along(what, [], [curves, other]).axes
+    low = [scale * row[key] for row in evidence.along(curves)]
+    assert axis.lines[0].get_ydata() == pytest.approx([1.5 * value for value in low])
+    rows = tables.along_table(what, [curves, other]).data.splitlines()[2:]
+    assert [row.split(" | ")[1] for row in rows] == [f"{1.5 * v:.2f} ({v:.2f} to {2 * v:.2f})" for v in low]
+    assert rows[0].startswith("| 0, before fine-tuning |") and len(rows) == 1 + SMALL["epochs"]
 
 
 def test_agreement_of_networks_and_estimates_fails_where_they_differ(folder):
