@@ -327,7 +327,7 @@ class Attack:
         loss: mean attack loss of that iterate.
         distance: (mean_i ||x_adv_i - x_i||_r^p)^(1/p), at most delta.
         correct: bool (n,), whether each attacked image is still classified correctly.
-        was_correct: bool (n,), the same before the attack.
+        was_correct: bool (n,), the same of x_0, before the attack.
         history: "accuracy" and "loss" of x_0..x_steps, "upsilon" of x_0..x_(steps-1), each a list of floats.
     """
 
@@ -349,6 +349,8 @@ def wpgd(
     loss: str | Loss = "redlr",
     steps: int = 20,
     step_ratio: float = 1.0,
+    random_start: float = 0.0,
+    seed: int = 0,
     batch_size: int = 512,
     precision: str = "float32",
     compiled: bool = False,
@@ -358,9 +360,9 @@ def wpgd(
 
     Every step moves image i by alpha (||g_i||_s / Upsilon)^(q-1) along its steepest direction, projects the whole set
     (`project`) and clamps to [0, 1]; alpha = step_ratio delta / steps, g_i the gradient of its loss, Upsilon that of
-    the current iterate. For p = inf this is PGD. There is no random start. The result does not depend on `batch_size`
-    beyond rounding: it only bounds how many images the model sees at once. Nor does it depend on where the images are:
-    a set too large for the model's device stays on another one and goes there a batch at a time.
+    the current iterate. For p = inf this is PGD. The result does not depend on `batch_size` beyond rounding: it only
+    bounds how many images the model sees at once. Nor does it depend on where the images are: a set too large for the
+    model's device stays on another one and goes there a batch at a time.
 
     Args:
         model: maps images (b, c, h, w) to logits (b, m); run in eval mode and given back as it was.
@@ -370,6 +372,8 @@ def wpgd(
         loss: "redlr", "dlr" (both need 3 classes or more), "ce", or a function (logits, labels) to losses (b,).
         steps: number of steps, >= 1 (20 in the paper).
         step_ratio: total length of the steps over delta, > 0 (1 in the paper).
+        random_start: x_0 is each image moved this fraction of delta, in [0, 1], in a random direction; 0 is the image.
+        seed: of that random direction.
         precision: "float32" runs the model as it is, "bfloat16" under autocast; images and steps stay as they are.
         compiled: run the model through `torch.compile`, with CUDA graphs on a GPU; the first batch then takes a minute.
         progress: True for a line on stderr, or a function that shows the line of text it is given.
@@ -379,10 +383,14 @@ def wpgd(
     """
     loss, classes = _check_attack(model, x, y, loss, batch_size, threat)
     _check_steps(steps, step_ratio)
+    _check_number("random_start", random_start, at_least=0, at_most=1)
+    _check_number("seed", seed, at_least=0, below=2**63, whole=True)
     _check_progress(progress)
     passes = _passes(model, x, batch_size, precision, compiled, classes)
+    x, y = _plain(x), _plain(y)
+    start = _random_start(x, threat, random_start, torch.Generator().manual_seed(seed)) if random_start else None
     with _prepared(model):
-        return _attack(passes, _plain(x), _plain(y), threat, loss, steps, step_ratio, progress=progress)
+        return _attack(passes, x, y, threat, loss, steps, step_ratio, start=start, progress=progress)
 
 
 def _attack(
@@ -888,18 +896,19 @@ def _consistency(reading: str, logits: Tensor, logits_adv: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pre-training of stand-ins: TRADES (Zhang et al., 2019), the p = inf case of eq. 4.2
+# Pre-training of stand-ins: TRADES (Zhang et al., 2019), the p = inf case of eq. 4.2, and PGD (Madry et al., 2018)
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """Everything that decides a run of `pretrain`: TRADES with SGD under a one-cycle learning rate.
+    """Everything that decides a run of `pretrain`: TRADES or PGD with SGD under a one-cycle learning rate.
 
     Raises:
         WdatError: when made with a value of the wrong type or outside its range.
     """
 
+    method: str = "trades"  # "pgd": cross-entropy of the attacked images and nothing else, which has no beta
     threat: Threat = field(default_factory=lambda: Threat(p=math.inf))
     beta: float = 6.0
     steps: int = 10
@@ -918,7 +927,8 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         if not isinstance(self.threat, Threat) or self.threat.p != math.inf:
-            raise WdatError("threat must be a Threat with p = inf: TRADES trains against a pointwise attack")
+            raise WdatError("threat must be a Threat with p = inf: pre-training is against a pointwise attack")
+        _check_choice("method", self.method, ("trades", "pgd"))
         _check_choice("precision", self.precision, PRECISIONS)
         _check_number("rate", self.rate, above=0)
         for name in ("beta", "weight_decay"):
@@ -946,7 +956,11 @@ def pretrain(
     on_epoch: Callable[[int, nn.Module], dict[str, float] | None] | None = None,
     progress: Progress = False,
 ) -> History:
-    """TRADES: SGD on CE(f(x), y) + beta KL(f(x) || f(x')), x' from PGD on that KL, started at x plus 0.001 noise.
+    """Adversarial training against the pointwise attack, by one of two methods.
+
+    "trades" is SGD on CE(f(x), y) + beta KL(f(x) || f(x')), x' from PGD on that KL, started at x plus 0.001 noise
+    (Zhang et al., 2019); "pgd" is SGD on CE(f(x'), y), x' from PGD on that CE, started delta away in a random direction
+    (Madry et al., 2018).
 
     The model is changed in place; with `config.average` it ends with the averaged weights (and averaged buffers). With
     `val` the epoch of best W_inf accuracy there (PGD, CE) is kept, without it the last.
@@ -969,12 +983,17 @@ def pretrain(
         xb, yb = x[rows].to(passes.device), y[rows].to(passes.device)
         if config.augment:
             xb = _crop_and_flip(xb, generator)
+        budget = (config.steps, config.step_ratio)
+        if config.method == "pgd":
+            start = _random_start(xb, config.threat, 1.0, generator)
+            with _prepared(model):
+                x_adv = _attack(passes, xb, yb, config.threat, ce, *budget, start=start, last=True).x_adv
+            return F.cross_entropy(passes.call(x_adv).to(xb.dtype), yb)
         start = (xb + 0.001 * torch.randn(xb.shape, generator=generator).to(xb)).clamp(0, 1)
         with _prepared(model):
             with torch.no_grad():
                 target = passes.call(xb).to(xb.dtype).softmax(1)
-            arguments = (config.threat, _kl, config.steps, config.step_ratio)
-            x_adv = _attack(passes, xb, target, *arguments, start=start, last=True).x_adv
+            x_adv = _attack(passes, xb, target, config.threat, _kl, *budget, start=start, last=True).x_adv
         logits, logits_adv = passes.call(xb).to(xb.dtype), passes.call(x_adv).to(xb.dtype)
         return F.cross_entropy(logits, yb) + config.beta * _consistency("kl", logits, logits_adv)
 

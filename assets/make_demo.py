@@ -1,10 +1,10 @@
-"""How the demo network and the embedded images came about, and how to make them again.
+"""How the stand-ins and the embedded images came about, and how to make them again.
 
     python assets/make_demo.py images  --data data    the sheets of images and their labels, from CIFAR-10
     python assets/make_demo.py weights --data data    pre-training, into runs/demo/ (an hour on one core)
     python assets/make_demo.py record  --data data    those weights into assets/, their record into results/
 
-Each writes the digests in assets/SHA256SUMS anew.
+The last two take the name of another stand-in by `--network`. Each step writes the digests in assets/SHA256SUMS anew.
 `--data` is a folder for CIFAR-10 as torchvision keeps it; it is downloaded where it is missing.
 """
 
@@ -32,9 +32,14 @@ from companion.records import SCHEMA, core_digest, device_name, pack, plain, ver
 from companion.settings import METRICS
 from wdat_core import PretrainConfig, evaluate, pretrain
 
-CONFIG = PretrainConfig(epochs=24, steps=5, step_ratio=2.0, batch_size=128, average=0.998, precision="bfloat16")
+ALL = {"steps": 5, "step_ratio": 2.0, "batch_size": 128, "precision": "bfloat16"}
+RECIPES = {
+    "demo": PretrainConfig(epochs=24, average=0.998, **ALL),
+    "small_trades": PretrainConfig(epochs=30, average=0.998, **ALL),
+    "small_pgd": PretrainConfig(epochs=30, method="pgd", **ALL),
+}
 PARTS = {"train": (True, 0, 4000), "val": (True, 4000, 5000), "test": (False, 0, 1000)}
-PUBLISHED = ["demo.safetensors", "images.json", *(f"images_{name}.webp" for name in PARTS), "paper.csv"]
+PUBLISHED = [*(f"{n}.safetensors" for n in RECIPES), "images.json", *(f"images_{n}.webp" for n in PARTS), "paper.csv"]
 
 
 def images(data: Path) -> None:
@@ -50,12 +55,13 @@ def images(data: Path) -> None:
     (files.ASSETS / "images.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
-def weights(data: Path) -> None:
-    """TRADES on the 50,000 training images; nothing is selected on the test set, or on any other."""
+def weights(data: Path, name: str) -> None:
+    """Pre-training on the 50,000 training images; nothing is selected on the test set, or on any other."""
     x, y = cifar10(data, train=True)
-    torch.manual_seed(CONFIG.seed)
-    model = new_stand_in("demo")
-    folder = files.RUNS / "demo"
+    config = RECIPES[name]
+    torch.manual_seed(config.seed)
+    model = new_stand_in(name)
+    folder = files.RUNS / name
     folder.mkdir(parents=True, exist_ok=True)
 
     def save(epoch: int, shown: nn.Module) -> dict[str, float]:
@@ -63,9 +69,9 @@ def weights(data: Path) -> None:
         return {}
 
     begin = time.perf_counter()
-    history = pretrain(model, (floats(x), y), None, CONFIG, on_epoch=save, progress=True)
+    history = pretrain(model, (floats(x), y), None, config, on_epoch=save, progress=True)
     made = {
-        "config": plain(dataclasses.asdict(CONFIG)),
+        "config": plain(dataclasses.asdict(config)),
         "history": {"epochs": history.epochs, "best": history.best},
         "seconds": round(time.perf_counter() - begin, 1),
         "device": device_name(torch.device("cpu")),
@@ -75,23 +81,23 @@ def weights(data: Path) -> None:
     (folder / "made.json").write_text(json.dumps(made, indent=1), encoding="utf-8")
 
 
-def record(data: Path) -> None:
+def record(data: Path, name: str) -> None:
     """The three accuracies on all 10,000 test images, and how the weights were made, as one record."""
-    folder = files.RUNS / "demo"
+    folder = files.RUNS / name
     made = json.loads((folder / "made.json").read_text(encoding="utf-8"))
-    model = new_stand_in("demo")
+    model = new_stand_in(name)
     model.load_state_dict(load_file(folder / "weights.safetensors"))
     x, y = cifar10(data, train=False)
     begin = time.perf_counter()
     scores = evaluate(model, floats(x), y, batch_size=128, progress=True)
-    shutil.copy(folder / "weights.safetensors", files.ASSETS / "demo.safetensors")
-    content = (files.ASSETS / "demo.safetensors").read_bytes()
+    shutil.copy(folder / "weights.safetensors", files.ASSETS / f"{name}.safetensors")
+    content = (files.ASSETS / f"{name}.safetensors").read_bytes()
     parts = b"".join(t.numpy().tobytes() for t in (x, y))
     path = write_record(
         {
             "schema": SCHEMA,
             "kind": "pretrain",
-            "network": {"name": "demo", "source": "pre-trained by this project", "digest": digest(content)},
+            "network": {"name": name, "source": "pre-trained by this project", "digest": digest(content)},
             "data": {
                 "source": "CIFAR-10",
                 "digest": digest(parts),
@@ -108,7 +114,7 @@ def record(data: Path) -> None:
             "versions": versions(),
             "core": made["core"],
             "created": made["created"],
-            "command": "python assets/make_demo.py weights",
+            "command": "python assets/make_demo.py weights" + f" --network {name}" * (name != "demo"),
         },
         files.RESULTS,
     )
@@ -118,7 +124,11 @@ def record(data: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=("images", "weights", "record"))
+    parser.add_argument("--network", choices=RECIPES, default="demo")
     parser.add_argument("--data", type=Path, default=files.ROOT / "data")
     arguments = parser.parse_args()
-    {"images": images, "weights": weights, "record": record}[arguments.step](arguments.data)
-    write_sums(files.ASSETS, PUBLISHED)
+    if arguments.step == "images":
+        images(arguments.data)
+    else:
+        {"weights": weights, "record": record}[arguments.step](arguments.data, arguments.network)
+    write_sums(files.ASSETS, [name for name in PUBLISHED if (files.ASSETS / name).exists()])

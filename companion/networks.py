@@ -14,6 +14,7 @@ import warnings
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,41 @@ class SmallResNet(nn.Module):
         self.head = nn.Linear(widths[-1], classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.blocks(F.relu(self.norm(self.stem(x))))
+        x = self.blocks(F.relu(_normed(self.stem, self.norm, x)))
         return self.head(x.mean((2, 3)))
+
+
+class PatchResNet(nn.Module):
+    """A residual network whose first pixels are patches of 4 x 4: a stem, then a block for each width.
+
+    Where an image shrinks, four neighbours become one pixel of four times the channels and a 1 x 1 convolution brings
+    these to the next width: every convolution has stride 1, whose gradient a CPU computes twice as fast. Input
+    (b, 3, h, w) in [0, 1], h and w multiples of 2^(1 + number of widths); output logits (b, classes).
+    """
+
+    def __init__(self, widths: Sequence[int], classes: int = 10) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3 * 4**2, widths[0], 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(widths[0])
+        self.blocks = nn.Sequential(_Block(widths[0], widths[0], stride=1))
+        for width_in, width in pairwise(widths):
+            self.blocks += [nn.PixelUnshuffle(2), nn.Conv2d(4 * width_in, width, 1, bias=False)]
+            self.blocks.append(_Block(width, width, stride=1))
+        self.head = nn.Linear(widths[-1], classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks(F.relu(_normed(self.stem, self.norm, F.pixel_unshuffle(x, 4))))
+        return self.head(x.mean((2, 3)))
+
+
+def _normed(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    """norm(conv(x)). In eval mode the norm is affine and goes into the kernel: a third faster on a CPU."""
+    if norm.training:
+        return norm(conv(x))
+    assert norm.running_mean is not None and norm.running_var is not None
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    kernel, shift = conv.weight * scale.view(-1, 1, 1, 1), norm.bias - norm.running_mean * scale
+    return F.conv2d(x, kernel, shift, conv.stride, conv.padding)  # type: ignore[arg-type]
 
 
 class _Block(nn.Module):
@@ -58,8 +92,8 @@ class _Block(nn.Module):
         self.skip = nn.Identity() if same else nn.Conv2d(width_in, width, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.norm1(self.conv1(x)))
-        return F.relu(self.norm2(self.conv2(y)) + self.skip(x))
+        y = F.relu(_normed(self.conv1, self.norm1, x))
+        return F.relu(_normed(self.conv2, self.norm2, y) + self.skip(x))
 
 
 class WideResNet(nn.Module):
@@ -107,7 +141,8 @@ class _WideBlock(nn.Module):
 
 def new_stand_in(name: str) -> nn.Module:
     """A stand-in with untrained weights, drawn from the global generator."""
-    return channels_last(SmallResNet(STAND_INS[name]))
+    architecture, widths = STAND_INS[name]
+    return channels_last({"SmallResNet": SmallResNet, "PatchResNet": PatchResNet}[architecture](widths))
 
 
 def channels_last(model: nn.Module) -> nn.Module:

@@ -20,7 +20,11 @@ PAPER_NETWORKS: dict[str, dict[str, Any]] = {
     "Cui2023Decoupled_WRN-28-10": {"paper": "Cui et al. (2023)", "architecture": "WRN-28-10", "clean": 92.16},
     "Wang2023Better_WRN-28-10": {"paper": "Wang et al. (2023)", "architecture": "WRN-28-10", "clean": 92.44},
 }
-STAND_INS = {"demo": (16, 64, 128)}  # name -> widths of networks.SmallResNet
+STAND_INS = {  # name -> class in networks, and its widths; pre-trained by the recipes in assets/make_demo.py
+    "demo": ("SmallResNet", (16, 64, 128)),
+    "small_trades": ("PatchResNet", (32, 64)),
+    "small_pgd": ("PatchResNet", (32, 64)),
+}
 GRIDS = {  # the tables of (tau, eta): whose network of the paper, and how it is perturbed first
     3: ("Zhang2019Theoretically", "last_layer"),
     4: ("Zhang2019Theoretically", "whole"),
