@@ -62,7 +62,8 @@ class PatchResNet(nn.Module):
         self.norm = nn.BatchNorm2d(widths[0])
         self.blocks = nn.Sequential(_Block(widths[0], widths[0], stride=1))
         for width_in, width in pairwise(widths):
-            self.blocks += [nn.PixelUnshuffle(2), nn.Conv2d(4 * width_in, width, 1, bias=False)]
+            self.blocks.append(nn.PixelUnshuffle(2))
+            self.blocks.append(nn.Conv2d(4 * width_in, width, 1, bias=False))
             self.blocks.append(_Block(width, width, stride=1))
         self.head = nn.Linear(widths[-1], classes)
 
