@@ -32,11 +32,11 @@ from companion.records import SCHEMA, core_digest, device_name, pack, plain, ver
 from companion.settings import METRICS
 from wdat_core import PretrainConfig, evaluate, pretrain
 
-ALL = {"steps": 5, "step_ratio": 2.0, "batch_size": 128, "precision": "bfloat16"}
+DEMO = PretrainConfig(epochs=24, steps=5, step_ratio=2.0, batch_size=128, average=0.998, precision="bfloat16")
 RECIPES = {
-    "demo": PretrainConfig(epochs=24, average=0.998, **ALL),
-    "small_trades": PretrainConfig(epochs=30, average=0.998, **ALL),
-    "small_pgd": PretrainConfig(epochs=30, method="pgd", **ALL),
+    "demo": DEMO,
+    "small_trades": dataclasses.replace(DEMO, epochs=30),
+    "small_pgd": dataclasses.replace(DEMO, epochs=30, method="pgd", average=0.0),
 }
 PARTS = {"train": (True, 0, 4000), "val": (True, 4000, 5000), "test": (False, 0, 1000)}
 PUBLISHED = [*(f"{n}.safetensors" for n in RECIPES), "images.json", *(f"images_{n}.webp" for n in PARTS), "paper.csv"]

@@ -16,8 +16,8 @@ from typing import Any
 from companion import evidence
 from companion.evidence import bits, estimate_of, paper_value
 from companion.records import Record, images_of, protocol
-from companion.settings import GRIDS, METRICS, PAPER_NETWORKS, STAND_INS
-from companion.tables import HOW, short_name
+from companion.settings import GRIDS, METRICS, OPEN_POINTS, PAPER_NETWORKS, STAND_INS
+from companion.tables import HOW, markdown, short_name
 
 KINDS = ("finetune", "evaluate", "sensitivity")  # of the records that the claims are about
 CIFAR10_ONLY = ("Zhang2019Theoretically", "Chen2024Data_WRN_34_10", *STAND_INS)  # trained on nothing else
@@ -35,6 +35,8 @@ STATED: dict[str, Any] = {
     "weight_decay": 0,
     "schedule": "constant",
 }
+# What it leaves open is as the ledger has it, but for the reading of CE(f(x), f(x')), which makes a study of its own.
+STATED |= {point: values[0] for point, values in OPEN_POINTS.items() if point != "consistency"}
 VERDICTS = {
     "reproduced": "✓ reproduced",
     "partly": "◐ partly",
@@ -69,6 +71,11 @@ class Effect:
     high: float | None
     seeds: tuple[float, ...]
     records: tuple[Record, ...]
+
+    @property
+    def full(self) -> bool:
+        """Whether all its records are of the paper's whole protocol."""
+        return all(map(evidence.is_full, self.records))
 
 
 @dataclass(frozen=True)
@@ -123,13 +130,19 @@ def outcome(effect: Effect, claim: Claim) -> str:
     return "holds" if there else "contradicted" if opposite else "not visible"
 
 
+def counted(effects: Sequence[Effect]) -> list[Effect]:
+    """Those that a verdict counts: of the paper's whole protocol where there is one, all where there is none."""
+    return [effect for effect in effects if effect.full] or list(effects)
+
+
 def verdict(effects: Sequence[Effect], claim: Claim) -> str:
-    """What all effects say: it holds in every one, "reproduced"; in some, "partly"; in none, "not"; there is none, "not
-    yet measured"."""
+    """What the counted effects say: it holds in every one, "reproduced"; in some, "partly"; in none, "not"; there is
+    none, "not yet measured"."""
     if not effects:
         return "not yet measured"
-    holding = sum(outcome(effect, claim) == "holds" for effect in effects)
-    return "reproduced" if holding == len(effects) else "partly" if holding else "not"
+    outcomes = [outcome(effect, claim) for effect in counted(effects)]
+    holding = outcomes.count("holds")
+    return "reproduced" if holding == len(outcomes) else "partly" if holding else "not"
 
 
 def on_claimed_side(value: float, claim: Claim) -> bool:
@@ -614,10 +627,12 @@ def details(records: Sequence[Record]) -> Any:
     for number, claim in enumerate(CLAIMS, 1):
         effects = claim.effects(records)
         parts += [f"**{number}. {claim.text}** {_verdict_text(effects, claim)}", rule(claim), _paper_text(claim)]
-        if effects:
-            heads = ["network and run", "comparison", "effect", "95 % interval", "seeds", "outcome"]
-            table = [heads, ["---"] * len(heads), *(_row(effect, claim) for effect in effects)]
-            parts.append("\n".join("| " + " | ".join(cells) + " |" for cells in table))
+        heads = ["network and run", "comparison", "effect", "95 % interval", "seeds", "outcome"]
+        first = counted(effects)
+        rest = [effect for effect in effects if effect not in first]
+        for those, title in ((first, ""), (rest, "Smaller runs, which the verdict does not count:")):
+            if those:
+                parts += [title] * bool(title) + [markdown(heads, [_row(effect, claim) for effect in those]).data]
     return Markdown("\n\n".join(parts))
 
 
@@ -625,7 +640,7 @@ def _verdict_text(effects: Sequence[Effect], claim: Claim) -> str:
     found = VERDICTS[verdict(effects, claim)]
     if not effects:
         return f"{found}: {', '.join(f'`{command}`' for command in claim.commands)}"
-    outcomes = [outcome(effect, claim) for effect in effects]
+    outcomes = [outcome(effect, claim) for effect in counted(effects)]
     counts = [f"holds in {outcomes.count('holds')} of {len(outcomes)}"]
     counts += [f"contradicted in {outcomes.count('contradicted')}"] * ("contradicted" in outcomes)
     return f"{found}: {', '.join(counts)}"

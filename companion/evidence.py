@@ -14,8 +14,9 @@ from typing import Any
 from companion import files
 from companion.files import one_line, verified
 from companion.records import Record, images_of, protocol, unpack
-from companion.settings import GRIDS, METRICS, PAPER_NETWORKS, ParameterError
+from companion.settings import GRIDS, METRICS, OPEN_POINTS, PAPER_NETWORKS, ParameterError
 
+FULL = {"train": 40_000, "val": 10_000, "test": 10_000, "epochs": 20, "batch_size": 512}  # Section 6 of the paper
 PARTS = {"test": "test images", "train": "training images"}
 
 
@@ -75,6 +76,17 @@ def estimate_of(per_seed: Sequence[Any]) -> Estimate:
     values = 100 * np.mean(per_seed, axis=0)
     half = float(1.96 * values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
     return Estimate(float(values.mean()), half)
+
+
+def is_full(record: Record) -> bool:
+    """Whether a record is of the paper's whole protocol: as many images and epochs, and as large a batch."""
+    return all(known == FULL[k] for k, known in (record["data"] | record["config"]).items() if k in FULL)
+
+
+def changed(record: Record) -> dict[str, Any]:
+    """What of the open points a fine-tuning record has otherwise than by default."""
+    usual = {point: values[0] for point, values in OPEN_POINTS.items()}
+    return {k: record["config"][k] for k, value in usual.items() if record["config"].get(k, value) != value}
 
 
 def columns_of(records: Sequence[Record]) -> dict[tuple[float, float], list[Record]]:
@@ -153,6 +165,16 @@ def studies(records: Sequence[Record]) -> list[list[Record]]:
         config = {k: v for k, v in record["config"].items() if k != "perturb"}
         groups.setdefault(protocol({**record, "config": config}), []).append(record)
     return list(groups.values())
+
+
+def grids(perturb: str, records: Sequence[Record]) -> list[list[Record]]:
+    """The fine-tuning records of one perturbation without a changed open point, a list for each protocol.
+
+    Those of the paper's whole protocol come first, then those of more training before those of less.
+    """
+    those = [r for r in records if r["config"]["perturb"] == perturb and not changed(r)]
+    groups = studies(those)
+    return sorted(groups, key=lambda g: (not is_full(g[0]), -g[0]["data"]["train"] * g[0]["config"]["epochs"]))
 
 
 def best_setting(study: Sequence[Record]) -> list[Record]:

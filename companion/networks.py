@@ -26,7 +26,7 @@ from companion import files
 from companion.cards import model_card
 from companion.files import digest, from_root, one_line, verified, write_sums, write_whole
 from companion.records import Record, parse_record, record_bytes, record_stem
-from companion.settings import PAPER_NETWORKS, STAND_INS, ParameterError
+from companion.settings import FINETUNED, PAPER_NETWORKS, STAND_INS, ParameterError
 
 
 class SmallResNet(nn.Module):
@@ -296,8 +296,6 @@ def _check_weights(path: Path, by_hand: str) -> None:
 # Exports: a fine-tuned network to take away
 # ---------------------------------------------------------------------------------------------------------------------
 
-FINETUNED = "-finetuned"  # ends the name of a network that is not as its origin published it
-
 
 def check_export(name: str, folder: str | Path) -> None:
     """Whether a network fine-tuned from the one of that name can be exported to the folder, before hours of training.
@@ -398,4 +396,9 @@ def _exported(folder: Path) -> Network:
         raise ParameterError(
             f"{folder} is not an export of this project, or not whole: export it again ({one_line(error)})"
         ) from error
-    return replace(network, name=base + FINETUNED, source=f"{base}, fine-tuned by this project")
+    config, images = record["config"], record["data"]["train"]
+    how = (
+        f"{config['perturb']}, tau {config['tau']:g}, eta {config['eta']:g}, {images} images, {config['epochs']} epochs"
+    )
+    source = f"{base}, fine-tuned by this project: {how}, seed {config['seed']}"
+    return replace(network, name=base + FINETUNED, source=source)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from companion import files
 from companion.data import Data
 from companion.files import digest, one_line, write_whole
-from companion.settings import METRICS, ParameterError
+from companion.settings import METRICS, STRONGER, ParameterError
 
 if TYPE_CHECKING:
     import torch
@@ -79,6 +79,15 @@ RULES: dict[str, Rules] = {
     | _ATTACK
     | {"data.test": _COUNT, "label.*": range(1000), "distance.*": _AMOUNT}
     | {f"prediction.{name}.*": range(1000) for name in ("x", "w_inf", "w_2")},
+    "stronger": _EVERY
+    | _SUBJECT
+    | {"config.threat.delta": (0, 1), "config.steps": _COUNT, "data.autoattack?": _COUNT, "data.test": _COUNT}
+    | {"metrics.*.accuracy": _FRACTION, "correct.*.accuracy": ".+", "seconds.total": _AMOUNT}
+    | {
+        f"{part}.{name}.accuracy": rule
+        for part, rule in (("metrics", _FRACTION), ("correct", ".+"))
+        for name in STRONGER
+    },
     "pretrain": _TRAINED | _scores("after"),
     "precision": _EVERY | _SUBJECT | {"data.test": _COUNT, "metrics.*": _FRACTION},
     "upsilon": _EVERY | _SUBJECT | {"data.train": _COUNT, "points.*": _AMOUNT},
@@ -320,13 +329,3 @@ def recorded_like(records: Sequence[Record], folder: Path = files.RESULTS) -> li
     """The committed records of the same protocol: same network, data and configuration; any tau, eta and seed."""
     wanted = {protocol(r) for r in records}
     return [r for r in read_records(folder) if protocol(r) in wanted]
-
-
-def recorded_otherwise(records: Sequence[Record], perturb: str, folder: Path = files.RESULTS) -> list[list[Record]]:
-    """The committed fine-tuning records of other protocols than that of `records`, a list for each protocol."""
-    ours = {protocol(r) for r in records}
-    groups: dict[str, list[Record]] = {}
-    for record in read_records(folder):
-        if record["config"]["perturb"] == perturb and protocol(record) not in ours:
-            groups.setdefault(protocol(record), []).append(record)
-    return list(groups.values())

@@ -36,7 +36,17 @@ from companion.records import (
     versions,
     write_record,
 )
-from companion.settings import METRICS, NOTEBOOKS, PAPER_NETWORKS, PARAMETERS, PRESETS, ParameterError, Settings
+from companion.settings import (
+    METRICS,
+    NOTEBOOKS,
+    OPEN_POINTS,
+    PAPER_NETWORKS,
+    PARAMETERS,
+    PRESETS,
+    STRONGER,
+    ParameterError,
+    Settings,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -132,7 +142,9 @@ def _attack(on: Bench, part: str, notebook: str) -> Record:
     return record
 
 
-def finetune_grid(settings: Settings, perturb: str, *, notebook: str, curves: bool = False) -> list[Record]:
+def finetune_grid(
+    settings: Settings, perturb: str, *, notebook: str, curves: bool = False, **changes: Any
+) -> list[Record]:
     """One record for each (tau, eta) of the settings: Algorithm 1 and the three accuracies before and after it.
 
     Every record is written to runs/ as soon as its column is done, and the network exported if the settings name a
@@ -143,6 +155,7 @@ def finetune_grid(settings: Settings, perturb: str, *, notebook: str, curves: bo
         perturb: "whole" or "last_layer".
         notebook: the name of the notebook that computes it, for the command in the record.
         curves: after every epoch also measure what Figures 7.2 to 7.4 show; `history.start` is the network before it.
+        changes: fields of `FinetuneConfig` that are to be other than the settings or the defaults have them.
 
     Raises:
         ParameterError: as `bench`; or the loaded network's clean accuracy is not the published one; or the time of
@@ -158,20 +171,20 @@ def finetune_grid(settings: Settings, perturb: str, *, notebook: str, curves: bo
     records = []
     for tau, eta in settings.grid():
         label = f"{perturb}, tau {tau:g}, eta {eta:g}"
-        config = FinetuneConfig(
-            perturb=perturb,
-            tau=tau,
-            eta=eta,
-            beta=float(settings.beta),
-            threat=Threat(delta=float(settings.delta)),
-            steps=settings.steps,
-            epochs=int(settings.epochs or 0),
-            batch_size=int(settings.batch_size or 0),
-            consistency=settings.consistency,
-            upsilon_from=settings.upsilon_from,
-            seed=settings.seed,
-            **on.how,
-        )
+        fields: dict[str, Any] = {
+            "perturb": perturb,
+            "tau": tau,
+            "eta": eta,
+            "beta": float(settings.beta),
+            "threat": Threat(delta=float(settings.delta)),
+            "steps": settings.steps,
+            "epochs": int(settings.epochs or 0),
+            "batch_size": int(settings.batch_size or 0),
+            "consistency": settings.consistency,
+            "upsilon_from": settings.upsilon_from,
+            "seed": settings.seed,
+        }
+        config = FinetuneConfig(**fields | on.how | changes)
         record = _begin("finetune", on, ("train", "val", "test"), plain(dataclasses.asdict(config)))
         held = _held(record, on)
         has_curves = bool(held and "start" in held["history"])
@@ -232,6 +245,25 @@ def finetune_grid(settings: Settings, perturb: str, *, notebook: str, curves: bo
     return records
 
 
+def change_point(settings: Settings, *, notebook: str) -> list[Record]:
+    """Two records: of the column of the settings as it is, and with one of the `OPEN_POINTS` changed.
+
+    The whole network is fine-tuned, but for "reinit", which is about the last layer alone. Arguments and errors are
+    those of `finetune_grid`.
+    """
+    usual = OPEN_POINTS[settings.point][0]
+    perturb = "last_layer" if settings.point == "reinit" else "whole"
+    value = float(settings.value) if isinstance(usual, float) else settings.value
+    values = [usual] if value == usual else [usual, value]
+    return [
+        record
+        for one in values
+        for record in finetune_grid(
+            dataclasses.replace(settings, value=one), perturb, notebook=notebook, **{settings.point: one}
+        )
+    ]
+
+
 def _along(on: Bench, model: nn.Module) -> dict[str, float]:
     """What Figures 7.2 to 7.4 show of a network, beyond what `finetune` measures itself."""
     from wdat_core import Threat, evaluate, sensitivity, wpgd
@@ -255,6 +287,69 @@ def _start(on: Bench) -> dict[str, float]:
     threat = Threat(delta=float(on.settings.delta))
     val = wpgd(on.model, *on.data.val, threat, steps=on.settings.steps, batch_size=on.at_once, **on.how)
     return {"epoch": 0, "clean": val.history["accuracy"][0], "w_2": val.accuracy, **_along(on, on.model)}
+
+
+def attack_harder(settings: Settings, *, notebook: str) -> Record:
+    """A record of the network under the attacks of the tables, under those of `STRONGER`, and under AutoAttack.
+
+    AutoAttack (Croce and Hein, 2020) is pointwise, and takes the first `settings.autoattack` test images only.
+    """
+    import torch
+
+    from wdat_core import Threat, wpgd
+
+    on = bench(settings)
+    (x, y), delta, few = on.data.test, float(settings.delta), min(settings.autoattack, settings.test_images or 0)
+    config = {"threat": plain(dataclasses.asdict(Threat(delta=delta))), "steps": settings.steps, **on.how}
+    record = _begin("stronger", on, ("test",), config)
+    record["data"] |= {"autoattack": few} if few else {}
+    if held := _held(record, on):
+        return held
+    begin, correct = time.perf_counter(), {}
+    for name, attack in STRONGER.items():
+        threat = Threat(p=attack.p, delta=delta)
+        found = [
+            wpgd(
+                on.model,
+                x,
+                y,
+                threat,
+                loss=attack.loss,
+                steps=attack.steps or settings.steps,
+                step_ratio=attack.step_ratio,
+                random_start=float(attack.starts > 1),
+                seed=seed,
+                batch_size=on.at_once,
+                progress=progress(f"{on.network.name}, {attack.words(settings.steps)}"),
+                **on.how,
+            ).correct
+            for seed in range(attack.starts)
+        ]
+        # The pointwise attacker takes for each image a start that works; the other has one budget for all images.
+        correct[name] = torch.stack(found).all(0) if threat.p == math.inf else min(found, key=lambda c: int(c.sum()))
+    if few:
+        correct["autoattack"] = _autoattack(on, x[:few], y[:few])
+    record |= {
+        "metrics": {name: {"accuracy": bits.sum().item() / len(bits)} for name, bits in correct.items()},
+        "correct": {name: {"accuracy": pack(bits)} for name, bits in correct.items()},
+        "seconds": {"total": round(time.perf_counter() - begin, 1)},
+        **provenance(on.device, command(settings, notebook)),
+    }
+    write_record(record, files.RUNS)
+    return record
+
+
+def _autoattack(on: Bench, x: Tensor, y: Tensor) -> Tensor:
+    """Whether each image is classified correctly after AutoAttack's standard version, bool (n,)."""
+    import torch
+    from pyautoattack import AutoAttack
+
+    attack = AutoAttack(on.model, eps=float(on.settings.delta), seed=0, device=on.device)
+    accelerators = [on.device] if on.device.type == "cuda" else []
+    with torch.random.fork_rng(accelerators):  # it seeds the global generators
+        attacked = attack.run_standard_evaluation(x.contiguous(), y, batch_size=on.at_once)
+    with torch.no_grad():
+        return torch.cat([on.model(part).argmax(1) for part in attacked.split(on.at_once)]) == y
 
 
 def estimates_each(settings: Sequence[Settings], *, notebook: str) -> list[Record]:

@@ -25,6 +25,21 @@ STAND_INS = {  # name -> class in networks, and its widths; pre-trained by the r
     "small_trades": ("PatchResNet", (32, 64)),
     "small_pgd": ("PatchResNet", (32, 64)),
 }
+FINETUNED = "-finetuned"  # ends the name of a network that is not as its origin published it
+OPEN_POINTS: dict[str, tuple[Any, ...]] = {  # what the paper leaves open: a field of FinetuneConfig, default first
+    "consistency": ("ce_detached", "ce", "kl"),
+    "attack_label": ("true", "predicted"),
+    "attack_mode": ("eval", "train"),
+    "update_mode": ("train", "eval"),
+    "random_start": (0.0, 1.0),
+    "noise": (0.01, 0.0, 0.05),
+    "reinit": ("default", "xavier"),
+    "augment": (True, False),
+    "momentum": (0.0, 0.9),
+    "weight_decay": (0.0, 0.0005),
+    "schedule": ("constant", "cosine"),
+    "first_upsilon": ("sample", "full"),
+}
 GRIDS = {  # the tables of (tau, eta): whose network of the paper, and how it is perturbed first
     3: ("Zhang2019Theoretically", "last_layer"),
     4: ("Zhang2019Theoretically", "whole"),
@@ -34,6 +49,37 @@ GRIDS = {  # the tables of (tau, eta): whose network of the paper, and how it is
     9: ("Cui2023Decoupled_WRN-28-10", "whole"),
     10: ("Wang2023Better_WRN-28-10", "last_layer"),
     11: ("Wang2023Better_WRN-28-10", "whole"),
+}
+
+
+@dataclass(frozen=True)
+class Stronger:
+    """An attack of the page on stronger attacks, in the words of `wdat_core.wpgd`."""
+
+    p: float
+    loss: str
+    steps: int | None = None  # None: as many as in the tables
+    step_ratio: float = 1.0
+    starts: int = 1  # random ones, where there is more than one; the best of them counts
+
+    def words(self, steps: int) -> str:
+        loss = {"ce": "CE", "dlr": "DLR", "redlr": "ReDLR"}[self.loss]
+        parts = ["W∞" if self.p == math.inf else f"W{'₂' if self.p == 2 else self.p}", f"{self.steps or steps} steps"]
+        parts += [loss, *[f"step ratio {self.step_ratio:g}"] * (self.step_ratio != 1)]
+        return ", ".join([*parts, *[f"{self.starts} random starts"] * (self.starts > 1)])
+
+
+STRONGER = {  # the first of each kind is that of the tables; 50 steps of ratio 1.875 are those of the 2023 paper
+    "w_2": Stronger(2, "redlr"),
+    "w_2_100": Stronger(2, "redlr", steps=100),
+    "w_2_2023": Stronger(2, "redlr", steps=50, step_ratio=1.875),
+    "w_2_starts": Stronger(2, "redlr", step_ratio=1.875, starts=3),
+    "w_2_dlr": Stronger(2, "dlr"),
+    "w_2_ce": Stronger(2, "ce"),
+    "w_inf": Stronger(math.inf, "ce"),
+    "w_inf_50": Stronger(math.inf, "ce", steps=50, step_ratio=1.875),
+    "w_inf_dlr": Stronger(math.inf, "dlr", steps=50, step_ratio=1.875),
+    "w_inf_starts": Stronger(math.inf, "ce", step_ratio=1.875, starts=3),
 }
 
 
@@ -98,6 +144,9 @@ class Settings:
     stop_after: float | None = None
     export: str | None = None
     fresh: bool = False
+    point: str = "noise"
+    value: Any = 0.05
+    autoattack: int = 20
 
     @classmethod
     def from_notebook(cls, namespace: dict[str, Any], notebook: str) -> Settings:
@@ -128,7 +177,7 @@ class Settings:
         if given.get("preset") == "paper" and given.get("network") is None and notebook in PAPER_SUBJECTS:
             given["network"] = PAPER_SUBJECTS[notebook]
         settings = cls(**given).resolved()
-        if does == "follow":  # one column, not the paper's four
+        if does in ("follow", "change a point"):  # one column, not the paper's four
             for name in ("tau", "eta"):
                 _check(name, getattr(settings, name), float)
         if settings.fresh and settings.stop_after is not None:
@@ -171,6 +220,8 @@ class Settings:
         _check("consistency", self.consistency, str, choices=("ce_detached", "ce", "kl"))
         _check("upsilon_from", self.upsilon_from, str, choices=("sample", "batch"))
         _check("precision", self.precision, str, choices=("float32", "bfloat16"))
+        _check("autoattack", self.autoattack, int, above=-1)
+        self._check_point()
         for name in ("compiled", "fresh"):
             if not isinstance(getattr(self, name), bool):
                 raise ParameterError(f"{name} must be True or False, not {getattr(self, name)!r}")
@@ -191,6 +242,18 @@ class Settings:
                 " training images for both together"
             )
 
+    def _check_point(self) -> None:
+        _check("point", self.point, str, choices=tuple(OPEN_POINTS))
+        usual = OPEN_POINTS[self.point][0]
+        if isinstance(usual, str):
+            _check("value", self.value, str, choices=OPEN_POINTS[self.point])
+        elif isinstance(usual, bool):
+            if not isinstance(self.value, bool):
+                raise ParameterError(f"value must be True or False for {self.point}, not {self.value!r}")
+        else:
+            limit = {"random_start": 1.0, "momentum": math.nextafter(1, 0)}.get(self.point, math.inf)
+            _check("value", self.value, float, above=-math.ulp(0), at_most=limit)
+
     def grid(self) -> list[tuple[float, float]]:
         """The (tau, eta) of each column, in the paper's order."""
         taus = (0.1, 0.01) if self.tau is None else (self.tau,)
@@ -198,7 +261,7 @@ class Settings:
         return [(float(tau), float(eta)) for eta in etas for tau in taus]
 
 
-_ALL = [f.name for f in dataclasses.fields(Settings)]
+_ALL = [f.name for f in dataclasses.fields(Settings) if f.name not in ("point", "value", "autoattack")]
 _ATTACK = [
     "preset",
     "network",
@@ -216,7 +279,9 @@ PARAMETERS = {  # of the notebooks, by what they do
     "fine-tune": _ALL,
     "fine-tune both ways": [name for name in _ALL if name not in ("tau", "eta", "export")],
     "follow": [name for name in _ALL if name != "export"],
+    "change a point": ["point", "value", *(name for name in _ALL if name not in ("consistency", "export"))],
     "attack": _ATTACK,
+    "attack harder": [*_ATTACK[:4], "autoattack", *_ATTACK[4:]],
     "show attacks": _ATTACK[:-1],
     "bring your own": ["tau", "epochs", "delta", "steps", "seed"],
     "attack in batches": [*_ATTACK[:3], "train_images", "test_images", "batch_size", *_ATTACK[4:]],
@@ -243,6 +308,8 @@ NOTEBOOKS = {  # what each does
     "table5": "fine-tune both ways",
     "figure7_1": "estimate",
     **{f"figure7_{n}": "follow" for n in (2, 3, 4)},
+    "open_points": "change a point",
+    "stronger": "attack harder",
     "gallery": "show attacks",
     "own_network": "bring your own",
 }

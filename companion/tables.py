@@ -11,8 +11,10 @@ from companion.evidence import (
     accuracy,
     along,
     best_setting,
+    bits,
     change,
     columns_of,
+    estimate_of,
     of_networks,
     paper_value,
     relative_errors,
@@ -23,7 +25,7 @@ from companion.evidence import (
 )
 from companion.records import LATER, Record, core_digest, pack, record_name
 from companion.records import provenance as made_by
-from companion.settings import METRICS, PAPER_NETWORKS, STAND_INS, ParameterError
+from companion.settings import FINETUNED, METRICS, PAPER_NETWORKS, STAND_INS, STRONGER, ParameterError
 
 if TYPE_CHECKING:
     from wdat_core import Scores
@@ -55,7 +57,7 @@ def network_table(
         if row["source"] == "paper" and row["network"] not in measured:
             lines.append(["", "recorded here", "–", *("–" for _ in values)])
     columns = ["network", "evidence", "images", *(labels[m] for m in rows[0]["cells"]), *(["Υ"] if table == 2 else [])]
-    return _markdown(columns, lines)
+    return markdown(columns, lines)
 
 
 def best_table(records: Sequence[Record], recorded: Sequence[Record]) -> Any:
@@ -77,10 +79,11 @@ def best_table(records: Sequence[Record], recorded: Sequence[Record]) -> Any:
             cells = [f"{accuracy(best, 'after', m).value:.2f} ({change(best, m).text(signed=True)})" for m in METRICS]
             setting = f"{_setting(config['perturb'], config['tau'], config['eta'])} ({choice})"
             lines.append([short_name(name), f"{source}: {size}", setting, *cells])
-    return _markdown(["network", "evidence", "best setting", *METRICS.values()], lines)
+    return markdown(["network", "evidence", "best setting", *METRICS.values()], lines)
 
 
-def _markdown(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> Any:
+def markdown(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> Any:
+    """A table of Markdown."""
     from IPython.display import Markdown
 
     rows = [columns, ["---"] * len(columns), *lines]
@@ -104,7 +107,7 @@ def grid_table(table: int | None, records: Sequence[Record], recorded: Sequence[
             cells.append("–" if cell is None else f"{cell[0].value:.2f} ({cell[1].text(signed=True)})")
         lines.append(cells)
     columns = ["Accuracy, %", "evidence", "baseline", *(f"τ = {tau:g}, η = {eta:g}" for tau, eta in grid)]
-    return _markdown(columns, lines)
+    return markdown(columns, lines)
 
 
 def _setting(perturb: str, tau: float, eta: float) -> str:
@@ -135,7 +138,7 @@ def compare(before: Scores, after: Scores) -> Any:
     for m, label in METRICS.items():
         cells = [accuracy([record], when, m).text() for when in ("before", "after")]
         lines.append([label, *cells, change([record], m).text(signed=True)])
-    return _markdown(["Accuracy, %", "before", "after", "change"], lines)
+    return markdown(["Accuracy, %", "before", "after", "change"], lines)
 
 
 def describe(records: Sequence[Record], title: str) -> Any:
@@ -189,7 +192,7 @@ def verdicts(table: int, recorded: Sequence[Record]) -> Any:
             cells = [f"τ = {column[0]:g}, η = {column[1]:g}", METRICS[metric]]
             cells += [paper[1].text(signed=True) if paper else "–", here.text(signed=True), seeds]
             lines.append([*cells, ("up" if here.value > 0 else "down") if visible else "not visible"])
-    return _markdown(["column", "accuracy", "paper", "recorded here", "seeds", "verdict"], lines)
+    return markdown(["column", "accuracy", "paper", "recorded here", "seeds", "verdict"], lines)
 
 
 def estimates_table(records: Sequence[Record], recorded: Sequence[Record]) -> Any:
@@ -206,13 +209,70 @@ def estimates_table(records: Sequence[Record], recorded: Sequence[Record]) -> An
             cells += [f"{r['reference']:.2f}", f"{min(r['estimates']):.2f} to {max(r['estimates']):.2f}"]
             lines.append([*cells, f"{100 * median(errors):.0f} %", f"{100 * max(errors):.0f} %"])
     columns = ["network", "evidence", "training images", "estimates", "Υ of all", "Υ of the samples", "median error"]
-    return _markdown([*columns, "greatest"], lines)
+    return markdown([*columns, "greatest"], lines)
+
+
+def stand_ins_table(recorded: Sequence[Record]) -> Any:
+    """The networks that this project pre-trained: size, recipe, and accuracy in per cent on the test images."""
+    from companion.networks import new_stand_in
+
+    lines = []
+    for r in recorded:
+        name, config = r["network"]["name"], r["config"]
+        size = sum(p.numel() for p in new_stand_in(name).parameters())
+        method = {"trades": f"TRADES, β = {config['beta']:g}", "pgd": "PGD"}[config.get("method", "trades")]
+        recipe = f"{method}, {config['epochs']} epochs, {config['steps']} steps, batch {config['batch_size']}"
+        recipe += f", averaging {config['average']:g}" if config["average"] else ", no averaging"
+        minutes = f"{r['seconds']['pretrain'] / 60:.0f} min, {r['device']}, {config['precision']}"
+        cells = [accuracy([r], "after", m).text() for m in METRICS]
+        lines.append([f"`{name}`", f"{STAND_INS[name][0]}{STAND_INS[name][1]}", f"{size:,}", recipe, minutes, *cells])
+    return markdown(["name", "network", "parameters", "pre-training", "time", *METRICS.values()], lines)
+
+
+def stronger_table(records: Sequence[Record], recorded: Sequence[Record]) -> Any:
+    """Accuracy in per cent under every attack of the page: each network, beside it what was fine-tuned from it.
+
+    Of a fine-tuned network also the change, with the interval of the paired differences on the same test images.
+    """
+    from IPython.display import Markdown
+
+    parts = []
+    for source, those in (("recorded here", recorded), ("this run", records)):
+        given = [r for r in those if FINETUNED not in r["network"]["name"]]
+        for before in given:
+            name = before["network"]["name"]
+            tuned = [r for r in those if r["network"]["name"] == name + FINETUNED and _same_test(r, before)]
+            n = before["data"]["test"]
+            parts.append(f"**{short_name(name)}**, {source}: {n:,} test images, {before['data']['source']}")
+            heads, lines = ["attack", "as given"], []
+            for i, after in enumerate(tuned, 1):
+                parts.append(f"fine-tuned {i}: {after['network']['source']}")
+                heads += [f"fine-tuned {i}", "change"]
+            for key, label in _attacks(before).items():
+                cells = [label, accuracy([before], key, "accuracy").text()]
+                for after in tuned:
+                    difference = bits(after, key, "accuracy") - bits(before, key, "accuracy")
+                    cells += [accuracy([after], key, "accuracy").text(), estimate_of([difference]).text(signed=True)]
+                lines.append(cells)
+            parts.append(markdown(heads, lines).data)
+    return Markdown("\n\n".join(parts) or "Nothing is recorded yet.")
+
+
+def _same_test(one: Record, other: Record) -> bool:
+    return one["data"] == other["data"] and one["config"] == other["config"]
+
+
+def _attacks(record: Record) -> dict[str, str]:
+    """The attacks of a record of kind "stronger", and how they are called."""
+    labels = {name: attack.words(record["config"]["steps"]) for name, attack in STRONGER.items()}
+    few = record["data"].get("autoattack")
+    return labels | ({"autoattack": f"W∞, AutoAttack, the first {few:,} images"} if few else {})
 
 
 def along_table(what: str, recorded: Sequence[Record]) -> Any:
     """Figure 7.2, 7.3 or 7.4 in numbers: by epoch the mean over seeds, and their spread."""
     if not recorded:
-        return _markdown(["epoch", *ALONG[what].values()], [["nothing is recorded for these parameters", "–", "–"]])
+        return markdown(["epoch", *ALONG[what].values()], [["nothing is recorded for these parameters", "–", "–"]])
     columns, lines = ALONG[what], []
     for epoch, rows in enumerate(zip(*map(along, recorded), strict=True)):
         cells = [str(epoch) if epoch else "0, before fine-tuning"]
@@ -221,7 +281,7 @@ def along_table(what: str, recorded: Sequence[Record]) -> Any:
             spread = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
             cells.append(f"{sum(values) / len(values):.2f}{spread}")
         lines.append(cells)
-    return _markdown(["epoch", *columns.values()], lines)
+    return markdown(["epoch", *columns.values()], lines)
 
 
 def provenance(records: Sequence[Record]) -> Any:

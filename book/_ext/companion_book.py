@@ -1,8 +1,8 @@
-"""What Jupyter Book cannot do from _config.yml: bring the notebooks in, draw the first page's picture, find wdat_core.
+"""What Jupyter Book cannot do from _config.yml: bring in notebooks and numbers from records, find wdat_core.
 
 Sphinx reads only what lies inside book/, and the notebooks lie beside it. Before the table of contents is read they are
-copied to book/notebooks/, which git ignores. Copies, since symbolic links are dropped silently on Windows. The picture
-is drawn from its record at the same time, so that it cannot be older than the record.
+copied to book/notebooks/, which git ignores. Copies, since symbolic links are dropped silently on Windows. The picture of
+page one and the last column of the ledger are made from records at the same time, so that they cannot be older.
 """
 
 from __future__ import annotations
@@ -41,8 +41,19 @@ def draw_budget(results: Path, target: Path) -> None:
         target.write_bytes(picture)
 
 
+def matter(results: Path) -> dict[str, str]:
+    """The ledger's last column: a substitution for each open point, from its records."""
+    from companion.open_points import how_much
+    from companion.records import read_records
+    from companion.settings import OPEN_POINTS
+
+    recorded = read_records(results)
+    return {f"matter_{point}": how_much(recorded, point) for point in OPEN_POINTS}
+
+
 def on_config(app: Sphinx, config: Config) -> None:
     book = Path(app.srcdir)
+    config.myst_substitutions = {**config.myst_substitutions, **matter(book.parent / "results")}
     copy_notebooks(book.parent / "notebooks", book / "notebooks")
     draw_budget(book.parent / "results", book / "figures" / "budget.html")
 

@@ -1,0 +1,196 @@
+"""What the paper leaves open, and how much it matters: runs in which one point differs from the default."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from companion.evidence import Estimate, bits, change, changed, columns_of, estimate_of, paper_value
+from companion.records import Record, protocol
+from companion.settings import GRIDS, METRICS, OPEN_POINTS
+from companion.tables import HOW, markdown, short_name
+
+READINGS = OPEN_POINTS["consistency"]
+PATTERNS = {how: table for table, (_, how) in sorted(GRIDS.items(), reverse=True)}  # Tables 3 and 4
+
+
+@dataclass(frozen=True)
+class Matter:
+    """What one change of an open point does, in one column of one study.
+
+    Attributes:
+        point, value: the field of the configuration and what it is instead of its default.
+        differences: of each accuracy after fine-tuning, with it minus without it, same seeds and test images.
+        seeds: the differences of the single seeds in the accuracy under W_2.
+        with_it, without: the records.
+    """
+
+    point: str
+    value: Any
+    differences: dict[str, Estimate]
+    seeds: tuple[float, ...]
+    with_it: tuple[Record, ...]
+    without: tuple[Record, ...]
+
+
+def matters(records: Sequence[Record]) -> list[Matter]:
+    """For each column of each study and each single change in it: the differences that it makes."""
+    found = []
+    for group in _grouped(records, *OPEN_POINTS):
+        without = {r["config"]["seed"]: r for r in group if not changed(r)}
+        alone: dict[tuple[str, Any], dict[int, Record]] = {}
+        for record in group:
+            if len(changes := changed(record)) == 1:
+                (change_of_it,) = changes.items()
+                alone.setdefault(change_of_it, {})[record["config"]["seed"]] = record
+        for (point, value), with_it in alone.items():
+            if seeds := sorted(with_it.keys() & without.keys()):
+                pairs = [(with_it[s], without[s]) for s in seeds]
+                each = {m: [bits(a, "after", m) - bits(b, "after", m) for a, b in pairs] for m in METRICS}
+                single = tuple(estimate_of([one]).value for one in each["w_2"])
+                differences = {m: estimate_of(values) for m, values in each.items()}
+                records_of = (tuple(r[s] for s in seeds) for r in (with_it, without))
+                found.append(Matter(point, value, differences, single, *records_of))
+    order = list(OPEN_POINTS)
+    return sorted(found, key=lambda matter: order.index(matter.point))
+
+
+def _grouped(records: Sequence[Record], *but: str) -> list[list[Record]]:
+    """Groups that differ in the seed and in the fields named alone."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        config = {k: v for k, v in record["config"].items() if k not in but}
+        column = f"{config['tau']:g} {config['eta']:g}"
+        groups.setdefault(protocol({**record, "config": config}) + column, []).append(record)
+    return list(groups.values())
+
+
+def matters_table(records: Sequence[Record], but: Sequence[str] = ()) -> Any:
+    """One row for each change of an open point: what it does to the three accuracies after fine-tuning.
+
+    Args:
+        but: points to leave out.
+    """
+    lines = []
+    for matter in (m for m in matters(records) if m.point not in but):
+        one = matter.with_it[0]
+        seeds = f"{len(matter.seeds)}"
+        if len(matter.seeds) > 1:
+            seeds += f": {min(matter.seeds):+.2f} to {max(matter.seeds):+.2f}"
+        cells = [f"`{matter.point}={matter.value}`", *(matter.differences[m].text(signed=True) for m in METRICS)]
+        lines.append([*cells, seeds, where(one)])
+    if not lines:
+        lines = [["nothing is recorded yet", *["–"] * (len(METRICS) + 2)]]
+    return markdown(["changed", *METRICS.values(), "seeds (W₂)", "in"], lines)
+
+
+def where(record: Record) -> str:
+    """Network, images, epochs and column of a record, in words."""
+    config, data = record["config"], record["data"]
+    epochs = f"{config['epochs']} epoch{'s' * (config['epochs'] != 1)}"
+    column = f"{HOW[config['perturb']]}, τ = {config['tau']:g}, η = {config['eta']:g}"
+    return f"`{record['network']['name']}`, {data['train']:,} images, {epochs}; {column}"
+
+
+def how_much(records: Sequence[Record], point: str) -> str:
+    """The last column of the ledger: for each change of the point the range of what it does to W_2, in points."""
+    by_value: dict[Any, list[Estimate]] = {}
+    for matter in matters(records):
+        if matter.point == point:
+            by_value.setdefault(matter.value, []).append(matter.differences["w_2"])
+    parts = []
+    for value, found in by_value.items():
+        values = [e.value for e in found]
+        span = found[0].text(signed=True) if len(found) == 1 else f"{min(values):+.2f} to {max(values):+.2f}"
+        parts.append(f"`{value}`: W₂ {span}" + f" in {len(found)} comparisons" * (len(found) > 1))
+    return "; ".join(parts) or "–"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The three readings of CE(f(x), f(x')), over the grid
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def reading_studies(records: Sequence[Record]) -> list[dict[str, list[Record]]]:
+    """For each study and way to perturb in which two readings or more are recorded: reading to its records."""
+    groups: dict[str, dict[str, list[Record]]] = {}
+    for record in records:
+        if set(changed(record)) <= {"consistency"}:
+            config = {k: v for k, v in record["config"].items() if k != "consistency"}
+            key = protocol({**record, "config": config})
+            groups.setdefault(key, {}).setdefault(record["config"]["consistency"], []).append(record)
+    return [
+        {reading: group[reading] for reading in READINGS if reading in group}
+        for group in groups.values()
+        if len(group) > 1
+    ]
+
+
+def distance(records: Sequence[Record], how: str) -> float | None:
+    """How far changes are from the paper's in Table 4 (whole network) or 3 (last layer): root mean square, in points.
+
+    Over the four columns and the three accuracies, of the network of Zhang et al.; None where a column is missing.
+    """
+    table = PATTERNS[how]
+    name, by_column, squares = GRIDS[table][0], columns_of(records), []
+    for column in ((tau, eta) for eta in (0.1, 1.0) for tau in (0.1, 0.01)):
+        if column not in by_column:
+            return None
+        for metric in METRICS:
+            after, before = paper_value(table, name, metric, *column), paper_value(1, name, metric)
+            assert after is not None and before is not None
+            squares.append((change(by_column[column], metric).value - (after - before)) ** 2)
+    return math.sqrt(sum(squares) / len(squares))
+
+
+def readings_table(records: Sequence[Record], metric: str = "w_2") -> Any:
+    """For each study and reading: the change of an accuracy in each column, and the distance from the paper's table."""
+    columns = [(tau, eta) for eta in (0.1, 1.0) for tau in (0.1, 0.01)]
+    lines = []
+    for how, table in PATTERNS.items():
+        name = GRIDS[table][0]
+        base = paper_value(1, name, metric)
+        cells = [paper_value(table, name, metric, *column) for column in columns]
+        words = [f"{v - base:+.2f}" for v in cells if v is not None and base is not None]
+        lines.append([f"{short_name(name)}, {HOW[how]} (paper)", "–", *words, "–"])
+        for study in reading_studies(records):
+            one = next(iter(study.values()))[0]
+            if one["config"]["perturb"] != how:
+                continue
+            for reading, those in study.items():
+                by_column = columns_of(those)
+                found = [change(by_column[c], metric).text(signed=True) if c in by_column else "–" for c in columns]
+                far = distance(those, how)
+                config, data = one["config"], one["data"]
+                epochs = f"{config['epochs']} epoch{'s' * (config['epochs'] != 1)}"
+                label = f"`{one['network']['name']}`, {HOW[how]}, {data['train']:,} images, {epochs}"
+                lines.append([label, f"`{reading}`", *found, "–" if far is None else f"{far:.1f}"])
+    heads = [f"τ = {tau:g}, η = {eta:g}" for tau, eta in columns]
+    return markdown(["network and run", "reading", *heads, "distance"], lines)
+
+
+def closest(records: Sequence[Record]) -> list[tuple[str, str, dict[str, float]]]:
+    """For each study with all columns under every reading: its words, the reading nearest the paper, the distances."""
+    found = []
+    for study in reading_studies(records):
+        one = next(iter(study.values()))[0]
+        how = one["config"]["perturb"]
+        far = {reading: d for reading, those in study.items() if (d := distance(those, how)) is not None}
+        if len(far) == len(READINGS):
+            words = f"`{one['network']['name']}`, {HOW[how]}, {one['data']['train']:,} images"
+            found.append((words, min(far, key=lambda r: far[r]), far))
+    return found
+
+
+def closest_text(records: Sequence[Record]) -> Any:
+    """Which reading comes nearest to the paper's tables, by the distances, as Markdown."""
+    from IPython.display import Markdown
+
+    found = closest(records)
+    if not found:
+        return Markdown("No study has all four columns under all three readings yet.")
+    wins = {reading: sum(best == reading for _, best, _ in found) for reading in READINGS}
+    counts = ", ".join(f"`{reading}` in {n}" for reading, n in wins.items())
+    return Markdown(f"Of {len(found)} studies with all four columns under all three readings, nearest is {counts}.")
