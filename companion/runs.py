@@ -347,7 +347,7 @@ def _autoattack(on: Bench, x: Tensor, y: Tensor) -> Tensor:
     attack = AutoAttack(on.model, eps=float(on.settings.delta), seed=0, device=on.device)
     accelerators = [on.device] if on.device.type == "cuda" else []
     with torch.random.fork_rng(accelerators):  # it seeds the global generators
-        attacked = attack.run_standard_evaluation(x.contiguous(), y, batch_size=on.at_once)
+        attacked, _ = attack.run_standard_evaluation(x.contiguous(), y, batch_size=on.at_once)
     with torch.no_grad():
         return torch.cat([on.model(part).argmax(1) for part in attacked.split(on.at_once)]) == y
 

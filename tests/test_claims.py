@@ -149,6 +149,21 @@ def test_verdicts_over_studies():
     assert found("whole-w2", noise, down) == ("not", ["not visible", "contradicted"])
 
 
+def test_a_verdict_counts_the_whole_protocol_where_there_is_one():
+    whole = {"data": {"train": 40_000, "val": 10_000, "test": 10_000}, "config": {"epochs": 20, "batch_size": 512}}
+    short = {**whole, "config": {"epochs": 5, "batch_size": 512}}
+    claim = BY_KEY["whole-w2"]
+    holds, hidden = ((1.0, 0.5, 1.5), (0.1, -0.5, 0.7))
+
+    def effect(numbers, *records):
+        return Effect("study", "comparison", *numbers, (), records)
+
+    small, large = effect(holds, short), effect(hidden, whole)
+    assert verdict([small], claim) == "reproduced" and verdict([small, large], claim) == "not"
+    assert verdict([effect(hidden, short), effect(holds, whole), effect(hidden, short)], claim) == "reproduced"
+    assert not effect(holds, whole, short).full  # one smaller record makes it a smaller run
+
+
 def test_interval_of_an_effect_is_that_of_its_paired_images():
     """10 of 400 images won, 4 lost: the mean of the differences, and 1.96 of its standard errors."""
     (effect,) = BY_KEY["whole-w2"].effects([finetuned((10, 4))])

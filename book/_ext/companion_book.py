@@ -1,8 +1,8 @@
 """What Jupyter Book cannot do from _config.yml: bring in notebooks and numbers from records, find wdat_core.
 
 Sphinx reads only what lies inside book/, and the notebooks lie beside it. Before the table of contents is read they are
-copied to book/notebooks/, which git ignores. Copies, since symbolic links are dropped silently on Windows. The picture of
-page one and the last column of the ledger are made from records at the same time, so that they cannot be older.
+copied to book/notebooks/, which git ignores. Copies, since symbolic links are dropped silently on Windows. The picture
+of the first page and the last column of the ledger are made from records then, so that they cannot be older.
 """
 
 from __future__ import annotations

@@ -1,0 +1,292 @@
+"""The paper's protocol, stand-ins, stronger attacks and open points: what is compared with what."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import wdat_core
+from companion import evidence, files, networks, open_points, runs, tables
+from companion.evidence import paper_value
+from companion.records import images_of, pack, parse_record, plain, read_records, record_bytes, record_name, unpack
+from companion.settings import METRICS, OPEN_POINTS, STAND_INS, STRONGER, ParameterError, Settings
+from wdat_core import Threat, wpgd
+
+SMALL = {"train_images": 60, "val_images": 20, "test_images": 50, "batch_size": 20, "steps": 2, "epochs": 1}
+N = 10_000  # images of a made-up record, so that a percentage point is a hundred of them
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stand-ins
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", STAND_INS)
+def test_norms_inside_the_kernels_change_no_logit(name, monkeypatch):
+    torch.manual_seed(0)
+    model = networks.new_stand_in(name)
+    x = torch.rand(16, 3, 32, 32)
+    for _ in range(20):
+        model(x)  # in train mode: statistics that are not 0 and 1
+    model.eval()
+    folded = model(x)
+    monkeypatch.setattr(networks, "_normed", lambda conv, norm, x: norm(conv(x)))
+    assert torch.allclose(folded, model(x), atol=1e-5)
+    assert folded.std() > 0.01
+    assert not torch.allclose(folded, model.train()(x), atol=1e-3)  # the batch's own statistics
+
+
+def test_patches_lose_no_pixel():
+    """What a stem sees is the whole image: moving any pixel moves a logit."""
+    model = networks.PatchResNet((8, 16)).eval()
+    x = torch.rand(1, 3, 16, 16, requires_grad=True)
+    (gradient,) = torch.autograd.grad(model(x)[0].square().sum(), x)
+    assert (gradient != 0).all()
+    assert all(m.stride == (1, 1) for m in model.modules() if isinstance(m, nn.Conv2d))
+
+
+@pytest.mark.parametrize("name", STAND_INS)
+def test_every_stand_in_has_weights_and_a_record(name, tmp_path):
+    (record,) = [r for r in read_records(kind="pretrain") if r["network"]["name"] == name]
+    assert networks.load_network(name, tmp_path).digest == record["network"]["digest"]
+    assert record["metrics"]["after"]["clean"] > 0.4 > record["metrics"]["after"]["w_2"] > 0.1
+    assert f"| `{name}` |" in tables.stand_ins_table([record]).data
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stronger attacks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def harder(tmp_path_factory):
+    patch = pytest.MonkeyPatch()
+    patch.setattr(files, "RUNS", tmp_path_factory.mktemp("runs"))
+    settings = Settings(network="small_trades", autoattack=6, **SMALL | {"steps": 20}).resolved()
+    yield settings, runs.attack_harder(settings, notebook="stronger")
+    patch.undo()
+
+
+def test_each_attack_is_of_its_images(harder):
+    _, record = harder
+    assert record["metrics"].keys() == {*STRONGER, "autoattack"}
+    assert images_of(record, "autoattack") == 6 and images_of(record, "w_2_100") == 50
+    assert parse_record(record_bytes(record)) == record
+    less = {name: value for name, value in record["metrics"].items() if name != "w_inf_dlr"}
+    with pytest.raises(ValueError, match=r"w_inf_dlr.* is missing"):
+        parse_record(record_bytes({**record, "metrics": less}))
+    lines = tables.stronger_table([record], []).data
+    assert all(attack.words(20) in lines for attack in STRONGER.values())
+    assert "AutoAttack, the first 6 images" in lines
+
+
+def test_the_first_attacks_are_those_of_the_tables(harder):
+    settings, record = harder
+    (scores,) = runs.attack_each([settings], "test", notebook="table1")
+    for metric in ("w_inf", "w_2"):
+        assert record["metrics"][metric]["accuracy"] == scores["metrics"]["test"][metric]
+
+
+def test_autoattack_leaves_no_more_right_than_one_of_its_parts_would(harder):
+    """And it is run on the network as it is: what it leaves right was right before."""
+    settings, record = harder
+    left = unpack(record["correct"]["autoattack"]["accuracy"], 6)
+    (scores,) = runs.attack_each([settings], "test", notebook="table1")
+    right = unpack(scores["correct"]["test"]["clean"], 50)[:6]
+    assert (left <= right).all() and left.sum() < right.sum()
+
+
+def test_a_finished_run_of_stronger_attacks_is_read(harder, monkeypatch):
+    settings, record = harder
+    monkeypatch.setattr(wdat_core, "wpgd", None)
+    assert runs.attack_harder(settings, notebook="stronger") == record
+
+
+def test_a_fine_tuned_network_stands_beside_what_it_came_from(harder):
+    _, before = harder
+    name = before["network"]["name"]
+    flipped = pack(torch.tensor(unpack(before["correct"]["w_2"]["accuracy"], 50)) < 2)  # every image right
+    after = {
+        **before,
+        "network": {**before["network"], "name": f"{name}-finetuned", "source": "made up", "digest": "x"},
+    }
+    after["correct"] = {**before["correct"], "w_2": {"accuracy": flipped}}
+    text = tables.stronger_table([], [before, after]).data
+    gain = 100 * (1 - before["metrics"]["w_2"]["accuracy"])
+    (row,) = [line for line in text.splitlines() if STRONGER["w_2"].words(20) + " |" in line]
+    assert "100.00" in row and f"{gain:+.2f}" in row and "fine-tuned 1: made up" in text
+    other = {**after, "data": {**after["data"], "digest": "other images"}}
+    assert "fine-tuned" not in tables.stronger_table([], [before, other]).data
+
+
+def test_random_starts_stay_in_the_ball_and_repeat():
+    model = networks.new_stand_in("small_pgd").eval()
+    x, y = torch.rand(12, 3, 32, 32), torch.arange(12) % 10
+    for p in (2, math.inf):
+        options = {"steps": 3, "loss": "ce", "random_start": 1.0}
+        attacks = [wpgd(model, x, y, Threat(p=p), seed=seed, **options) for seed in (0, 0, 1)]
+        assert torch.equal(attacks[0].x_adv, attacks[1].x_adv) and not torch.equal(attacks[0].x_adv, attacks[2].x_adv)
+        assert all(a.distance <= 8 / 255 * (1 + 1e-5) for a in attacks)
+        assert torch.equal(
+            wpgd(model, x, y, Threat(p=p), steps=3, loss="ce", seed=5).x_adv,
+            wpgd(model, x, y, Threat(p=p), steps=3, loss="ce").x_adv,
+        )  # a seed alone starts nothing
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Records of the whole protocol, and of open points
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def made(gain=0, *, tau=0.01, eta=1.0, seed=0, **config):
+    """A full-protocol record in which W_2 changes by that many points; half of the images are right before."""
+    config = plain(dataclasses.asdict(wdat_core.FinetuneConfig(tau=tau, eta=eta, seed=seed, **config)))
+    half, after = (pack(torch.arange(N) < N // 2 + won) for won in (0, round(gain * N / 100)))
+    return {
+        "kind": "finetune",
+        "network": {"name": "small_trades", "digest": "weights"},
+        "data": {"digest": "images", "train": 40_000, "val": 10_000, "test": N},
+        "config": config,
+        "correct": {"before": dict.fromkeys(METRICS, half), "after": dict.fromkeys(METRICS, half) | {"w_2": after}},
+    }
+
+
+def test_the_whole_protocol_is_all_of_it():
+    record = made()
+    assert evidence.is_full(record)
+    for part, name, value in (("data", "train", 39_999), ("data", "test", 1000), ("config", "epochs", 19)):
+        assert not evidence.is_full({**record, part: {**record[part], name: value}})
+    assert evidence.is_full({"data": {"test": 10_000}, "config": {"batch_size": 512}})
+    assert not evidence.is_full({"data": {"test": 10_000}, "config": {"batch_size": 256}})
+
+
+def test_grids_begin_with_the_whole_protocol_and_leave_changed_points_out():
+    small = made()
+    small["data"] = {**small["data"], "train": 45_000}
+    grids = evidence.grids("whole", [small, made(noise=0.05), made(), made(seed=1), made(perturb="last_layer")])
+    assert [len(grid) for grid in grids] == [2, 1] and grids[0][0] == made()
+
+
+def test_a_changed_point_is_compared_with_the_same_run_without_it():
+    without = [made(1, seed=0), made(2, seed=1), made(9, tau=0.1)]
+    with_it = [made(4, seed=0, noise=0.05), made(6, seed=1, noise=0.05), made(9, seed=2, noise=0.05)]
+    two = made(9, noise=0.05, augment=False)
+    (matter,) = open_points.matters([*with_it, *without, two])
+    assert (matter.point, matter.value, matter.seeds) == ("noise", 0.05, (pytest.approx(3), pytest.approx(4)))
+    assert matter.differences["w_2"].value == pytest.approx(3.5) and matter.differences["clean"].value == 0
+    assert "| `noise=0.05` | +0.00 ± 0.00 |" in open_points.matters_table([*with_it, *without]).data.replace(
+        "\u00a0", " "
+    )
+    assert open_points.how_much([*with_it, *without], "noise").startswith("`0.05`: W₂ +3.50")
+    assert open_points.how_much(without, "noise") == "–"
+    assert "nothing is recorded" in open_points.matters_table(without).data
+
+
+def test_distance_from_the_paper_is_zero_for_the_paper_s_own_changes():
+    columns = [(tau, eta) for tau in (0.1, 0.01) for eta in (0.1, 1.0)]
+    name = "Zhang2019Theoretically"
+
+    def like_the_paper(off=0.0):
+        grid = []
+        for tau, eta in columns:
+            record, after = made(tau=tau, eta=eta), {}
+            for m in METRICS:
+                gain = paper_value(4, name, m, tau, eta) - paper_value(1, name, m) + off
+                after[m] = pack(torch.arange(N) < round(N * (0.5 + gain / 100)))
+            grid.append({**record, "correct": {**record["correct"], "after": after}})
+        return grid
+
+    assert open_points.distance(like_the_paper(), "whole") == pytest.approx(0, abs=1e-9)
+    assert open_points.distance(like_the_paper(2.0), "whole") == pytest.approx(2)
+    assert open_points.distance(like_the_paper()[1:], "whole") is None
+    readings = {"ce_detached": 3.0, "ce": 0.5, "kl": -1.0}
+    recorded = [
+        {**r, "config": {**r["config"], "consistency": reading}}
+        for reading, off in readings.items()
+        for r in like_the_paper(off)
+    ]
+    ((_, best, far),) = open_points.closest(recorded)
+    assert best == "ce" and far == {k: pytest.approx(abs(v)) for k, v in readings.items()}
+    assert "| `ce` |" in open_points.readings_table(recorded).data
+    assert open_points.closest(recorded[:-1]) == []
+
+
+def test_open_points_are_fields_with_these_defaults():
+    usual = {f.name: f.default for f in dataclasses.fields(wdat_core.FinetuneConfig)}
+    for point, values in OPEN_POINTS.items():
+        assert usual[point] == values[0]
+        for value in values:
+            wdat_core.FinetuneConfig(**{point: value})
+            Settings(point=point, value=value).resolved()
+
+
+@pytest.mark.parametrize(
+    ("point", "value", "message"),
+    [
+        ("nois", 0.1, "point must be one of consistency, "),
+        ("noise", "much", "value must be a number, not 'much'"),
+        ("noise", -0.1, "value must be at least 0"),
+        ("momentum", 1, "value must be at least 0 and at most 1, not 1"),
+        ("reinit", "zeros", "value must be one of default, xavier"),
+        ("augment", 1, "value must be True or False for augment, not 1"),
+    ],
+)
+def test_impossible_point_is_named(point, value, message):
+    with pytest.raises(ParameterError, match=message):
+        Settings.from_notebook({"point": point, "value": value, "tau": 0.01, "eta": 1.0}, "open_points")
+
+
+def test_a_point_is_changed_and_nothing_else(harder):
+    settings = Settings(network="small_pgd", tau=0.1, eta=1, point="update_mode", value="eval", **SMALL).resolved()
+    without, with_it = runs.change_point(settings, notebook="open_points")
+    differ = {k for k in without["config"] if without["config"][k] != with_it["config"][k]}
+    assert differ == {"update_mode"} and without["correct"]["after"] != with_it["correct"]["after"]
+    assert "-p point update_mode -p value eval" in with_it["command"]
+    assert (files.RUNS / record_name(with_it)).exists()
+    (last, _) = runs.change_point(dataclasses.replace(settings, point="reinit", value="xavier"), notebook="open_points")
+    assert last["config"]["perturb"] == "last_layer"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pre-training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_pgd_trains_on_attacked_images_alone():
+    """One step by hand: the gradient of the cross-entropy of the attacked images, and of nothing else."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    x, y = torch.rand(5, 3, 2, 2), torch.tensor([0, 1, 2, 0, 1])
+    before = [p.detach().clone() for p in model.parameters()]
+    options = {"epochs": 1, "batch_size": 5, "augment": False, "momentum": 0.0, "weight_decay": 0.0, "steps": 1}
+    threat = Threat(p=math.inf, delta=0.1)
+    # A step that long ends at the same corner of the ball from wherever it starts: the steepest one.
+    config = wdat_core.PretrainConfig(method="pgd", threat=threat, step_ratio=1e6, **options)
+    wdat_core.pretrain(model, (x, y), None, config)
+    weight, bias = (p.clone().requires_grad_() for p in before)
+    corner = x.clone().requires_grad_()
+    (up,) = torch.autograd.grad(F.cross_entropy(F.linear(corner.flatten(1), weight, bias), y), corner)
+    attacked = (x + 0.1 * up.sign()).clamp(0, 1)
+    grads = torch.autograd.grad(F.cross_entropy(F.linear(attacked.flatten(1), weight, bias), y), (weight, bias))
+    moved = [b - p for b, p in zip(before, model.parameters(), strict=True)]
+    ratio = moved[0].norm() / grads[0].norm()
+    assert ratio > 0
+    for a, b in zip(moved, grads, strict=True):
+        assert torch.allclose(a, ratio * b, rtol=1e-3, atol=1e-6)
+
+
+def test_pgd_has_no_beta_and_trades_does():
+    def weights(**fields):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+        x, y = torch.rand(5, 3, 2, 2), torch.tensor([0, 1, 2, 0, 1])
+        wdat_core.pretrain(model, (x, y), None, wdat_core.PretrainConfig(epochs=2, batch_size=5, steps=2, **fields))
+        return model[1].weight.detach()
+
+    assert torch.equal(weights(method="pgd", beta=1.0), weights(method="pgd", beta=6.0))
+    assert not torch.equal(weights(beta=1.0), weights(beta=6.0))
+    with pytest.raises(wdat_core.WdatError, match="method must be one of trades, pgd"):
+        wdat_core.PretrainConfig(method="madry")
