@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from companion.evidence import ALONG, along, columns_of, table_rows
+from companion.evidence import ALONG, along, change, columns_of, paper_value, settings_of, studies, table_rows
 from companion.records import Record
-from companion.settings import METRICS
-from companion.tables import short_name
+from companion.settings import GRIDS, METRICS
+from companion.tables import HOW, short_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PAPER, RECORDED, THIS_RUN = "#4d4d4d", "#0072b2", "#d55e00"  # Okabe and Ito's, told apart by every eye
+STUDIES = [("#0072b2", "o"), ("#d55e00", "s"), ("#009e73", "^"), ("#cc79a7", "v"), ("#e69f00", "P")]  # theirs, too
 
 
 def plot_changes(table: int, records: Sequence[Record], recorded: Sequence[Record]) -> Figure:
@@ -50,6 +51,56 @@ def plot_changes(table: int, records: Sequence[Record], recorded: Sequence[Recor
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     plt.close(figure)  # the caller shows it, once
+    return figure
+
+
+def plot_protocol(records: Sequence[Record]) -> Figure:
+    """Change of each accuracy in all eight columns: the paper's network of Tables 3 and 4, and each study of records.
+
+    Points are means over seeds with 95 % intervals over test images, small ones single seeds where there are several.
+    """
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+
+    sns.set_theme(style="whitegrid", context="notebook")
+    taken = [(how, tau, eta) for how in ("whole", "last_layer") for eta in (1.0, 0.1) for tau in (0.01, 0.1)]
+    places = {column: len(taken) - i - (column[0] == "last_layer") * 0.6 for i, column in enumerate(taken)}
+    groups = [(group[0]["network"]["name"], settings_of(group)) for group in studies(records)]
+    figure, axes = plt.subplots(1, 3, figsize=(10, 7.2), sharey=True, layout="constrained")
+    for axis, metric in zip(axes, METRICS, strict=True):
+        for (how, tau, eta), place in places.items():
+            table = 4 if how == "whole" else 3
+            value, base = paper_value(table, GRIDS[table][0], metric, tau, eta), paper_value(1, GRIDS[table][0], metric)
+            assert value is not None and base is not None
+            label = f"{short_name(GRIDS[table][0])} (paper)" if place == places[taken[0]] else None
+            axis.plot(value - base, place + 0.25, "D", color=PAPER, markersize=6, label=label)
+        for i, (name, columns) in enumerate(groups):
+            (colour, marker), label = STUDIES[i % len(STUDIES)], name
+            for column, seeds in columns.items():
+                if column not in places:
+                    continue
+                mean, place = change(seeds, metric), places[column] + 0.1 - 0.15 * i
+                axis.errorbar(
+                    mean.value,
+                    place,
+                    xerr=mean.half or 0,
+                    fmt=marker,
+                    color=colour,
+                    markersize=6,
+                    capsize=3,
+                    label=label,
+                )
+                label = None
+                if len(seeds) > 1:
+                    each = [change([r], metric).value for r in seeds]
+                    axis.plot(each, [place] * len(each), "|", color=colour, markersize=9, alpha=0.6)
+        axis.axvline(0, color="black", linewidth=1)
+        axis.set_title(f"{METRICS[metric]} accuracy")
+        axis.set_xlabel("change, percentage points")
+        axis.set_yticks(list(places.values()), [f"{HOW[how]}\nτ = {tau:g}, η = {eta:g}" for how, tau, eta in places])
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    plt.close(figure)
     return figure
 
 

@@ -146,7 +146,7 @@ class Settings:
     fresh: bool = False
     point: str = "noise"
     value: Any = 0.05
-    autoattack: int = 20
+    autoattack: int = 0
 
     @classmethod
     def from_notebook(cls, namespace: dict[str, Any], notebook: str) -> Settings:

@@ -240,11 +240,11 @@ def test_impossible_point_is_named(point, value, message):
 
 
 def test_a_point_is_changed_and_nothing_else(harder):
-    settings = Settings(network="small_pgd", tau=0.1, eta=1, point="update_mode", value="eval", **SMALL).resolved()
+    settings = Settings(network="small_pgd", tau=0.1, eta=1, point="augment", value=False, **SMALL).resolved()
     without, with_it = runs.change_point(settings, notebook="open_points")
     differ = {k for k in without["config"] if without["config"][k] != with_it["config"][k]}
-    assert differ == {"update_mode"} and without["correct"]["after"] != with_it["correct"]["after"]
-    assert "-p point update_mode -p value eval" in with_it["command"]
+    assert differ == {"augment"} and without["correct"]["after"] != with_it["correct"]["after"]
+    assert "-p point augment -p value False" in with_it["command"]
     assert (files.RUNS / record_name(with_it)).exists()
     (last, _) = runs.change_point(dataclasses.replace(settings, point="reinit", value="xavier"), notebook="open_points")
     assert last["config"]["perturb"] == "last_layer"
