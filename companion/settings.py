@@ -177,7 +177,7 @@ class Settings:
         if given.get("preset") == "paper" and given.get("network") is None and notebook in PAPER_SUBJECTS:
             given["network"] = PAPER_SUBJECTS[notebook]
         settings = cls(**given).resolved()
-        if does in ("follow", "change a point"):  # one column, not the paper's four
+        if does in ONE_COLUMN:
             for name in ("tau", "eta"):
                 _check(name, getattr(settings, name), float)
         if settings.fresh and settings.stop_after is not None:
@@ -313,6 +313,7 @@ NOTEBOOKS = {  # what each does
     "gallery": "show attacks",
     "own_network": "bring your own",
 }
+ONE_COLUMN = ("follow", "change a point")  # of a grid, so that tau and eta have to be given
 # Whose network each takes in the preset "paper", where it is one; of Chen and Lee the paper prints no grid.
 PAPER_SUBJECTS = {f"table{n}": network for n, (network, _) in GRIDS.items()} | {"table5": "Chen2024Data_WRN_34_10"}
 

@@ -9,7 +9,7 @@ import pytest
 
 from companion import evidence, files, plots, runs, tables
 from companion.records import core_digest, images_of, parse_record, read_records, record_name, unpack, write_record
-from companion.settings import NOTEBOOKS, ParameterError, Settings
+from companion.settings import NOTEBOOKS, ONE_COLUMN, ParameterError, Settings
 
 SMALL = {"train_images": 60, "val_images": 20, "test_images": 50, "batch_size": 20, "steps": 2, "epochs": 3}
 ONE = Settings(tau=0.1, eta=1, **SMALL).resolved()
@@ -200,8 +200,8 @@ def test_committed_records_have_the_names_that_they_would_be_given():
 def test_the_command_of_a_record_repeats_it(notebook, given):
     """What papermill would make of the line are the settings that it was made from; of a grid, those of the column."""
     does, one = NOTEBOOKS[notebook], {"tau": 0.01, "eta": 1.0}
-    column = one if does in ("fine-tune", "follow") else {}
-    given = {**given, "delta": 4 / 255, "precision": "bfloat16"} | (one if does == "follow" else {})
+    column = one if does in ("fine-tune", *ONE_COLUMN) else {}
+    given = {**given, "delta": 4 / 255, "precision": "bfloat16"} | (one if does in ONE_COLUMN else {})
     settings = Settings.from_notebook(given, notebook)
     words = runs.command(settings, notebook, **column).split()
     assert words[:3] == ["papermill", f"notebooks/{notebook}.ipynb", "out.ipynb"] and set(words[3::3]) == {"-p"}
