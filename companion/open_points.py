@@ -7,8 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from companion.evidence import Estimate, bits, change, changed, columns_of, estimate_of, paper_value
-from companion.records import Record, protocol
+from companion.evidence import (
+    PARTS,
+    Estimate,
+    bits,
+    change,
+    changed,
+    columns_of,
+    estimate_of,
+    is_full,
+    paper_value,
+)
+from companion.records import Record, images_of, protocol
 from companion.settings import GRIDS, METRICS, OPEN_POINTS
 from companion.tables import HOW, markdown, short_name
 
@@ -95,17 +105,36 @@ def where(record: Record) -> str:
 
 
 def how_much(records: Sequence[Record], point: str) -> str:
-    """The last column of the ledger: for each change of the point the range of what it does to W_2, in points."""
+    """The ledger's last column: for each change of the point what it does to W_2 accuracy, in points, in longest runs."""
+    found = [m for m in matters(records) if m.point == point]
+    longest = max((_training(m) for m in found), default=0)
     by_value: dict[Any, list[Estimate]] = {}
-    for matter in matters(records):
-        if matter.point == point:
+    for matter in found:
+        if _training(matter) == longest:
             by_value.setdefault(matter.value, []).append(matter.differences["w_2"])
     parts = []
-    for value, found in by_value.items():
-        values = [e.value for e in found]
-        span = found[0].text(signed=True) if len(found) == 1 else f"{min(values):+.2f} to {max(values):+.2f}"
-        parts.append(f"`{value}`: W₂ {span}" + f" in {len(found)} comparisons" * (len(found) > 1))
+    for value, each in by_value.items():
+        values = [e.value for e in each]
+        span = each[0].text(signed=True) if len(each) == 1 else f"{min(values):+.2f} to {max(values):+.2f}"
+        parts.append(f"`{value}`: W₂ {span}" + f" in {len(each)} comparisons" * (len(each) > 1))
     return "; ".join(parts) or "–"
+
+
+def _training(matter: Matter) -> int:
+    record = matter.with_it[0]
+    return int(record["data"]["train"] * record["config"]["epochs"])
+
+
+def budget_below_pointwise(records: Sequence[Record]) -> str:
+    """Of Table 2's images: for how many networks W-PGD-budget is visibly the stronger attack, on which images."""
+    counts = []
+    for part, label in PARTS.items():
+        those = [r for r in records if part in r["correct"] and is_full(r)]
+        gaps = [estimate_of([bits(r, part, "w_inf") - bits(r, part, "budget")]) for r in those]
+        stronger = sum(gap.value > (gap.half or 0) for gap in gaps)
+        if those:
+            counts.append(f"on {images_of(those[0], part):,} {label} for {stronger} of {len(those)} networks")
+    return f"W-PGD-budget is stronger than the pointwise attack {', '.join(counts)}" if counts else "–"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -185,6 +185,24 @@ def test_a_changed_point_is_compared_with_the_same_run_without_it():
     assert "nothing is recorded" in open_points.matters_table(without).data
 
 
+def test_the_ledger_quotes_the_longest_runs():
+    short = [made(9), made(1, noise=0.05)]
+    short = [{**r, "data": {**r["data"], "train": 1000}} for r in short]
+    assert open_points.how_much([*short, made(0), made(2, noise=0.05)], "noise").startswith("`0.05`: W₂ +2.00")
+    assert open_points.how_much(short, "noise").startswith("`0.05`: W₂ -8.00")
+
+
+def test_images_of_table_2_are_told_by_the_order_of_the_attacks():
+    def attacked(part, budget):
+        right = {"w_inf": pack(torch.arange(N) < N // 2), "budget": pack(torch.arange(N) < budget)}
+        return {"data": {part: N}, "config": {"batch_size": 512}, "correct": {part: right}}
+
+    records = [attacked("test", 6000), attacked("test", 4000), attacked("test", 5000)]
+    said = open_points.budget_below_pointwise(records)
+    assert said.endswith("on 10,000 test images for 1 of 3 networks")
+    assert open_points.budget_below_pointwise([attacked("train", 1)]) == "–"  # 10,000 are not all of them
+
+
 def test_distance_from_the_paper_is_zero_for_the_paper_s_own_changes():
     columns = [(tau, eta) for tau in (0.1, 0.01) for eta in (0.1, 1.0)]
     name = "Zhang2019Theoretically"

@@ -43,12 +43,13 @@ def draw_budget(results: Path, target: Path) -> None:
 
 def matter(results: Path) -> dict[str, str]:
     """The ledger's last column: a substitution for each open point, from its records."""
-    from companion.open_points import how_much
+    from companion.open_points import budget_below_pointwise, how_much
     from companion.records import read_records
     from companion.settings import OPEN_POINTS
 
     recorded = read_records(results)
-    return {f"matter_{point}": how_much(recorded, point) for point in OPEN_POINTS}
+    points = {f"matter_{point}": how_much(recorded, point) for point in OPEN_POINTS}
+    return {**points, "matter_table2": budget_below_pointwise(read_records(results, "evaluate"))}
 
 
 def on_config(app: Sphinx, config: Config) -> None:
