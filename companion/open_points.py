@@ -105,7 +105,7 @@ def where(record: Record) -> str:
 
 
 def how_much(records: Sequence[Record], point: str) -> str:
-    """The ledger's last column: for each change of the point what it does to W_2 accuracy, in points, in longest runs."""
+    """The ledger's last column: what each change of the point does to W_2 accuracy, in points, in the longest runs."""
     found = [m for m in matters(records) if m.point == point]
     longest = max((_training(m) for m in found), default=0)
     by_value: dict[Any, list[Estimate]] = {}
