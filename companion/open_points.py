@@ -175,29 +175,27 @@ def distance(records: Sequence[Record], how: str) -> float | None:
 
 
 def readings_table(records: Sequence[Record], metric: str = "w_2") -> Any:
-    """For each study and reading: the change of an accuracy in each column, and the distance from the paper's table."""
+    """For each study a table: the change of an accuracy in each column, in the paper and under each reading."""
+    from IPython.display import Markdown
+
     columns = [(tau, eta) for eta in (0.1, 1.0) for tau in (0.1, 0.01)]
-    lines = []
-    for how, table in PATTERNS.items():
+    heads = ["changes from", *(f"τ = {tau:g}, η = {eta:g}" for tau, eta in columns), "distance"]
+    parts = []
+    for study in reading_studies(records):
+        one = next(iter(study.values()))[0]
+        how, epochs = one["config"]["perturb"], one["config"]["epochs"]
+        table = PATTERNS[how]
         name = GRIDS[table][0]
+        printed = [paper_value(table, name, metric, *c) for c in columns]
         base = paper_value(1, name, metric)
-        cells = [paper_value(table, name, metric, *column) for column in columns]
-        words = [f"{v - base:+.2f}" for v in cells if v is not None and base is not None]
-        lines.append([f"{short_name(name)}, {HOW[how]} (paper)", "–", *words, "–"])
-        for study in reading_studies(records):
-            one = next(iter(study.values()))[0]
-            if one["config"]["perturb"] != how:
-                continue
-            for reading, those in study.items():
-                by_column = columns_of(those)
-                found = [change(by_column[c], metric).text(signed=True) if c in by_column else "–" for c in columns]
-                far = distance(those, how)
-                config, data = one["config"], one["data"]
-                epochs = f"{config['epochs']} epoch{'s' * (config['epochs'] != 1)}"
-                label = f"`{one['network']['name']}`, {HOW[how]}, {data['train']:,} images, {epochs}"
-                lines.append([label, f"`{reading}`", *found, "–" if far is None else f"{far:.1f}"])
-    heads = [f"τ = {tau:g}, η = {eta:g}" for tau, eta in columns]
-    return markdown(["network and run", "reading", *heads, "distance"], lines)
+        lines = [[f"{short_name(name)} (paper)", *(f"{v - base:+.2f}" if v and base else "–" for v in printed), "–"]]
+        for reading, those in study.items():
+            by_column, far = columns_of(those), distance(those, how)
+            found = [change(by_column[c], metric).text(signed=True) if c in by_column else "–" for c in columns]
+            lines.append([f"`{reading}`", *found, "–" if far is None else f"{far:.1f}"])
+        images = f"{one['data']['train']:,} images, {epochs} epoch{'s' * (epochs != 1)}"
+        parts += [f"**{HOW[how].capitalize()} of `{one['network']['name']}`**, {images}:", markdown(heads, lines).data]
+    return Markdown("\n\n".join(parts) or "Nothing is recorded yet.")
 
 
 def closest(records: Sequence[Record]) -> list[tuple[str, str, dict[str, float]]]:

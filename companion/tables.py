@@ -223,10 +223,10 @@ def stand_ins_table(recorded: Sequence[Record]) -> Any:
         method = {"trades": f"TRADES, β = {config['beta']:g}", "pgd": "PGD"}[config.get("method", "trades")]
         recipe = f"{method}, {config['epochs']} epochs, {config['steps']} steps, batch {config['batch_size']}"
         recipe += f", averaging {config['average']:g}" if config["average"] else ", no averaging"
-        minutes = f"{r['seconds']['pretrain'] / 60:.0f} min, {r['device']}, {config['precision']}"
-        cells = [accuracy([r], "after", m).text() for m in METRICS]
-        lines.append([f"`{name}`", f"{STAND_INS[name][0]}{STAND_INS[name][1]}", f"{size:,}", recipe, minutes, *cells])
-    return markdown(["name", "network", "parameters", "pre-training", "time", *METRICS.values()], lines)
+        recipe += f"; {r['seconds']['pretrain'] / 60:.0f} min on {r['device']}, {config['precision']}"
+        network = f"{STAND_INS[name][0]}{STAND_INS[name][1]}, {size:,} parameters"
+        lines.append([f"`{name}`", network, recipe, *(accuracy([r], "after", m).text() for m in METRICS)])
+    return markdown(["name", "network", "pre-training", *METRICS.values()], lines)
 
 
 def stronger_table(records: Sequence[Record], recorded: Sequence[Record]) -> Any:
