@@ -387,9 +387,9 @@ def wpgd(
     _check_number("seed", seed, at_least=0, below=2**63, whole=True)
     _check_progress(progress)
     passes = _passes(model, x, batch_size, precision, compiled, classes)
-    x, y = _plain(x), _plain(y)
-    start = _random_start(x, threat, random_start, torch.Generator().manual_seed(seed)) if random_start else None
     with _prepared(model):
+        x, y = _plain(x), _plain(y)
+        start = _random_start(x, threat, random_start, torch.Generator().manual_seed(seed)) if random_start else None
         return _attack(passes, x, y, threat, loss, steps, step_ratio, start=start, progress=progress)
 
 

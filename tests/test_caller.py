@@ -28,6 +28,7 @@ THREAT = Threat(delta=0.05)
 # Every function that leaves the model alone, on a model, images and labels.
 USES = {
     "wpgd": lambda model, x, y: wpgd(model, x, y, THREAT, steps=3, batch_size=4).x_adv,
+    "wpgd from a random start": lambda model, x, y: wpgd(model, x, y, THREAT, steps=3, random_start=0.5).x_adv,
     "wpgd_budget": lambda model, x, y: wpgd_budget(model, x, y, THREAT, upsilon=1.0, steps=3, batch_size=4).x_adv,
     "sensitivity": lambda model, x, y: sensitivity(model, x, y, THREAT, batch_size=4),
     "evaluate": lambda model, x, y: evaluate(model, x, y, delta=0.05, steps=3, batch_size=4).correct["w_2"],

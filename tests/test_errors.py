@@ -299,6 +299,20 @@ def test_step_ratio(name, value):
         call(name, step_ratio=value)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("random_start", 1.1, "random_start must be a number at least 0 and at most 1"),
+        ("random_start", math.nan, "random_start must be a number"),
+        ("seed", -1, "seed must be a whole number"),
+        ("seed", 0.5, "seed must be a whole number"),
+    ],
+)
+def test_where_an_attack_starts(name, value, message):
+    with raises(message, re.escape(repr(value))):
+        call("wpgd", **{name: value})
+
+
 @pytest.mark.parametrize("value", [0, -1.0, math.nan, INF, "1", None, torch.tensor(1.0)])
 def test_upsilon(value):
     with raises("upsilon must be a number", re.escape(repr(value))):

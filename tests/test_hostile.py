@@ -113,6 +113,10 @@ def at_least_0(name, good):
     return parameter(name, (0, *good), wrong=(INF, HUGE, True, None), either=(np.float32(0.5),))
 
 
+def fraction(name, good, wrong=()):
+    return parameter(name, good, wrong=(1.5, INF, HUGE, True, None, *wrong))
+
+
 def word(name, *words):
     return parameter(name, words, wrong=("", words[0].upper(), None, True, 0))
 
@@ -133,6 +137,10 @@ OPTIONS = {
     "precision": word("precision", "float32", "bfloat16"),
     "compiled": flag("compiled"),
     "progress": flag("progress", show),
+}
+STARTS = {
+    "random_start": fraction("random_start", (0, 5e-324, 0.5, 1)),
+    "seed": parameter("seed", (0, 2**63 - 1), wrong=(2**63, 1.0, True, None, HUGE)),
 }
 THREATS = {"p": order("p"), "r": order("r"), "delta": RADII}
 UPSILON = {"upsilon": positive("upsilon", (5e-324, 1e-30, 1e-3, 1, 1e30, 1e300))}
@@ -631,7 +639,8 @@ def assert_attack(attack, case, model, x, y, radius):
     assert history["accuracy"][0] == pytest.approx(attack.was_correct.sum().item() / n, rel=1e-12)
     precision = case.keywords.get("precision", "float32")
     assert_verdicts(attack.correct, model, x_adv, y, precision)
-    assert_verdicts(attack.was_correct, model, x, y, precision)
+    if not case.keywords.get("random_start"):  # else it is of the start
+        assert_verdicts(attack.was_correct, model, x, y, precision)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -661,13 +670,13 @@ def assert_wpgd_budget(case):
 
 
 @drawn
-@given(cases("loss", "threat"))
+@given(cases("loss", "threat", options=OPTIONS | STARTS))
 def test_wpgd_keeps_its_promises_or_names_what_is_wrong(case):
     assert_wpgd(case)
 
 
 @drawn
-@given(extremes(OPTIONS))
+@given(extremes(OPTIONS | STARTS))
 def test_no_number_is_too_extreme_for_wpgd(case):
     assert_wpgd(case)
 
@@ -827,10 +836,6 @@ def test_perturbed_weights_are_finite_or_the_error_names_what_is_wrong(case, how
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def fraction(name, good, wrong=()):
-    return parameter(name, good, wrong=(1.5, INF, HUGE, True, None, *wrong))
-
-
 def diverging(name, values):
     """Values at which training may well diverge, or not even begin."""
     return tuple(risky(value, name, "rate", "loss") for value in values)
@@ -851,7 +856,7 @@ BOTH = {
     "augment": (*flag("augment"), risky(True, "augment")),
     "precision": OPTIONS["precision"],
     "compiled": OPTIONS["compiled"],
-    "seed": parameter("seed", (0, 2**63 - 1), wrong=(2**63, 1.0, True, None, HUGE)),
+    "seed": STARTS["seed"],
 }
 FINETUNE = BOTH | {
     "perturb": word("perturb", "whole", "last_layer"),
@@ -865,7 +870,7 @@ FINETUNE = BOTH | {
     "attack_label": word("attack_label", "true", "predicted"),
     "attack_mode": (fine("eval"), *word("attack_mode", "train")),
     "update_mode": (fine("eval"), *word("update_mode", "train")),
-    "random_start": fraction("random_start", (0, 5e-324, 0.5, 1)),
+    "random_start": STARTS["random_start"],
     "noise": (*CHANGES["noise"], *diverging("noise", (1e6,))),
     "reinit": CHANGES["reinit"],
     "schedule": word("schedule", "constant", "cosine"),
