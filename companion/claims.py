@@ -343,8 +343,11 @@ def _digest(record: Record) -> str:
 
 
 def _by_robustness(tested: Sequence[Record], one: str, other: str) -> tuple[Record, Record] | None:
-    """Records of the less and of the more robust of two networks (by digest); None without a visible difference."""
-    for group in _grouped(tested, "network"):
+    """Records of the less and of the more robust of two networks (by digest); None without a visible difference.
+
+    On the same test images, as many as there are.
+    """
+    for group in sorted(_grouped(tested, "network"), key=lambda g: -images_of(g[0], "test")):
         found = {_digest(record): record for record in group}
         if one in found and other in found:
             a, b = found[one], found[other]

@@ -320,6 +320,9 @@ def test_estimates_are_ranked_by_visible_robustness():
     swapped = [estimated([4] * 10, network="weak"), estimated([20] * 10, network="strong")]
     assert found("upsilon-robust", *swapped, weak, strong) == ("not", ["contradicted"])
     assert found("upsilon-robust", far, near, weak, evaluated(w_2=NOISE, network="strong")) == ("not yet measured", [])
+    few = [evaluated(network="weak"), evaluated(w_2=DOWN, network="strong")]  # which would say the opposite
+    few = [{**r, "data": {"digest": "few", "test": 100}} for r in few]
+    assert found("upsilon-robust", *few, far, near, weak, strong) == ("reproduced", ["holds"])
     third = [estimated([30] * 10, network="third"), evaluated(w_2=(80, 0), network="third")]
     assert found("upsilon-robust", far, near, weak, strong, *third)[0] == "partly"
 
