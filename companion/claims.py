@@ -31,9 +31,6 @@ STATED: dict[str, Any] = {
     "sample": 0.1,
     "fraction": 0.1,
     "upsilon_from": "sample",
-    "momentum": 0,
-    "weight_decay": 0,
-    "schedule": "constant",
 }
 # What it leaves open is as the ledger has it, but for the reading of CE(f(x), f(x')), which makes a study of its own.
 STATED |= {point: values[0] for point, values in OPEN_POINTS.items() if point != "consistency"}
@@ -632,7 +629,7 @@ def details(records: Sequence[Record]) -> Any:
         parts += [f"**{number}. {claim.text}** {_verdict_text(effects, claim)}", rule(claim), _paper_text(claim)]
         heads = ["network and run", "comparison", "effect", "95 % interval", "seeds", "outcome"]
         first = counted(effects)
-        rest = [effect for effect in effects if effect not in first]
+        rest = [effect for effect in effects if not effect.full] if len(first) < len(effects) else []
         for those, title in ((first, ""), (rest, "Smaller runs, which the verdict does not count:")):
             if those:
                 parts += [title] * bool(title) + [markdown(heads, [_row(effect, claim) for effect in those]).data]

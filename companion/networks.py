@@ -52,7 +52,7 @@ class PatchResNet(nn.Module):
     """A residual network whose first pixels are patches of 4 x 4: a stem, then a block for each width.
 
     Where an image shrinks, four neighbours become one pixel of four times the channels and a 1 x 1 convolution brings
-    these to the next width: every convolution has stride 1, whose gradient a CPU computes twice as fast. Input
+    these to the next width: every convolution has stride 1, whose gradient a CPU computes faster. Input
     (b, 3, h, w) in [0, 1], h and w multiples of 2^(1 + number of widths); output logits (b, classes).
     """
 
@@ -73,7 +73,7 @@ class PatchResNet(nn.Module):
 
 
 def _normed(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
-    """norm(conv(x)). In eval mode the norm is affine and goes into the kernel: a third faster on a CPU."""
+    """norm(conv(x)). In eval mode the norm is affine and goes into the kernel, which saves passes over the images."""
     if norm.training:
         return norm(conv(x))
     assert norm.running_mean is not None and norm.running_var is not None

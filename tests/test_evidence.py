@@ -90,8 +90,7 @@ def test_the_first_attacks_are_those_of_the_tables(harder):
         assert record["metrics"][metric]["accuracy"] == scores["metrics"]["test"][metric]
 
 
-def test_autoattack_leaves_no_more_right_than_one_of_its_parts_would(harder):
-    """And it is run on the network as it is: what it leaves right was right before."""
+def test_autoattack_turns_images_and_mends_none(harder):
     settings, record = harder
     left = unpack(record["correct"]["autoattack"]["accuracy"], 6)
     (scores,) = runs.attack_each([settings], "test", notebook="table1")
