@@ -16,24 +16,11 @@ from typing import Any
 from companion import evidence
 from companion.evidence import bits, estimate_of, paper_value
 from companion.records import Record, images_of, protocol
-from companion.settings import GRIDS, METRICS, OPEN_POINTS, PAPER_NETWORKS, STAND_INS
+from companion.settings import GRIDS, METRICS, PAPER_NETWORKS, STAND_INS
 from companion.tables import HOW, markdown, short_name
 
 KINDS = ("finetune", "evaluate", "sensitivity")  # of the records that the claims are about
 CIFAR10_ONLY = ("Zhang2019Theoretically", "Chen2024Data_WRN_34_10", *STAND_INS)  # trained on nothing else
-# What the paper states: a record that differs here is of another method, and of no claim.
-STATED: dict[str, Any] = {
-    "beta": 6,
-    "gamma": 0,
-    "threat": {"p": 2, "r": "inf", "delta": 8 / 255},
-    "steps": 20,
-    "step_ratio": 1,
-    "sample": 0.1,
-    "fraction": 0.1,
-    "upsilon_from": "sample",
-}
-# What it leaves open is as the ledger has it, but for the reading of CE(f(x), f(x')), which makes a study of its own.
-STATED |= {point: values[0] for point, values in OPEN_POINTS.items() if point != "consistency"}
 VERDICTS = {
     "reproduced": "✓ reproduced",
     "partly": "◐ partly",
@@ -160,8 +147,12 @@ def used(records: Sequence[Record]) -> list[Record]:
 
 
 def _of(records: Sequence[Record], kind: str) -> list[Record]:
-    """The records of a kind that follow the method as the paper states it."""
-    return [r for r in records if r["kind"] == kind and all(r["config"].get(k, v) == v for k, v in STATED.items())]
+    """The records of a kind that follow the method as the paper states it, and as the ledger has what it leaves open.
+
+    But for the reading of CE(f(x), f(x')): each makes a study of its own.
+    """
+    those = [r for r in records if r["kind"] == kind and evidence.is_stated(r)]
+    return [r for r in those if evidence.changed(r).keys() <= {"consistency"}]
 
 
 def _grouped(records: Sequence[Record], *but: str) -> list[list[Record]]:

@@ -14,8 +14,18 @@ from typing import Any
 from companion import files
 from companion.files import one_line, verified
 from companion.records import Record, images_of, protocol, unpack
-from companion.settings import GRIDS, METRICS, OPEN_POINTS, PAPER_NETWORKS, ParameterError
+from companion.settings import CONTROLS, GRIDS, METRICS, OPEN_POINTS, PAPER_NETWORKS, ParameterError
 
+STATED: dict[str, Any] = {  # of the method, by the paper
+    "beta": 6,
+    "gamma": 0,
+    "threat": {"p": 2, "r": "inf", "delta": 8 / 255},
+    "steps": 20,
+    "step_ratio": 1,
+    "sample": 0.1,
+    "fraction": 0.1,
+    "upsilon_from": "sample",
+}
 FULL = {"train": 40_000, "val": 10_000, "test": 10_000, "epochs": 20, "batch_size": 512}  # Section 6 of the paper
 PARTS = {"test": "test images", "train": "training images"}
 
@@ -78,15 +88,24 @@ def estimate_of(per_seed: Sequence[Any]) -> Estimate:
     return Estimate(float(values.mean()), half)
 
 
+def is_stated(record: Record) -> bool:
+    """Whether a record is of the method as the paper states it."""
+    return all(record["config"].get(k, value) == value for k, value in STATED.items())
+
+
 def is_full(record: Record) -> bool:
-    """Whether a record is of the paper's whole protocol: as many images and epochs, and as large a batch."""
-    return all(known == FULL[k] for k, known in (record["data"] | record["config"]).items() if k in FULL)
+    """Whether a record is of the paper's whole protocol: its method, as many images and epochs, as large a batch."""
+    sizes = record["data"] | record["config"]
+    return is_stated(record) and all(known == FULL[k] for k, known in sizes.items() if k in FULL)
 
 
 def changed(record: Record) -> dict[str, Any]:
-    """What of the open points a fine-tuning record has otherwise than by default."""
-    usual = {point: values[0] for point, values in OPEN_POINTS.items()}
-    return {k: record["config"][k] for k, value in usual.items() if record["config"].get(k, value) != value}
+    """What of the open points, and of the controls, a fine-tuning record has otherwise than by default."""
+    config = record["config"] | {
+        "attacker": "pointwise" if record["config"]["threat"]["p"] == "inf" else "distributional"
+    }
+    usual = {point: values[0] for point, values in (OPEN_POINTS | CONTROLS).items()}
+    return {k: config[k] for k, value in usual.items() if config.get(k, value) != value}
 
 
 def columns_of(records: Sequence[Record]) -> dict[tuple[float, float], list[Record]]:
@@ -105,6 +124,7 @@ def unusual(record: Record) -> str:
     own = ("perturb", "tau", "eta", "seed", "epochs", "threat", "samples", "fraction")
     delta = record["config"]["threat"]["delta"]
     parts = [] if math.isclose(delta, 8 / 255) else [f"δ = {255 * delta:.4g}/255"]
+    parts += ["trained against the pointwise attack"] * ("attacker" in changed(record))
     parts += [f"`{k}={v}`" for k, v in record["config"].items() if k not in own and v != usual.get(k, v)]
     return "".join(f", {part}" for part in parts)
 

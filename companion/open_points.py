@@ -1,9 +1,11 @@
-"""What the paper leaves open, and how much it matters: runs in which one point differs from the default."""
+"""What the paper leaves open, and how much it matters: runs in which one point differs from the default.
+
+A control is a point that the paper does state, changed in the same way to see what it does."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +21,7 @@ from companion.evidence import (
     paper_value,
 )
 from companion.records import Record, images_of, protocol
-from companion.settings import GRIDS, METRICS, OPEN_POINTS
+from companion.settings import CONTROLS, GRIDS, METRICS, OPEN_POINTS
 from companion.tables import HOW, markdown, short_name
 
 READINGS = OPEN_POINTS["consistency"]
@@ -28,10 +30,10 @@ PATTERNS = {how: table for table, (_, how) in sorted(GRIDS.items(), reverse=True
 
 @dataclass(frozen=True)
 class Matter:
-    """What one change of an open point does, in one column of one study.
+    """What one change of an open point or a control does, in one column of one study.
 
     Attributes:
-        point, value: the field of the configuration and what it is instead of its default.
+        point, value: which, a key of `OPEN_POINTS` or `CONTROLS`, and what it is instead of its default.
         differences: of each accuracy after fine-tuning, with it minus without it, same seeds and test images.
         seeds: the differences of the single seeds in the accuracy under W_2.
         with_it, without: the records.
@@ -48,7 +50,7 @@ class Matter:
 def matters(records: Sequence[Record]) -> list[Matter]:
     """For each column of each study and each single change in it: the differences that it makes."""
     found = []
-    for group in _grouped(records, *OPEN_POINTS):
+    for group in _grouped(records):
         without = {r["config"]["seed"]: r for r in group if not changed(r)}
         alone: dict[tuple[str, Any], dict[int, Record]] = {}
         for record in group:
@@ -63,28 +65,25 @@ def matters(records: Sequence[Record]) -> list[Matter]:
                 differences = {m: estimate_of(values) for m, values in each.items()}
                 records_of = (tuple(r[s] for s in seeds) for r in (with_it, without))
                 found.append(Matter(point, value, differences, single, *records_of))
-    order = list(OPEN_POINTS)
+    order = [*OPEN_POINTS, *CONTROLS]
     return sorted(found, key=lambda matter: order.index(matter.point))
 
 
-def _grouped(records: Sequence[Record], *but: str) -> list[list[Record]]:
-    """Groups that differ in the seed and in the fields named alone."""
+def _grouped(records: Sequence[Record]) -> list[list[Record]]:
+    """Groups that differ in the seed, the open points and the controls alone."""
     groups: dict[str, list[Record]] = {}
     for record in records:
-        config = {k: v for k, v in record["config"].items() if k not in but}
+        config = {k: v for k, v in record["config"].items() if k not in OPEN_POINTS}
+        config["threat"] = {k: v for k, v in config["threat"].items() if k != "p"}
         column = f"{config['tau']:g} {config['eta']:g}"
         groups.setdefault(protocol({**record, "config": config}) + column, []).append(record)
     return list(groups.values())
 
 
-def matters_table(records: Sequence[Record], but: Sequence[str] = ()) -> Any:
-    """One row for each change of an open point: what it does to the three accuracies after fine-tuning.
-
-    Args:
-        but: points to leave out.
-    """
+def matters_table(records: Sequence[Record], points: Collection[str] = (*OPEN_POINTS, *CONTROLS)) -> Any:
+    """One row for each change of one of the points: what it does to the three accuracies after fine-tuning."""
     lines = []
-    for matter in (m for m in matters(records) if m.point not in but):
+    for matter in (m for m in matters(records) if m.point in points):
         one = matter.with_it[0]
         seeds = f"{len(matter.seeds)}"
         if len(matter.seeds) > 1:

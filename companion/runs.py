@@ -37,6 +37,7 @@ from companion.records import (
     write_record,
 )
 from companion.settings import (
+    CONTROLS,
     METRICS,
     NOTEBOOKS,
     OPEN_POINTS,
@@ -246,22 +247,27 @@ def finetune_grid(
 
 
 def change_point(settings: Settings, *, notebook: str) -> list[Record]:
-    """Two records: of the column of the settings as it is, and with one of the `OPEN_POINTS` changed.
+    """Two records: of the column of the settings as it is, and with one of the `OPEN_POINTS` or `CONTROLS` changed.
 
     The whole network is fine-tuned, but for "reinit", which is about the last layer alone. Arguments and errors are
     those of `finetune_grid`.
     """
-    usual = OPEN_POINTS[settings.point][0]
+    from wdat_core import Threat
+
+    usual = (OPEN_POINTS | CONTROLS)[settings.point][0]
     perturb = "last_layer" if settings.point == "reinit" else "whole"
     value = float(settings.value) if isinstance(usual, float) else settings.value
     values = [usual] if value == usual else [usual, value]
-    return [
-        record
-        for one in values
-        for record in finetune_grid(
-            dataclasses.replace(settings, value=one), perturb, notebook=notebook, **{settings.point: one}
+    threats = {"distributional": 2.0, "pointwise": math.inf}
+    records = []
+    for one in values:
+        changes = (
+            {"threat": Threat(p=threats[one], delta=float(settings.delta))}
+            if settings.point == "attacker"
+            else {settings.point: one}
         )
-    ]
+        records += finetune_grid(dataclasses.replace(settings, value=one), perturb, notebook=notebook, **changes)
+    return records
 
 
 def _along(on: Bench, model: nn.Module) -> dict[str, float]:

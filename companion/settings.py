@@ -40,6 +40,7 @@ OPEN_POINTS: dict[str, tuple[Any, ...]] = {  # what the paper leaves open: a fie
     "schedule": ("constant", "cosine"),
     "first_upsilon": ("sample", "full"),
 }
+CONTROLS = {"attacker": ("distributional", "pointwise")}  # what the paper says, changed to see what it does
 GRIDS = {  # the tables of (tau, eta): whose network of the paper, and how it is perturbed first
     3: ("Zhang2019Theoretically", "last_layer"),
     4: ("Zhang2019Theoretically", "whole"),
@@ -243,10 +244,11 @@ class Settings:
             )
 
     def _check_point(self) -> None:
-        _check("point", self.point, str, choices=tuple(OPEN_POINTS))
-        usual = OPEN_POINTS[self.point][0]
+        points: dict[str, tuple[Any, ...]] = OPEN_POINTS | CONTROLS
+        _check("point", self.point, str, choices=tuple(points))
+        usual = points[self.point][0]
         if isinstance(usual, str):
-            _check("value", self.value, str, choices=OPEN_POINTS[self.point])
+            _check("value", self.value, str, choices=points[self.point])
         elif isinstance(usual, bool):
             if not isinstance(self.value, bool):
                 raise ParameterError(f"value must be True or False for {self.point}, not {self.value!r}")

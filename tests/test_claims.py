@@ -11,11 +11,10 @@ import pytest
 import torch
 
 import wdat_core
-from companion import claims, files
+from companion import claims, evidence, files
 from companion.claims import (
     CLAIMS,
     OUTCOMES,
-    STATED,
     VERDICTS,
     Effect,
     median_interval,
@@ -191,10 +190,10 @@ def test_interval_of_a_median_is_the_narrowest_of_95_per_cent(n):
 
 def test_stated_values_are_those_of_the_method():
     usual = plain(dataclasses.asdict(wdat_core.FinetuneConfig()))
-    assert {name: value for name, value in STATED.items() if name != "fraction"} == {
-        name: usual[name] for name in STATED if name != "fraction"
+    assert {name: value for name, value in evidence.STATED.items() if name != "fraction"} == {
+        name: usual[name] for name in evidence.STATED if name != "fraction"
     }
-    assert STATED["fraction"] == STATED["sample"]
+    assert evidence.STATED["fraction"] == evidence.STATED["sample"]
 
 
 @pytest.mark.parametrize(

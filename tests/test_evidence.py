@@ -3,6 +3,8 @@
 import dataclasses
 import math
 
+import numpy as np
+import pyautoattack
 import pytest
 import torch
 import torch.nn.functional as F
@@ -61,10 +63,20 @@ def test_every_stand_in_has_weights_and_a_record(name, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class Brief(pyautoattack.AutoAttack):
+    """AutoAttack with fewer queries and target classes: what is tested here is what we do with it."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.square.n_queries = 50
+        self.fab.n_target_classes = self.apgd_targeted.n_target_classes = 1
+
+
 @pytest.fixture(scope="module")
 def harder(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setattr(files, "RUNS", tmp_path_factory.mktemp("runs"))
+    patch.setattr(pyautoattack, "AutoAttack", Brief)
     settings = Settings(network="small_trades", autoattack=6, **SMALL | {"steps": 20}).resolved()
     yield settings, runs.attack_harder(settings, notebook="stronger")
     patch.undo()
@@ -158,8 +170,26 @@ def test_the_whole_protocol_is_all_of_it():
     assert evidence.is_full(record)
     for part, name, value in (("data", "train", 39_999), ("data", "test", 1000), ("config", "epochs", 19)):
         assert not evidence.is_full({**record, part: {**record[part], name: value}})
+    for changes in ({"beta": 1.0}, {"steps": 40}, {"upsilon_from": "batch"}, {"threat": Threat(p=math.inf)}):
+        assert not evidence.is_full(made(**changes))
     assert evidence.is_full({"data": {"test": 10_000}, "config": {"batch_size": 512}})
     assert not evidence.is_full({"data": {"test": 10_000}, "config": {"batch_size": 256}})
+
+
+def test_intervals_are_those_of_a_bootstrap_over_images():
+    """Of what is recorded: the ends agree, up to one image and what 20,000 resamples leave to chance."""
+    generator, compared = np.random.default_rng(0), 0
+    for record in read_records(kind="finetune"):
+        for metric in METRICS:
+            differences = evidence.bits(record, "after", metric) - evidence.bits(record, "before", metric)
+            values, counts = np.unique(differences, return_counts=True)
+            n = len(differences)
+            means = 100 * generator.multinomial(n, counts / n, 20_000) @ values / n
+            change = evidence.change([record], metric)
+            ends = (change.value - change.half, change.value + change.half)
+            assert np.percentile(means, (2.5, 97.5)) == pytest.approx(ends, abs=100 / n + 0.04 * change.half)
+            compared += 1
+    assert compared > 50
 
 
 def test_grids_begin_with_the_whole_protocol_and_leave_changed_points_out():
@@ -189,6 +219,18 @@ def test_the_ledger_quotes_the_longest_runs():
     short = [{**r, "data": {**r["data"], "train": 1000}} for r in short]
     assert open_points.how_much([*short, made(0), made(2, noise=0.05)], "noise").startswith("`0.05`: W₂ +2.00")
     assert open_points.how_much(short, "noise").startswith("`0.05`: W₂ -8.00")
+
+
+def test_training_against_the_pointwise_attack_is_a_control_and_counts_as_nothing_else():
+    without, with_it = made(3), made(1, threat=Threat(p=math.inf))
+    (matter,) = open_points.matters([without, with_it])
+    assert (matter.point, matter.value) == ("attacker", "pointwise")
+    assert matter.differences["w_2"].value == pytest.approx(-2)
+    assert "`attacker=pointwise`" in open_points.matters_table([without, with_it], ["attacker"]).data
+    assert "nothing is recorded" in open_points.matters_table([without, with_it], ["noise"]).data
+    assert evidence.grids("whole", [without, with_it]) == [[without]]
+    assert "trained against the pointwise attack" in evidence.unusual(with_it)
+    assert evidence.unusual(without) == ""
 
 
 def test_images_of_table_2_are_told_by_the_order_of_the_attacks():
@@ -244,6 +286,7 @@ def test_open_points_are_fields_with_these_defaults():
     ("point", "value", "message"),
     [
         ("nois", 0.1, "point must be one of consistency, "),
+        ("attacker", "none", "value must be one of distributional, pointwise, not 'none'"),
         ("noise", "much", "value must be a number, not 'much'"),
         ("noise", -0.1, "value must be at least 0"),
         ("momentum", 1, "value must be at least 0 and at most 1, not 1"),
@@ -263,6 +306,12 @@ def test_a_point_is_changed_and_nothing_else(harder):
     assert differ == {"augment"} and without["correct"]["after"] != with_it["correct"]["after"]
     assert "-p point augment -p value False" in with_it["command"]
     assert (files.RUNS / record_name(with_it)).exists()
+    _, control = runs.change_point(
+        dataclasses.replace(settings, point="attacker", value="pointwise"), notebook="open_points"
+    )
+    differ = {k for k in without["config"] if without["config"][k] != control["config"][k]}
+    assert differ == {"threat"} and control["config"]["threat"]["p"] == "inf"
+    assert parse_record((files.RUNS / record_name(control)).read_bytes()) == control
     (last, _) = runs.change_point(dataclasses.replace(settings, point="reinit", value="xavier"), notebook="open_points")
     assert last["config"]["perturb"] == "last_layer"
 
