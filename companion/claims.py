@@ -78,6 +78,7 @@ class Claim:
         side: where of `line` the claim says an effect is: "above", "below", "not above" or "not below".
         line: 0, or a threshold of our own.
         note: what else a reader must know of the rule.
+        why: where it does not hold everywhere, why that might be: a conjecture, but for what it refers to.
     """
 
     key: str
@@ -91,6 +92,7 @@ class Claim:
     side: str = "above"
     line: float = 0.0
     note: str = ""
+    why: str = ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -451,6 +453,12 @@ CHANGE = (
     " accuracy on validation images"
 )
 WIDE = "An interval that is wide upholds it too."
+TO_GAIN = (
+    "Accuracy under W₂ cannot exceed that under W∞, whose ball is a part of its own: the gap between the two is what"
+    " there is to win without growing stronger under the pointwise attack as well. By [Table 1](table1.ipynb) it is"
+    " wide in the paper's networks, narrower in stand-ins pre-trained with TRADES, and narrowest in the one pre-trained"
+    " with PGD."
+)
 CLAIMS = (
     Claim(
         "whole-w2",
@@ -460,6 +468,7 @@ CLAIMS = (
         POINTS,
         **_both(changes, paper_changes, metrics=("w_2",), perturb="whole"),
         commands=(_run("table4"),),
+        why=TO_GAIN,
     ),
     Claim(
         "whole-worth",
@@ -469,6 +478,7 @@ CLAIMS = (
         POINTS,
         **_both(changes, paper_changes, metrics=("w_2", "w_inf"), perturb="whole"),
         commands=(_run("table4"),),
+        why=TO_GAIN,
     ),
     Claim(
         "whole-winf",
@@ -478,6 +488,9 @@ CLAIMS = (
         POINTS,
         **_both(changes, paper_changes, metrics=("w_inf",), perturb="whole", only=CIFAR10_ONLY),
         commands=(_run("table4"),),
+        why="If [Table 2](table2.ipynb) is of training images, as its W∞ column suggests, the paper's networks fit"
+        " those far better than others, and further training with new attacked images may win some of that back. The"
+        " stand-ins fit both nearly alike.",
     ),
     Claim(
         "last-layer",
@@ -498,6 +511,8 @@ CLAIMS = (
         POINTS,
         **_both(contrasts, paper_contrasts, pairs=ETA_PAIRS),
         commands=(_run("table3"), _run("table4")),
+        why="η decides how much the samples' scatter in Υ reaches the budget of a batch. Hundreds of minibatches"
+        " average over that scatter, whatever η is.",
     ),
     Claim(
         "tau-whole",
@@ -525,6 +540,7 @@ CLAIMS = (
         POINTS,
         **_both(changes, paper_changes, metrics=("w_2",)),
         commands=(_run("table3"), _run("table4")),
+        why=TO_GAIN,
     ),
     Claim(
         "budget-strong",
@@ -534,6 +550,10 @@ CLAIMS = (
         POINTS,
         **_both(gaps, paper_gaps, weaker="w_inf", stronger="budget"),
         commands=(_run("table2"),),
+        why="W-PGD-budget splits one budget over the batches by their share of Υ. Where a few images with nearly tied"
+        " logits make up most of Υ, their batches have most of the budget and waste it, and the attack on all the"
+        " others is weak. The fewer images there are, the more one of them can weigh. The paper may have attacked"
+        " training images, as [the ledger](../ledger.md) says.",
     ),
     Claim(
         "budget-slight",
@@ -558,6 +578,8 @@ CLAIMS = (
         side="below",
         line=10.0,
         note="The paper gives no number for close; the 10 % are ours.",
+        why="ReDLR divides by a difference of two logits, and where these nearly tie its gradient has no bound: a few"
+        " images make up most of Υ, and a tenth of all the images has them or has not.",
     ),
     Claim(
         "upsilon-robust",
@@ -569,6 +591,8 @@ CLAIMS = (
         effects=ranking,
         paper=nothing_printed,
         commands=(f"{_run('table1')} -p preset paper", f"{_run('figure7_1')} -p preset paper"),
+        why="Ten draws tell the errors of two networks apart only where one is far larger; most comparisons that do"
+        " not hold are not visible rather than contradicted.",
     ),
     Claim(
         "upsilon-volatile",
@@ -581,6 +605,8 @@ CLAIMS = (
         commands=(_run("figure7_4"),),
         line=10.0,
         note="The paper gives no number for volatile; the 10 % are ours. The interval takes changes as independent.",
+        why="The threshold is ours, and a median passes over the few great jumps that make a curve look volatile"
+        " ([Figure 7.4](figure7_4.ipynb)).",
     ),
 )
 
@@ -611,7 +637,8 @@ def overview(records: Sequence[Record]) -> Any:
 
 
 def details(records: Sequence[Record]) -> Any:
-    """For each claim, as Markdown: its rule, the paper's numbers, and every effect with its interval and outcome."""
+    """For each claim, as Markdown: its rule, the paper's numbers, every effect with its interval and outcome, and where
+    it does not hold everywhere, why that might be."""
     from IPython.display import Markdown
 
     parts = []
@@ -624,6 +651,8 @@ def details(records: Sequence[Record]) -> Any:
         for those, title in ((first, ""), (rest, "Smaller runs, which the verdict does not count:")):
             if those:
                 parts += [title] * bool(title) + [markdown(heads, [_row(effect, claim) for effect in those]).data]
+        if claim.why and verdict(effects, claim) in ("partly", "not"):
+            parts.append(f"*Why it might be:* {claim.why}")
     return Markdown("\n\n".join(parts))
 
 

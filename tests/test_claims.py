@@ -401,7 +401,10 @@ def test_every_effect_has_a_row_with_its_interval_seeds_and_outcome():
 def test_committed_records_make_a_page_on_which_stand_ins_bear_their_own_names():
     records = [record for kind in claims.KINDS for record in read_records(kind=kind)]
     assert claims.overview(records).data.count("\n") == len(CLAIMS) + 1
+    page = claims.details(records).data
     for claim in CLAIMS:
+        found = verdict(claim.effects(records), claim)
+        assert found not in ("partly", "not") or (claim.why and claim.why in page), f"{claim.key} needs a why"
         for effect in claim.effects(records):
             names = {record["network"]["name"] for record in effect.records}
             words = f"{effect.study} {effect.comparison}"
