@@ -73,13 +73,13 @@ def plot_protocol(records: Sequence[Record]) -> Figure:
             value, base = paper_value(table, GRIDS[table][0], metric, tau, eta), paper_value(1, GRIDS[table][0], metric)
             assert value is not None and base is not None
             label = f"{short_name(GRIDS[table][0])} (paper)" if place == places[taken[0]] else None
-            axis.plot(value - base, place + 0.25, "D", color=PAPER, markersize=6, label=label)
+            axis.plot(value - base, place + 0.2, "D", color=PAPER, markersize=6, label=label)
         for i, (name, columns) in enumerate(groups):
             (colour, marker), label = STUDIES[i % len(STUDIES)], name
             for column, seeds in columns.items():
                 if column not in places:
                     continue
-                mean, place = change(seeds, metric), places[column] + 0.1 - 0.15 * i
+                mean, place = change(seeds, metric), places[column] - 0.2 * i
                 axis.errorbar(
                     mean.value,
                     place,
@@ -97,6 +97,7 @@ def plot_protocol(records: Sequence[Record]) -> Figure:
         axis.axvline(0, color="black", linewidth=1)
         axis.set_title(f"{METRICS[metric]} accuracy")
         axis.set_xlabel("change, percentage points")
+        axis.set_ylim(min(places.values()) - 0.5, max(places.values()) + 0.5)
         axis.set_yticks(list(places.values()), [f"{HOW[how]}\nτ = {tau:g}, η = {eta:g}" for how, tau, eta in places])
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
