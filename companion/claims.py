@@ -502,6 +502,8 @@ CLAIMS = (
         commands=(_run("table3"),),
         side="not above",
         note=WIDE,
+        why="Where it gains, it loses clean accuracy ([Table 3](table3.ipynb)): the one is traded for the"
+        " other, and a last layer alone can do that. A network whose pre-training left that trade open has it to make.",
     ),
     Claim(
         "eta",
