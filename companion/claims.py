@@ -454,10 +454,10 @@ CHANGE = (
 )
 WIDE = "An interval that is wide upholds it too."
 TO_GAIN = (
-    "Accuracy under W₂ cannot exceed that under W∞, whose ball is a part of its own: the gap between the two is what"
-    " there is to win without growing stronger under the pointwise attack as well. By [Table 1](table1.ipynb) it is"
-    " wide in the paper's networks, narrower in stand-ins pre-trained with TRADES, and narrowest in the one pre-trained"
-    " with PGD."
+    "Under the best attacks accuracy under W₂ cannot exceed that under W∞, whose ball is a part of its own: the gap"
+    " between the two is what there is to win without growing stronger under the pointwise attack as well. By"
+    " [Table 1](table1.ipynb) it is wide in the paper's networks, narrower in stand-ins pre-trained with TRADES, and"
+    " narrowest in the one pre-trained with PGD."
 )
 CLAIMS = (
     Claim(
@@ -513,8 +513,8 @@ CLAIMS = (
         POINTS,
         **_both(contrasts, paper_contrasts, pairs=ETA_PAIRS),
         commands=(_run("table3"), _run("table4")),
-        why="η decides how much the samples' scatter in Υ reaches the budget of a batch. Hundreds of minibatches"
-        " average over that scatter, whatever η is.",
+        why="η changes the budget of each batch and nothing else. Where training against the distributional attacker"
+        " has little to win (claim 1), how its budget is found can matter little.",
     ),
     Claim(
         "tau-whole",
@@ -554,8 +554,8 @@ CLAIMS = (
         commands=(_run("table2"),),
         why="W-PGD-budget splits one budget over the batches by their share of Υ. Where a few images with nearly tied"
         " logits make up most of Υ, their batches have most of the budget and waste it, and the attack on all the"
-        " others is weak. The fewer images there are, the more one of them can weigh. The paper may have attacked"
-        " training images, as [the ledger](../ledger.md) says.",
+        " others is weak. Whether a set has such images is chance. The paper may have attacked training images, as"
+        " [the ledger](../ledger.md) says.",
     ),
     Claim(
         "budget-slight",
@@ -593,8 +593,7 @@ CLAIMS = (
         effects=ranking,
         paper=nothing_printed,
         commands=(f"{_run('table1')} -p preset paper", f"{_run('figure7_1')} -p preset paper"),
-        why="Ten draws tell the errors of two networks apart only where one is far larger; most comparisons that do"
-        " not hold are not visible rather than contradicted.",
+        why="Ten draws tell the errors of two networks apart only where one is far larger.",
     ),
     Claim(
         "upsilon-volatile",

@@ -258,14 +258,10 @@ def change_point(settings: Settings, *, notebook: str) -> list[Record]:
     perturb = "last_layer" if settings.point == "reinit" else "whole"
     value = float(settings.value) if isinstance(usual, float) else settings.value
     values = [usual] if value == usual else [usual, value]
-    threats = {"distributional": 2.0, "pointwise": math.inf}
     records = []
     for one in values:
-        changes = (
-            {"threat": Threat(p=threats[one], delta=float(settings.delta))}
-            if settings.point == "attacker"
-            else {settings.point: one}
-        )
+        threat = Threat(p=math.inf if one == "pointwise" else 2, delta=float(settings.delta))
+        changes = {settings.point: one} if settings.point in OPEN_POINTS else {"threat": threat}
         records += finetune_grid(dataclasses.replace(settings, value=one), perturb, notebook=notebook, **changes)
     return records
 
