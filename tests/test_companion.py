@@ -2,6 +2,7 @@
 
 import json
 import math
+import runpy
 import string
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import urllib.request
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from companion import evidence, files, networks, runs
 from companion.data import cifar10, embedded, floats, load_data
@@ -511,6 +513,12 @@ def test_readme_quotes_the_whole_protocol_from_the_records():
         assert f"{words} {column}" in text
     measured = sum(map(len, full.values()))
     assert (measured < 2 * 8) == ("Columns without a point are not yet measured" in text)
+
+
+def test_readme_picture_is_of_the_records():
+    source = runpy.run_path(str(files.ASSETS / "make_picture.py"))["source"]
+    with Image.open(files.ASSETS / "protocol.png") as picture:
+        assert picture.text["Description"] == source, "draw it again: python assets/make_picture.py"
 
 
 def test_every_promise_names_tests_that_exist():
