@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import html
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from companion.evidence import (
@@ -248,11 +250,11 @@ def stronger_table(records: Sequence[Record], recorded: Sequence[Record]) -> Any
             for i, after in enumerate(tuned, 1):
                 parts.append(f"fine-tuned {i}: {after['network']['source']}")
                 heads += [f"fine-tuned {i}", "change"]
-            for key, label in _attacks(before).items():
-                cells = [label, accuracy([before], key, "accuracy").text()]
+            for label, bits_of in _attacks(before).items():
+                cells = [label, estimate_of([bits_of(before)]).text()]
                 for after in tuned:
-                    difference = bits(after, key, "accuracy") - bits(before, key, "accuracy")
-                    cells += [accuracy([after], key, "accuracy").text(), estimate_of([difference]).text(signed=True)]
+                    difference = bits_of(after) - bits_of(before)
+                    cells += [estimate_of([bits_of(after)]).text(), estimate_of([difference]).text(signed=True)]
                 lines.append(cells)
             parts.append(markdown(heads, lines).data)
     return Markdown("\n\n".join(parts) or "Nothing is recorded yet.")
@@ -262,11 +264,28 @@ def _same_test(one: Record, other: Record) -> bool:
     return one["data"] == other["data"] and one["config"] == other["config"]
 
 
-def _attacks(record: Record) -> dict[str, str]:
-    """The attacks of a record of kind "stronger", and how they are called."""
-    labels = {name: attack.words(record["config"]["steps"]) for name, attack in STRONGER.items()}
-    few = record["data"].get("autoattack")
-    return labels | ({"autoattack": f"W∞, AutoAttack, the first {few:,} images"} if few else {})
+def _attacks(record: Record) -> dict[str, Callable[[Record], Any]]:
+    """The attacks of a record of kind "stronger" in words, and of each which images it leaves right.
+
+    Last of each kind stands the one that leaves fewest, for each network its own; of all the test images.
+    """
+    found: dict[str, Callable[[Record], Any]] = {}
+    for p, kind in ((2, "W₂"), (math.inf, "W∞")):
+        names = [name for name, attack in STRONGER.items() if attack.p == p]
+        words = (STRONGER[name].words(record["config"]["steps"]) for name in names)
+        found |= dict(zip(words, map(_left_by, names), strict=True))
+        found[f"{kind}, the strongest of these"] = functools.partial(_fewest_left, names=names)
+    if few := record["data"].get("autoattack"):
+        found[f"W∞, AutoAttack, the first {few:,} images"] = _left_by("autoattack")
+    return found
+
+
+def _left_by(name: str) -> Callable[[Record], Any]:
+    return functools.partial(bits, when=name, metric="accuracy")
+
+
+def _fewest_left(record: Record, names: Sequence[str]) -> Any:
+    return min((_left_by(name)(record) for name in names), key=sum)
 
 
 def along_table(what: str, recorded: Sequence[Record]) -> Any:

@@ -129,6 +129,11 @@ def test_a_fine_tuned_network_stands_beside_what_it_came_from(harder):
     gain = 100 * (1 - before["metrics"]["w_2"]["accuracy"])
     (row,) = [line for line in text.splitlines() if STRONGER["w_2"].words(20) + " |" in line]
     assert "100.00" in row and f"{gain:+.2f}" in row and "fine-tuned 1: made up" in text
+    # All the other attacks are as strong as before, and the strongest of them is none the weaker.
+    (row,) = [line for line in text.splitlines() if "W₂, the strongest" in line]
+    lowest = min(before["metrics"][k]["accuracy"] for k, attack in STRONGER.items() if attack.p == 2 and k != "w_2")
+    assert lowest < before["metrics"]["w_2"]["accuracy"]
+    assert row.count(f"{100 * lowest:.2f}") == 2 and "+0.00" in row
     other = {**after, "data": {**after["data"], "digest": "other images"}}
     assert "fine-tuned" not in tables.stronger_table([], [before, other]).data
 
