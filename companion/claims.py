@@ -490,7 +490,8 @@ CLAIMS = (
         commands=(_run("table4"),),
         why="If [Table 2](table2.ipynb) is of training images, as its W∞ column suggests, the paper's networks fit"
         " those far better than others, and further training with new attacked images may win some of that back. The"
-        " stand-ins fit both nearly alike.",
+        " stand-ins fit both nearly alike. Nor is the pointwise attack of the tables the strongest: "
+        "[Stronger attacks](stronger.ipynb) has the change under others.",
     ),
     Claim(
         "last-layer",

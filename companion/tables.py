@@ -244,6 +244,7 @@ def stronger_table(records: Sequence[Record], recorded: Sequence[Record]) -> Any
         for before in given:
             name = before["network"]["name"]
             tuned = [r for r in those if r["network"]["name"] == name + FINETUNED and _same_test(r, before)]
+            tuned.sort(key=lambda r: r["network"]["source"], reverse=True)  # the whole network before the last layer
             n = before["data"]["test"]
             parts.append(f"**{short_name(name)}**, {source}: {n:,} test images, {before['data']['source']}")
             heads, lines = ["attack", "as given"], []

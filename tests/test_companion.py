@@ -22,7 +22,7 @@ from companion.plots import plot_changes
 from companion.promises import promises, promises_table
 from companion.records import LATER, pack, read_records, recorded_like, unpack, write_record
 from companion.runs import finetune_grid, pick_device
-from companion.settings import GRIDS, METRICS, PAPER_NETWORKS, PRESETS, ParameterError, Settings
+from companion.settings import GRIDS, METRICS, PAPER_NETWORKS, PRESETS, STRONGER, ParameterError, Settings
 from companion.tables import compare, describe, grid_table
 from wdat_core import Scores
 
@@ -513,6 +513,20 @@ def test_readme_quotes_the_whole_protocol_from_the_records():
         assert f"{words} {column}" in text
     measured = sum(map(len, full.values()))
     assert (measured < 2 * 8) == ("Columns without a point are not yet measured" in text)
+
+
+def test_readme_quotes_the_strongest_attacks_from_the_records():
+    attacks = [name for name, attack in STRONGER.items() if attack.p == 2]
+    changes = []
+    for name in ("small_trades", "small_pgd"):
+        records = {r["network"]["source"]: r for r in read_records(kind="stronger") if name in r["network"]["name"]}
+        (before,) = (r for r in records.values() if r["network"]["name"] == name)
+        (after,) = (r for source, r in records.items() if "whole, tau 0.01, eta 1, 40000 images, 20 epochs" in source)
+        left = [min((evidence.bits(r, a, "accuracy") for a in attacks), key=sum) for r in (after, before)]
+        changes.append(evidence.estimate_of([left[0] - left[1]]).text(signed=True).replace("\u00a0", " "))
+    text = " ".join((files.ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"the strongest of six distributional attacks these changes are {changes[0]} and {changes[1]}:" in text
+    assert len(attacks) == 6
 
 
 def test_readme_picture_is_of_the_records():
