@@ -254,14 +254,14 @@ def change_point(settings: Settings, *, notebook: str) -> list[Record]:
     """
     from wdat_core import Threat
 
+    pointwise = {"threat": Threat(p=math.inf, delta=float(settings.delta))}
     usual = (OPEN_POINTS | CONTROLS)[settings.point][0]
     perturb = "last_layer" if settings.point == "reinit" else "whole"
     value = float(settings.value) if isinstance(usual, float) else settings.value
     values = [usual] if value == usual else [usual, value]
     records = []
     for one in values:
-        threat = Threat(p=math.inf if one == "pointwise" else 2, delta=float(settings.delta))
-        changes = {settings.point: one} if settings.point in OPEN_POINTS else {"threat": threat}
+        changes = {settings.point: one} if settings.point in OPEN_POINTS else pointwise if one == "pointwise" else {}
         records += finetune_grid(dataclasses.replace(settings, value=one), perturb, notebook=notebook, **changes)
     return records
 

@@ -311,9 +311,10 @@ def test_a_point_is_changed_and_nothing_else(harder):
     assert differ == {"augment"} and without["correct"]["after"] != with_it["correct"]["after"]
     assert "-p point augment -p value False" in with_it["command"]
     assert (files.RUNS / record_name(with_it)).exists()
-    _, control = runs.change_point(
+    usual, control = runs.change_point(
         dataclasses.replace(settings, point="attacker", value="pointwise"), notebook="open_points"
     )
+    assert record_name(usual) == record_name(without)  # what a control leaves as it is, is no run of its own
     differ = {k for k in without["config"] if without["config"][k] != control["config"][k]}
     assert differ == {"threat"} and control["config"]["threat"]["p"] == "inf"
     assert parse_record((files.RUNS / record_name(control)).read_bytes()) == control
