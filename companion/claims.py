@@ -678,8 +678,8 @@ def _paper_text(claim: Claim) -> str:
     if not numbers:
         return "The paper prints no number."
     values = [value for _, value in numbers]
-    spread = f"{min(values):+.2f} to {max(values):+.2f}" if len(values) > 1 else f"{values[0]:+.2f}"
-    others = [f"{what}: {value:+.2f}" for what, value in numbers if not on_claimed_side(value, claim)]
+    spread = f"{min(values):+z.2f} to {max(values):+z.2f}" if len(values) > 1 else f"{values[0]:+z.2f}"
+    others = [f"{what}: {value:+z.2f}" for what, value in numbers if not on_claimed_side(value, claim)]
     return (
         f"By the paper's own numbers it is so in {_paper_count(claim)} comparison{'s' * (len(numbers) > 1)}, {spread}"
         f"{'; not for ' * bool(others)}{'; '.join(others)}."
@@ -687,7 +687,7 @@ def _paper_text(claim: Claim) -> str:
 
 
 def _row(effect: Effect, claim: Claim) -> list[str]:
-    number = "{:.2f}" if claim.line else "{:+.2f}"  # a sign says something against 0 only
+    number = "{:.2f}" if claim.line else "{:+z.2f}"  # a sign says something against 0 only
     known = effect.low is not None and effect.high is not None
     interval = f"{number.format(effect.low)} to {number.format(effect.high)}" if known else "–"
     seeds = "–" if not effect.seeds else f"{len(effect.seeds)}"

@@ -38,7 +38,7 @@ class Estimate:
     half: float | None = None
 
     def text(self, signed: bool = False) -> str:
-        value = f"{self.value:{'+' if signed else ''}.2f}"
+        value = f"{self.value:{'+' if signed else ''}z.2f}"
         return value if self.half is None else f"{value}\u00a0±\u00a0{self.half:.2f}"  # not to be broken
 
 

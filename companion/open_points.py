@@ -87,7 +87,7 @@ def matters_table(records: Sequence[Record], points: Collection[str] = (*OPEN_PO
         one = matter.with_it[0]
         seeds = f"{len(matter.seeds)}"
         if len(matter.seeds) > 1:
-            seeds += f": {min(matter.seeds):+.2f} to {max(matter.seeds):+.2f}"
+            seeds += f": {min(matter.seeds):+z.2f} to {max(matter.seeds):+z.2f}"
         cells = [f"`{matter.point}={matter.value}`", *(matter.differences[m].text(signed=True) for m in METRICS)]
         lines.append([*cells, seeds, where(one)])
     if not lines:
@@ -114,7 +114,7 @@ def how_much(records: Sequence[Record], point: str) -> str:
     parts = []
     for value, each in by_value.items():
         values = [e.value for e in each]
-        span = each[0].text(signed=True) if len(each) == 1 else f"{min(values):+.2f} to {max(values):+.2f}"
+        span = each[0].text(signed=True) if len(each) == 1 else f"{min(values):+z.2f} to {max(values):+z.2f}"
         parts.append(f"`{value}`: W₂ {span}" + f" in {len(each)} comparisons" * (len(each) > 1))
     return "; ".join(parts) or "–"
 
@@ -187,7 +187,7 @@ def readings_table(records: Sequence[Record], metric: str = "w_2") -> Any:
         name = GRIDS[table][0]
         printed = [paper_value(table, name, metric, *c) for c in columns]
         base = paper_value(1, name, metric)
-        lines = [[f"{short_name(name)} (paper)", *(f"{v - base:+.2f}" if v and base else "–" for v in printed), "–"]]
+        lines = [[f"{short_name(name)} (paper)", *(f"{v - base:+z.2f}" if v and base else "–" for v in printed), "–"]]
         for reading, those in study.items():
             by_column, far = columns_of(those), distance(those, how)
             found = [change(by_column[c], metric).text(signed=True) if c in by_column else "–" for c in columns]

@@ -239,8 +239,8 @@ class Settings:
                 )
         if self.data != "embedded" and self.train_images + self.val_images > 50_000:  # type: ignore[operator]
             raise ParameterError(
-                f"train_images and val_images are {self.train_images} and {self.val_images}, and CIFAR-10 has 50000"
-                " training images for both together: ask for fewer of either"
+                f"train_images is {self.train_images}, {self.val_images} images are kept for validation (val_images),"
+                " and CIFAR-10 has 50000 training images for both together: ask for fewer"
             )
 
     def _check_point(self) -> None:

@@ -69,7 +69,7 @@ def best_table(records: Sequence[Record], recorded: Sequence[Record]) -> Any:
         cells = []
         for metric in METRICS:
             value, base = paper_value(5, name, metric), paper_value(1, name, metric)
-            cells.append("–" if value is None or base is None else f"{value:.2f} ({value - base:+.2f})")
+            cells.append("–" if value is None or base is None else f"{value:.2f} ({value - base:+z.2f})")
         lines.append([short_name(name), "paper", _setting(*PAPER_BEST[name]), *cells])
     for source, those in (("recorded here", recorded), ("this run", records)):
         for study in studies(those):
@@ -189,7 +189,7 @@ def verdicts(table: int, recorded: Sequence[Record]) -> Any:
         for metric in ("w_2", "w_inf"):
             paper, here = rows[metric, "paper"][column], change(records, metric)
             spread = [change([r], metric).value for r in records]
-            seeds = "1" if len(spread) == 1 else f"{len(spread)}: {min(spread):+.2f} to {max(spread):+.2f}"
+            seeds = "1" if len(spread) == 1 else f"{len(spread)}: {min(spread):+z.2f} to {max(spread):+z.2f}"
             visible = abs(here.value) > (here.half or 0) and (min(spread) > 0 or max(spread) < 0)
             cells = [f"τ = {column[0]:g}, η = {column[1]:g}", METRICS[metric]]
             cells += [paper[1].text(signed=True) if paper else "–", here.text(signed=True), seeds]

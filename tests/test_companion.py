@@ -430,6 +430,10 @@ def test_one_image_has_no_interval():
     assert accuracy([record], "after", "w_2") == Estimate(100.0, None)
 
 
+def test_a_change_that_rounds_to_nothing_has_no_minus():
+    assert [Estimate(v, None).text(signed=True) for v in (-0.004, 0.004, -0.006)] == ["+0.00", "+0.00", "-0.01"]
+
+
 def test_table_shows_paper_beside_this_run_and_an_honest_dash(run):
     records, _ = run
     table = grid_table(4, records, []).data
@@ -509,8 +513,10 @@ def test_readme_quotes_the_whole_protocol_from_the_records():
         if evidence.is_full(grid[0])
     }
     for name, words in (("small_trades", "changes by"), ("small_pgd", "pre-trained with PGD, by")):
-        column = change(full[name, "whole"][0.01, 1.0], "w_2").text(signed=True).replace("\u00a0", " ")
+        best = full[name, "whole"][0.01, 1.0]
+        column = change(best, "w_2").text(signed=True).replace("\u00a0", " ")
         assert f"{words} {column}" in text
+        assert len(best) == 3 and "each the mean over three seeds" in text
     measured = sum(map(len, full.values()))
     assert (measured < 2 * 8) == ("Columns without a point are not yet measured" in text)
 
@@ -525,7 +531,7 @@ def test_readme_quotes_the_strongest_attacks_from_the_records():
         left = [min((evidence.bits(r, a, "accuracy") for a in attacks), key=sum) for r in (after, before)]
         changes.append(evidence.estimate_of([left[0] - left[1]]).text(signed=True).replace("\u00a0", " "))
     text = " ".join((files.ROOT / "README.md").read_text(encoding="utf-8").split())
-    assert f"the strongest of six distributional attacks these changes are {changes[0]} and {changes[1]}:" in text
+    assert f"six distributional attacks the first seed's networks change by {changes[0]} and {changes[1]}:" in text
     assert len(attacks) == 6
 
 
