@@ -272,9 +272,19 @@ def test_distance_from_the_paper_is_zero_for_the_paper_s_own_changes():
         for reading, off in readings.items()
         for r in like_the_paper(off)
     ]
-    ((_, best, far),) = open_points.closest(recorded)
-    assert best == "ce" and far == {k: pytest.approx(abs(v)) for k, v in readings.items()}
+    ((how, far, best),) = open_points.closest(recorded)
+    assert (
+        how == "whole"
+        and min(far, key=far.get) == "ce"
+        and far == {k: pytest.approx(abs(v)) for k, v in readings.items()}
+    )
     assert "| `ce` |" in open_points.readings_table(recorded).data
+    assert best == dict.fromkeys(readings, True)
+    text = open_points.closest_table(recorded).data
+    assert "mean distance | 3.0 | 0.5 | 1.0 |" in text and "nearest, of 1 | 0 | 1 | 0 |" in text
+    assert "best column as in the paper, of 1 | 1 | 1 | 1 |" in text
+    level = [{**r, "correct": recorded[0]["correct"]} if r["config"]["consistency"] == "kl" else r for r in recorded]
+    assert open_points.closest(level)[0][2] == {"ce_detached": True, "ce": True, "kl": False}  # no column is best
     assert open_points.closest(recorded[:-1]) == []
 
 
