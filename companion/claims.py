@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from companion import evidence
-from companion.evidence import bits, estimate_of, paper_value
+from companion.evidence import bits, estimate_of, paper_value, span
 from companion.records import Record, images_of, protocol
 from companion.settings import GRIDS, METRICS, PAPER_NETWORKS, STAND_INS
 from companion.tables import HOW, markdown, short_name
@@ -677,12 +677,10 @@ def _paper_text(claim: Claim) -> str:
     numbers = claim.paper()
     if not numbers:
         return "The paper prints no number."
-    values = [value for _, value in numbers]
-    spread = f"{min(values):+z.2f} to {max(values):+z.2f}" if len(values) > 1 else f"{values[0]:+z.2f}"
     others = [f"{what}: {value:+z.2f}" for what, value in numbers if not on_claimed_side(value, claim)]
     return (
-        f"By the paper's own numbers it is so in {_paper_count(claim)} comparison{'s' * (len(numbers) > 1)}, {spread}"
-        f"{'; not for ' * bool(others)}{'; '.join(others)}."
+        f"By the paper's own numbers it is so in {_paper_count(claim)} comparison{'s' * (len(numbers) > 1)},"
+        f" {span([value for _, value in numbers])}{'; not for ' * bool(others)}{'; '.join(others)}."
     )
 
 

@@ -42,6 +42,11 @@ class Estimate:
         return value if self.half is None else f"{value}\u00a0±\u00a0{self.half:.2f}"  # not to be broken
 
 
+def span(values: Sequence[float]) -> str:
+    """Signed numbers in points, from the lowest to the highest; one alone where there is one."""
+    return " to ".join(f"{value:+z.2f}" for value in (min(values), max(values))[: len(values)])
+
+
 def paper_value(
     table: int, network: str, metric: str, tau: float | None = None, eta: float | None = None
 ) -> float | None:

@@ -19,6 +19,7 @@ from companion.evidence import (
     estimate_of,
     is_full,
     paper_value,
+    span,
 )
 from companion.records import Record, images_of, protocol
 from companion.settings import CONTROLS, GRIDS, METRICS, OPEN_POINTS
@@ -87,7 +88,7 @@ def matters_table(records: Sequence[Record], points: Collection[str] = (*OPEN_PO
         one = matter.with_it[0]
         seeds = f"{len(matter.seeds)}"
         if len(matter.seeds) > 1:
-            seeds += f": {min(matter.seeds):+z.2f} to {max(matter.seeds):+z.2f}"
+            seeds += f": {span(matter.seeds)}"
         cells = [f"`{matter.point}={matter.value}`", *(matter.differences[m].text(signed=True) for m in METRICS)]
         lines.append([*cells, seeds, where(one)])
     if not lines:
@@ -113,9 +114,8 @@ def how_much(records: Sequence[Record], point: str) -> str:
             by_value.setdefault(matter.value, []).append(matter.differences["w_2"])
     parts = []
     for value, each in by_value.items():
-        values = [e.value for e in each]
-        span = each[0].text(signed=True) if len(each) == 1 else f"{min(values):+z.2f} to {max(values):+z.2f}"
-        parts.append(f"`{value}`: W₂ {span}" + f" in {len(each)} comparisons" * (len(each) > 1))
+        change_of = each[0].text(signed=True) if len(each) == 1 else span([e.value for e in each])
+        parts.append(f"`{value}`: W₂ {change_of}" + f" in {len(each)} comparisons" * (len(each) > 1))
     return "; ".join(parts) or "–"
 
 
@@ -206,10 +206,8 @@ def closest(records: Sequence[Record]) -> list[tuple[str, dict[str, float], dict
         far = {reading: d for reading, those in study.items() if (d := distance(those, how)) is not None}
         if len(far) == len(READINGS):
             table = PATTERNS[how]
-            best = max(
-                columns_of(study[READINGS[0]]), key=lambda c: paper_value(table, GRIDS[table][0], "w_2", *c) or 0
-            )
             gains = {r: {c: change(one, "w_2").value for c, one in columns_of(study[r]).items()} for r in READINGS}
+            best = max(gains[READINGS[0]], key=lambda c: paper_value(table, GRIDS[table][0], "w_2", *c) or 0)
             same = {r: all(by[best] > gain for c, gain in by.items() if c != best) for r, by in gains.items()}
             found.append((how, far, same))
     return found

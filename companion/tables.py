@@ -21,6 +21,7 @@ from companion.evidence import (
     paper_value,
     relative_errors,
     settings_of,
+    span,
     studies,
     table_rows,
     unusual,
@@ -189,7 +190,7 @@ def verdicts(table: int, recorded: Sequence[Record]) -> Any:
         for metric in ("w_2", "w_inf"):
             paper, here = rows[metric, "paper"][column], change(records, metric)
             spread = [change([r], metric).value for r in records]
-            seeds = "1" if len(spread) == 1 else f"{len(spread)}: {min(spread):+z.2f} to {max(spread):+z.2f}"
+            seeds = "1" if len(spread) == 1 else f"{len(spread)}: {span(spread)}"
             visible = abs(here.value) > (here.half or 0) and (min(spread) > 0 or max(spread) < 0)
             cells = [f"τ = {column[0]:g}, η = {column[1]:g}", METRICS[metric]]
             cells += [paper[1].text(signed=True) if paper else "–", here.text(signed=True), seeds]

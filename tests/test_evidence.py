@@ -273,11 +273,7 @@ def test_distance_from_the_paper_is_zero_for_the_paper_s_own_changes():
         for r in like_the_paper(off)
     ]
     ((how, far, best),) = open_points.closest(recorded)
-    assert (
-        how == "whole"
-        and min(far, key=far.get) == "ce"
-        and far == {k: pytest.approx(abs(v)) for k, v in readings.items()}
-    )
+    assert how == "whole" and far == {k: pytest.approx(abs(v)) for k, v in readings.items()}
     assert "| `ce` |" in open_points.readings_table(recorded).data
     assert best == dict.fromkeys(readings, True)
     text = open_points.closest_table(recorded).data
