@@ -1,4 +1,4 @@
-"""Every run of the suite draws the same examples on one thread, faster for small networks, and builds the book once."""
+"""Every run of the suite draws the same examples, and builds the book once."""
 
 import shutil
 import subprocess
@@ -6,7 +6,6 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -14,14 +13,6 @@ BOOK = ["_config.yml", "book", "notebooks", "wdat_core.py", "companion", "result
 
 settings.register_profile("wdat", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("wdat")
-
-
-@pytest.fixture(autouse=True, scope="session")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
