@@ -24,9 +24,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from companion import files
-from companion.data import cifar10, floats
+from companion.architectures import new_stand_in
+from companion.data import cifar, floats
 from companion.files import digest, write_sums
-from companion.networks import new_stand_in
 from companion.records import SCHEMA, core_digest, device_name, pack, plain, versions, write_record
 from companion.settings import METRICS
 from wdat_core import PretrainConfig, evaluate, pretrain
@@ -45,7 +45,7 @@ def images(data: Path) -> None:
     """4,000 + 1,000 images of the training set and 1,000 of the test set, each part one lossless sheet, 50 in a row."""
     index = {}
     for name, (train, first, last) in PARTS.items():
-        x, y = cifar10(data, train)
+        x, y = cifar(data, train)
         tiles = x[first:last].numpy().reshape(-1, 50, 3, 32, 32)
         sheet = np.ascontiguousarray(tiles.transpose(0, 3, 1, 4, 2)).reshape(-1, 50 * 32, 3)
         Image.fromarray(sheet).save(files.ASSETS / f"images_{name}.webp", lossless=True, quality=100, method=6)
@@ -59,7 +59,7 @@ def weights(data: Path, name: str) -> None:
 
     It is kept every minute: stopped at any moment, the same command goes on from there.
     """
-    x, y = cifar10(data, train=True)
+    x, y = cifar(data, train=True)
     config = RECIPES[name]
     torch.manual_seed(config.seed)
     model = new_stand_in(name)
@@ -84,7 +84,7 @@ def record(data: Path, name: str) -> None:
     made = json.loads((folder / "made.json").read_text(encoding="utf-8"))
     model = new_stand_in(name)
     model.load_state_dict(load_file(folder / "weights.safetensors"))
-    x, y = cifar10(data, train=False)
+    x, y = cifar(data, train=False)
     begin = time.perf_counter()
     scores = evaluate(model, floats(x), y, batch_size=128, progress=True)
     shutil.copy(folder / "weights.safetensors", files.ASSETS / f"{name}.safetensors")

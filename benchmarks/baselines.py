@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import wdat_core
+from companion.architectures import WideResNet, channels_last, new_stand_in
 from companion.data import embedded, floats
-from companion.networks import WideResNet, channels_last, load_network, new_stand_in
+from companion.networks import load_network
 from wdat_core import Threat, wpgd
 
 STEPS = 20  # of every attack, as in the paper

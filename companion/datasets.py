@@ -42,3 +42,8 @@ _ROWS = (
 )
 DATASETS = {row.robustbench: row for row in _ROWS}  # the keys are the values of the parameter `dataset`
 EMBEDDED = {"train": 4000, "val": 1000, "test": 1000}  # images of CIFAR-10 that are in the repository
+
+
+def is_own(value: str) -> bool:
+    """Whether the value of `network` or `data` names a function of the user's own, as path/file.py:function does."""
+    return value.endswith(".py") or value.rpartition(":")[0].endswith(".py")

@@ -162,7 +162,7 @@ def finetune_grid(
         ParameterError: as `bench`; or the loaded network's clean accuracy is not the published one; or the time of
             `stop_after` is up, for this column.
     """
-    from companion.networks import check_export, export, is_exported
+    from companion.exports import check_export, export, is_exported
     from wdat_core import FinetuneConfig, Threat, evaluate, finetune
 
     on = bench(settings)

@@ -217,7 +217,7 @@ def estimates_table(records: Sequence[Record], recorded: Sequence[Record]) -> An
 
 def stand_ins_table(recorded: Sequence[Record]) -> Any:
     """The networks that this project pre-trained: size, recipe, and accuracy in per cent on the test images."""
-    from companion.networks import new_stand_in
+    from companion.architectures import new_stand_in
 
     lines = []
     for r in recorded:

@@ -10,7 +10,7 @@ from torch import nn
 import wdat_core
 from benchmarks import baselines, card, peers, races, speed
 from companion import networks
-from companion.networks import WideResNet
+from companion.architectures import WideResNet
 from companion.performance import (
     UNITS,
     benchmark_table,
@@ -50,7 +50,7 @@ def test_wide_networks_have_as_many_parameters_as_published(depth, widen, count)
 
 def test_wide_network_is_that_of_robustbench():
     """With RobustBench's weights, in the order in which both store them, it is the same function."""
-    networks._zoo()  # so that robustbench finds what it imports
+    networks.zoo()  # so that robustbench finds what it imports
     from robustbench.model_zoo.architectures.wide_resnet import WideResNet as Theirs
 
     theirs, ours = Theirs(16, 10, 2).eval(), WideResNet(16, 2).eval()

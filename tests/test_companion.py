@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from companion import evidence, files, networks, runs
-from companion.data import cifar10, embedded, floats, load_data
+from companion.data import cifar, embedded, floats, load_data
 from companion.evidence import Estimate, accuracy, agreement, change, columns_of, paper_value, table_rows
 from companion.plots import plot_changes
 from companion.promises import promises, promises_table
@@ -143,7 +143,7 @@ def test_no_cifar10_and_no_network(tmp_path, monkeypatch):
 
     monkeypatch.setattr(urllib.request, "urlopen", refuse)
     with pytest.raises(ParameterError, match=r"CIFAR-10 is not in .* and could not be put there .*no route"):
-        cifar10(tmp_path, train=True)
+        cifar(tmp_path, train=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -183,14 +183,14 @@ def test_unknown_network_gets_the_nearest(tmp_path):
 
 
 def test_the_five_are_in_the_zoo():
-    assert set(PAPER_NETWORKS) <= set(networks._zoo())
+    assert set(PAPER_NETWORKS) <= set(networks.zoo())
 
 
 @pytest.fixture
 def tiny_zoo(monkeypatch):
     """RobustBench's real loader with one small entry under a paper's name, so that its files stay small."""
     entry = {"model": lambda: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10)), "gdrive_id": "x"}
-    zoo = networks._zoo()
+    zoo = networks.zoo()
     monkeypatch.setitem(zoo, "Zhang2019Theoretically", entry)
     return entry
 

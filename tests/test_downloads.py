@@ -74,7 +74,7 @@ def found_in(folder):
 @pytest.fixture
 def zoo(server, monkeypatch):
     """RobustBench's own loader and gdown's own download; the drive is the server, the network small."""
-    entries = networks._zoo()
+    entries = networks.zoo()
     import gdown
 
     def new_model():
@@ -108,8 +108,8 @@ def test_interrupted_weights_leave_nothing_and_start_anew(zoo, server, tmp_path,
 
 def test_ensemble_is_checked_member_by_member(zoo, server, tmp_path, monkeypatch):
     """All but what failed is kept, and is not fetched again."""
-    entry = {"model": networks._zoo()[NAME]["model"], "gdrive_id": ["a", "b"]}
-    monkeypatch.setitem(networks._zoo(), NAME, entry)
+    entry = {"model": networks.zoo()[NAME]["model"], "gdrive_id": ["a", "b"]}
+    monkeypatch.setitem(networks.zoo(), NAME, entry)
     download = networks._download
 
     def fail_at_b(file_id, *arguments):
@@ -196,25 +196,25 @@ BATCHES = [f"cifar-10-batches-py/{name}" for name in sorted(CONTENTS)]
 def test_interrupted_cifar10_leaves_nothing_and_starts_anew(small, server, tmp_path, way):
     server.way = way
     with pytest.raises(ParameterError, match=r"CIFAR-10 is not in .*place cifar-10-python.tar.gz") as caught:
-        data.cifar10(tmp_path, train=True)
+        data.cifar(tmp_path, train=True)
     assert "\n" not in str(caught.value) and not found_in(tmp_path)
     server.way = "whole"
-    assert len(data.cifar10(tmp_path, train=True)[1]) == 20
+    assert len(data.cifar(tmp_path, train=True)[1]) == 20
     server.way = "cut"  # all is there: nothing is fetched
-    assert len(data.cifar10(tmp_path, train=False)[1]) == 4
+    assert len(data.cifar(tmp_path, train=False)[1]) == 4
     assert found_in(tmp_path) == BATCHES
 
 
 @pytest.mark.parametrize("damage", [lambda content: content[:100], lambda content: content[:-1] + b"\0", lambda _: b""])
 def test_damaged_batch_is_fetched_anew(small, server, tmp_path, damage):
-    data.cifar10(tmp_path, train=True)
+    data.cifar(tmp_path, train=True)
     path = tmp_path / "cifar-10-batches-py" / "data_batch_3"
     path.write_bytes(damage(path.read_bytes()))
     server.way = "cut"
     with pytest.raises(ParameterError, match="CIFAR-10 is not in"):
-        data.cifar10(tmp_path, train=True)
+        data.cifar(tmp_path, train=True)
     server.way = "whole"
-    data.cifar10(tmp_path, train=True)
+    data.cifar(tmp_path, train=True)
     assert path.read_bytes() == CONTENTS["data_batch_3"]
 
 
@@ -222,7 +222,7 @@ def test_archive_placed_by_hand_is_used_if_it_is_whole(small, server, tmp_path):
     placed = tmp_path / "cifar-10-python.tar.gz"
     placed.write_bytes(server.content)
     server.way = "cut"
-    assert len(data.cifar10(tmp_path, train=True)[1]) == 20
+    assert len(data.cifar(tmp_path, train=True)[1]) == 20
     assert found_in(tmp_path) == [*BATCHES, placed.name]
 
 
@@ -230,17 +230,17 @@ def test_half_an_archive_placed_by_hand_is_replaced_by_a_download(small, server,
     (tmp_path / "cifar-10-python.tar.gz").write_bytes(server.content[:1000])
     server.way = "cut"
     with pytest.raises(ParameterError, match="CIFAR-10 is not in"):
-        data.cifar10(tmp_path, train=True)
+        data.cifar(tmp_path, train=True)
     server.way = "whole"
-    assert len(data.cifar10(tmp_path, train=True)[1]) == 20
+    assert len(data.cifar(tmp_path, train=True)[1]) == 20
 
 
 def test_process_killed_in_a_download_leaves_no_half_file_under_a_final_name(small, server, tmp_path):
     code = (
         "import sys, pathlib, torchvision.datasets\n"
-        "from companion.data import cifar10\n"
+        "from companion.data import cifar\n"
         "torchvision.datasets.CIFAR10.url = sys.argv[1]\n"
-        "cifar10(pathlib.Path(sys.argv[2]), train=True)\n"
+        "cifar(pathlib.Path(sys.argv[2]), train=True)\n"
     )
     server.way = "stalled"
     arguments = [sys.executable, "-c", code, f"{server.url}/cifar-10-python.tar.gz", str(tmp_path)]
@@ -253,4 +253,4 @@ def test_process_killed_in_a_download_leaves_no_half_file_under_a_final_name(sma
     assert not [name for name in found_in(tmp_path) if not name.startswith(".download-")]
     server.closing.set()
     server.way = "whole"
-    assert len(data.cifar10(tmp_path, train=True)[1]) == 20
+    assert len(data.cifar(tmp_path, train=True)[1]) == 20

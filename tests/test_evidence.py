@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import wdat_core
-from companion import evidence, files, networks, open_points, runs, tables
+from companion import architectures, evidence, files, networks, open_points, runs, tables
 from companion.evidence import paper_value
 from companion.records import images_of, pack, parse_record, plain, read_records, record_bytes, record_name, unpack
 from companion.settings import METRICS, OPEN_POINTS, STAND_INS, STRONGER, ParameterError, Settings
@@ -29,7 +29,7 @@ N = 10_000  # images of a made-up record, so that a percentage point is a hundre
 @pytest.mark.parametrize("name", STAND_INS)
 def test_norms_inside_the_kernels_change_no_logit(name, monkeypatch):
     torch.manual_seed(0)
-    model = networks.new_stand_in(name)
+    model = architectures.new_stand_in(name)
     x = torch.rand(16, 3, 32, 32)
     for _ in range(20):
         model(x)  # in train mode: statistics that are not 0 and 1
@@ -43,7 +43,7 @@ def test_norms_inside_the_kernels_change_no_logit(name, monkeypatch):
 
 def test_patches_lose_no_pixel():
     """What a stem sees is the whole image: moving any pixel moves a logit."""
-    model = networks.PatchResNet((8, 16)).eval()
+    model = architectures.PatchResNet((8, 16)).eval()
     x = torch.rand(1, 3, 16, 16, requires_grad=True)
     (gradient,) = torch.autograd.grad(model(x)[0].square().sum(), x)
     assert (gradient != 0).all()
@@ -139,7 +139,7 @@ def test_a_fine_tuned_network_stands_beside_what_it_came_from(harder):
 
 
 def test_random_starts_stay_in_the_ball_and_repeat():
-    model = networks.new_stand_in("small_pgd").eval()
+    model = architectures.new_stand_in("small_pgd").eval()
     x, y = torch.rand(12, 3, 32, 32), torch.arange(12) % 10
     for p in (2, math.inf):
         options = {"steps": 3, "loss": "ce", "random_start": 1.0}

@@ -9,11 +9,12 @@ import pyautoattack
 import pytest
 import torch
 
-from companion import files, networks
+from companion import exports, files, networks
 from companion.cards import LICENCES
 from companion.data import embedded, floats
 from companion.evidence import accuracy, change
-from companion.networks import check_export, export, load_network
+from companion.exports import check_export, export
+from companion.networks import load_network
 from companion.records import parse_record, unpack
 from companion.runs import finetune_grid
 from companion.settings import METRICS, ParameterError, Settings
@@ -122,7 +123,7 @@ def test_autoattack_runs_on_an_export(exported, images):
 @pytest.fixture
 def tiny_zoo(monkeypatch):
     """RobustBench's own loader, and a small architecture under two of its names."""
-    zoo = networks._zoo()
+    zoo = networks.zoo()
     from robustbench.utils import load_model
 
     entry = {"model": lambda: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10)), "gdrive_id": "x"}
@@ -223,7 +224,7 @@ def test_missing_weights_are_not_fetched_into_an_export(exported, tiny_zoo, tmp_
 
 
 def test_model_of_another_architecture_is_not_exported(exported, tmp_path):
-    with pytest.raises(ParameterError, match="does not hold the weights of stand-in 'demo'"):
+    with pytest.raises(ParameterError, match="does not hold the weights of 'demo'"):
         export(torch.nn.Linear(2, 2), exported[1], tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -248,7 +249,7 @@ def test_training_is_kept_until_its_export_is_whole(exported, tmp_path, monkeypa
     monkeypatch.setattr(files, "RUNS", tmp_path / "runs")
     settings = Settings(tau=0.01, eta=1, export=str(tmp_path / "exports"), **SIZES).resolved()
     with monkeypatch.context() as patch:
-        patch.setattr(networks, "export", full)
+        patch.setattr(exports, "export", full)
         with pytest.raises(ParameterError, match="no room"):
             finetune_grid(settings, "whole", notebook="table4")
     monkeypatch.setattr(torch.optim.SGD, "step", pytest.fail)
