@@ -1,11 +1,11 @@
 """The picture of the README, drawn from the records of the paper's whole protocol: python assets/make_picture.py"""
 
 from companion import files
-from companion.evidence import changed, is_full
+from companion.evidence import deviations, is_full
 from companion.plots import plot_protocol
 from companion.records import read_records, record_bytes
 
-recorded = [r for r in read_records() if is_full(r) and not changed(r)]
+recorded = [r for r in read_records() if is_full(r) and not deviations(r)]
 # In the file, so that a test sees when it is older than the records.
 source = f"SHA-256 of its records: {files.digest(b''.join(map(record_bytes, recorded)))}"
 

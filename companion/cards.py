@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 
-from companion.evidence import accuracy, change
+from companion.intervals import accuracy, change
+from companion.origins import describe
 from companion.records import Record
 from companion.settings import METRICS, STAND_INS
-from companion.tables import describe
 
 # RobustBench's LICENSE: its weights are under the MIT licence, but for names that begin with one of these.
 LICENCES = {

@@ -10,22 +10,24 @@ from dataclasses import dataclass
 from typing import Any
 
 from companion.evidence import (
-    PARTS,
-    Estimate,
-    bits,
-    change,
-    changed,
+    Column,
+    alike,
+    column_of,
     columns_of,
-    estimate_of,
+    deviations,
     is_full,
     paper_value,
-    span,
+    setting_of,
+    training_of,
 )
-from companion.records import Record, images_of, protocol
+from companion.intervals import Estimate, bits, change, estimate_of, span
+from companion.records import Record, images_of
 from companion.settings import CONTROLS, GRIDS, METRICS, OPEN_POINTS
-from companion.tables import HOW, markdown, short_name
+from companion.tables import PARTS
+from companion.words import HOW, NOTHING, column_words, markdown, setting_words, short_name, training_words
 
 READINGS = OPEN_POINTS["consistency"]
+COLUMNS: list[Column] = [(tau, eta) for eta in (0.1, 1.0) for tau in (0.1, 0.01)]
 PATTERNS = {how: table for table, (_, how) in sorted(GRIDS.items(), reverse=True)}  # Tables 3 and 4
 
 
@@ -52,12 +54,12 @@ def matters(records: Sequence[Record]) -> list[Matter]:
     """For each column of each study and each single change in it: the differences that it makes."""
     found = []
     for group in _grouped(records):
-        without = {r["config"]["seed"]: r for r in group if not changed(r)}
+        without = {r["config"]["seed"]: r for r in group if not deviations(r)}
         alone: dict[tuple[str, Any], dict[int, Record]] = {}
         for record in group:
-            if len(changes := changed(record)) == 1:
-                (change_of_it,) = changes.items()
-                alone.setdefault(change_of_it, {})[record["config"]["seed"]] = record
+            if len(those := deviations(record)) == 1:
+                (deviation,) = those.items()
+                alone.setdefault(deviation, {})[record["config"]["seed"]] = record
         for (point, value), with_it in alone.items():
             if seeds := sorted(with_it.keys() & without.keys()):
                 pairs = [(with_it[s], without[s]) for s in seeds]
@@ -67,18 +69,15 @@ def matters(records: Sequence[Record]) -> list[Matter]:
                 records_of = (tuple(r[s] for s in seeds) for r in (with_it, without))
                 found.append(Matter(point, value, differences, single, *records_of))
     order = [*OPEN_POINTS, *CONTROLS]
-    return sorted(found, key=lambda matter: order.index(matter.point))
+    return sorted(found, key=lambda m: (order.index(m.point), m.with_it[0]["network"]["name"]))
 
 
 def _grouped(records: Sequence[Record]) -> list[list[Record]]:
     """Groups that differ in the seed, the open points and the controls alone."""
-    groups: dict[str, list[Record]] = {}
+    columns: dict[Column, list[Record]] = {}
     for record in records:
-        config = {k: v for k, v in record["config"].items() if k not in OPEN_POINTS}
-        config["threat"] = {k: v for k, v in config["threat"].items() if k != "p"}
-        column = f"{config['tau']:g} {config['eta']:g}"
-        groups.setdefault(protocol({**record, "config": config}) + column, []).append(record)
-    return list(groups.values())
+        columns.setdefault(column_of(record), []).append(record)
+    return [group for those in columns.values() for group in alike(those, *OPEN_POINTS, "p")]
 
 
 def matters_table(records: Sequence[Record], points: Collection[str] = (*OPEN_POINTS, *CONTROLS)) -> Any:
@@ -97,31 +96,23 @@ def matters_table(records: Sequence[Record], points: Collection[str] = (*OPEN_PO
 
 
 def where(record: Record) -> str:
-    """Network, images, epochs and column of a record, in words."""
-    config, data = record["config"], record["data"]
-    epochs = f"{config['epochs']} epoch{'s' * (config['epochs'] != 1)}"
-    column = f"{HOW[config['perturb']]}, τ = {config['tau']:g}, η = {config['eta']:g}"
-    return f"`{record['network']['name']}`, {data['train']:,} images, {epochs}; {column}"
+    """Network, images, epochs and setting of a record, in words."""
+    return f"`{record['network']['name']}`, {training_words(record)}; {setting_words(*setting_of(record))}"
 
 
 def how_much(records: Sequence[Record], point: str) -> str:
     """The ledger's last column: what each change of the point does to W_2 accuracy, in points, in the longest runs."""
     found = [m for m in matters(records) if m.point == point]
-    longest = max((_training(m) for m in found), default=0)
+    longest = max((training_of(m.with_it[0]) for m in found), default=0)
     by_value: dict[Any, list[Estimate]] = {}
     for matter in found:
-        if _training(matter) == longest:
+        if training_of(matter.with_it[0]) == longest:
             by_value.setdefault(matter.value, []).append(matter.differences["w_2"])
     parts = []
     for value, each in by_value.items():
-        change_of = each[0].text(signed=True) if len(each) == 1 else span([e.value for e in each])
-        parts.append(f"`{value}`: W₂ {change_of}" + f" in {len(each)} comparisons" * (len(each) > 1))
+        difference = each[0].text(signed=True) if len(each) == 1 else span([e.value for e in each])
+        parts.append(f"`{value}`: W₂ {difference}" + f" in {len(each)} comparisons" * (len(each) > 1))
     return "; ".join(parts) or "–"
-
-
-def _training(matter: Matter) -> int:
-    record = matter.with_it[0]
-    return int(record["data"]["train"] * record["config"]["epochs"])
 
 
 def budget_below_pointwise(records: Sequence[Record]) -> str:
@@ -141,19 +132,13 @@ def budget_below_pointwise(records: Sequence[Record]) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def reading_studies(records: Sequence[Record]) -> list[dict[str, list[Record]]]:
+def by_reading(records: Sequence[Record]) -> list[dict[str, list[Record]]]:
     """For each study and way to perturb in which two readings or more are recorded: reading to its records."""
-    groups: dict[str, dict[str, list[Record]]] = {}
-    for record in records:
-        if set(changed(record)) <= {"consistency"}:
-            config = {k: v for k, v in record["config"].items() if k != "consistency"}
-            key = protocol({**record, "config": config})
-            groups.setdefault(key, {}).setdefault(record["config"]["consistency"], []).append(record)
-    return [
-        {reading: group[reading] for reading in READINGS if reading in group}
-        for group in groups.values()
-        if len(group) > 1
-    ]
+    found = []
+    for group in alike([r for r in records if deviations(r).keys() <= {"consistency"}], "consistency"):
+        each = {reading: [r for r in group if r["config"]["consistency"] == reading] for reading in READINGS}
+        found.append({reading: those for reading, those in each.items() if those})
+    return [readings for readings in found if len(readings) > 1]
 
 
 def distance(records: Sequence[Record], how: str) -> float | None:
@@ -163,7 +148,7 @@ def distance(records: Sequence[Record], how: str) -> float | None:
     """
     table = PATTERNS[how]
     name, by_column, squares = GRIDS[table][0], columns_of(records), []
-    for column in ((tau, eta) for eta in (0.1, 1.0) for tau in (0.1, 0.01)):
+    for column in COLUMNS:
         if column not in by_column:
             return None
         for metric in METRICS:
@@ -177,31 +162,30 @@ def readings_table(records: Sequence[Record], metric: str = "w_2") -> Any:
     """For each study a table: the change of an accuracy in each column, in the paper and under each reading."""
     from IPython.display import Markdown
 
-    columns = [(tau, eta) for eta in (0.1, 1.0) for tau in (0.1, 0.01)]
-    heads = ["changes from", *(f"τ = {tau:g}, η = {eta:g}" for tau, eta in columns), "distance"]
+    heads = ["changes from", *(column_words(*column) for column in COLUMNS), "distance"]
     parts = []
-    for study in reading_studies(records):
+    for study in by_reading(records):
         one = next(iter(study.values()))[0]
-        how, epochs = one["config"]["perturb"], one["config"]["epochs"]
+        how = one["config"]["perturb"]
         table = PATTERNS[how]
         name = GRIDS[table][0]
-        printed = [paper_value(table, name, metric, *c) for c in columns]
+        printed = [paper_value(table, name, metric, *c) for c in COLUMNS]
         base = paper_value(1, name, metric)
         lines = [[f"{short_name(name)} (paper)", *(f"{v - base:+z.2f}" if v and base else "–" for v in printed), "–"]]
         for reading, those in study.items():
             by_column, far = columns_of(those), distance(those, how)
-            found = [change(by_column[c], metric).text(signed=True) if c in by_column else "–" for c in columns]
+            found = [change(by_column[c], metric).text(signed=True) if c in by_column else "–" for c in COLUMNS]
             lines.append([f"`{reading}`", *found, "–" if far is None else f"{far:.1f}"])
-        images = f"{one['data']['train']:,} images, {epochs} epoch{'s' * (epochs != 1)}"
-        parts += [f"**{HOW[how].capitalize()} of `{one['network']['name']}`**, {images}:", markdown(heads, lines).data]
-    return Markdown("\n\n".join(parts) or "Nothing is recorded yet.")
+        title = f"**{HOW[how].capitalize()} of `{one['network']['name']}`**, {training_words(one)}:"
+        parts += [title, markdown(heads, lines).data]
+    return Markdown("\n\n".join(parts) or NOTHING)
 
 
 def closest(records: Sequence[Record]) -> list[tuple[str, dict[str, float], dict[str, bool]]]:
     """For each study with all columns under every reading: how it perturbs, then for each reading its distance from the
     paper, and whether W_2 accuracy gains most in the same column as in the paper, and in no other as much."""
     found = []
-    for study in reading_studies(records):
+    for study in by_reading(records):
         how = next(iter(study.values()))[0]["config"]["perturb"]
         far = {reading: d for reading, those in study.items() if (d := distance(those, how)) is not None}
         if len(far) == len(READINGS):

@@ -13,7 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from companion.records import Record, core_digest, record_name
+from companion.evidence import is_current
+from companion.records import Record, record_name
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 NAMES = {"w_inf": "W∞", "w_2": "W₂"}
@@ -215,7 +216,7 @@ def _summary(record: Record) -> str:
 
 
 def _note(record: Record, images: Sequence[Image]) -> str:
-    old = "" if record["core"] == core_digest() else ", by an earlier version of <code>wdat_core.py</code>"
+    old = "" if is_current(record) else ", by an earlier version of <code>wdat_core.py</code>"
     network, delta = html.escape(record["network"]["name"]), record["config"]["threat"]["delta"]
     return (
         f"<strong>Measured.</strong> A column is one of {len(images):,} CIFAR-10 test images, the same above and below;"
@@ -351,21 +352,3 @@ def accuracies(record: Record) -> dict[str, float]:
     """The part of the images that is read correctly: as they are, "x", and after each attacker."""
     pairs = {name: list(zip(record["label"], read, strict=True)) for name, read in record["prediction"].items()}
     return {name: sum(label == read for label, read in both) / len(both) for name, both in pairs.items()}
-
-
-def agreement(record: Record, recorded: Sequence[Record], *, points: float = 0.5) -> str:
-    """Whether a run agrees with the recorded ones of the same settings, in a sentence; tolerance in percentage points.
-
-    Raises:
-        AssertionError: an accuracy differs by more.
-    """
-    here = accuracies(record)
-    for other in recorded:
-        for name, there in accuracies(other).items():
-            assert abs(here[name] - there) <= points / 100 + 1e-9, (
-                f"{NAMES.get(name, 'clean')} accuracy is {100 * here[name]:.2f} % in this run and {100 * there:.2f} %"
-                f" in {record_name(other)}, further apart than {points:g} points"
-            )
-    if not recorded:
-        return "Nothing is recorded for these parameters: there is nothing to compare this run with."
-    return f"This run agrees with the recorded one: its three accuracies are within {points:g} points."

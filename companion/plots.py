@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from companion.evidence import ALONG, along, change, columns_of, paper_value, settings_of, studies, table_rows
+from companion.evidence import ALONG, along, by_setting, columns_of, paper_value, studies
+from companion.intervals import change
 from companion.records import Record
 from companion.settings import GRIDS, METRICS
-from companion.tables import HOW, short_name
+from companion.tables import grid_rows
+from companion.words import HOW, short_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,7 +26,7 @@ def plot_changes(table: int, records: Sequence[Record], recorded: Sequence[Recor
 
     sns.set_theme(style="whitegrid", context="notebook")
     grid = list(columns_of(records or recorded))
-    rows = table_rows(table, records, recorded)
+    rows = grid_rows(table, records, recorded)
     styles = {"paper": (PAPER, "D", 0.22), "recorded here": (RECORDED, "o", 0.0), "this run": (THIS_RUN, "s", -0.22)}
     figure, axes = plt.subplots(1, 3, figsize=(10, 1.4 + 0.75 * len(grid)), sharey=True, layout="constrained")
     for axis, metric in zip(axes, METRICS, strict=True):
@@ -65,7 +67,7 @@ def plot_protocol(records: Sequence[Record]) -> Figure:
     sns.set_theme(style="whitegrid", context="notebook")
     taken = [(how, tau, eta) for how in ("whole", "last_layer") for eta in (1.0, 0.1) for tau in (0.01, 0.1)]
     places = {column: len(taken) - i - (column[0] == "last_layer") * 0.6 for i, column in enumerate(taken)}
-    groups = [(group[0]["network"]["name"], settings_of(group)) for group in studies(records)]
+    groups = [(group[0]["network"]["name"], by_setting(group)) for group in studies(records)]
     figure, axes = plt.subplots(1, 3, figsize=(10, 7.2), sharey=True, layout="constrained")
     for axis, metric in zip(axes, METRICS, strict=True):
         for (how, tau, eta), place in places.items():

@@ -1,51 +1,82 @@
-"""Tables and paragraphs of Markdown, drawn from records alone."""
+"""Tables of Markdown, drawn from records alone. The paper, what is recorded here and this run are never mixed."""
 
 from __future__ import annotations
 
 import functools
-import html
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from companion.evidence import (
     ALONG,
-    accuracy,
+    Column,
     along,
     best_setting,
-    bits,
-    change,
+    by_setting,
+    column_of,
     columns_of,
-    estimate_of,
-    of_networks,
     paper_value,
     relative_errors,
-    settings_of,
-    span,
+    setting_of,
     studies,
-    table_rows,
     unusual,
 )
-from companion.records import LATER, Record, core_digest, pack, record_name
-from companion.records import provenance as made_by
-from companion.settings import FINETUNED, METRICS, PAPER_NETWORKS, STAND_INS, STRONGER, ParameterError
+from companion.intervals import Estimate, accuracy, bits, change, change_of_each, estimate_of, outcome_of_change, span
+from companion.records import Record, images_of
+from companion.settings import FINETUNED, GRIDS, METRICS, PAPER_NETWORKS, STAND_INS, STRONGER, ParameterError
+from companion.words import (
+    NOTHING,
+    OUTCOMES,
+    column_words,
+    markdown,
+    plural,
+    seeds_words,
+    setting_words,
+    short_name,
+    training_words,
+)
 
 if TYPE_CHECKING:
     from wdat_core import Scores
 
-HOW = {"whole": "whole network", "last_layer": "last layer"}
+PARTS = {"test": "test images", "train": "training images"}
 # Section 7 says which setting Table 5 reports.
 PAPER_BEST = dict.fromkeys(list(PAPER_NETWORKS)[:3], ("whole", 0.01, 1.0))
 PAPER_BEST |= dict.fromkeys(list(PAPER_NETWORKS)[3:], ("last_layer", 0.1, 1.0))
+
+
+def network_rows(table: int, part: str, records: Sequence[Record], recorded: Sequence[Record]) -> list[dict[str, Any]]:
+    """The rows of Table 1 or 2: the paper's five networks, what is recorded here, and this run.
+
+    Each row has "network", "source" ("paper", "recorded here", "this run"), "images" (how many, of what; None where the
+    paper does not say), "upsilon" (of those images, or None) and "cells", an Estimate or None for each metric.
+
+    Args:
+        part: the images of the measured rows, "test" or "train".
+        records, recorded: of kind "evaluate"; those of another part are left out.
+    """
+    metrics = list(METRICS) if table == 1 else ["budget", "w_inf", "w_2"]
+    rows = []
+    for name in PAPER_NETWORKS:
+        values = {m: paper_value(table, name, m) for m in metrics}
+        cells = {m: None if v is None else Estimate(v) for m, v in values.items()}
+        rows.append({"network": name, "source": "paper", "images": None, "upsilon": None, "cells": cells})
+    for source, those in (("recorded here", recorded), ("this run", records)):
+        for r in (r for r in those if part in r["metrics"]):
+            cells = {m: accuracy([r], part, m) for m in metrics}
+            images = f"{images_of(r, part):,} {PARTS[part]}, {r['data']['source']}{unusual(r)}"
+            row = {"network": r["network"]["name"], "source": source, "images": images}
+            rows.append({**row, "upsilon": r["upsilon"], "cells": cells})
+    return rows
 
 
 def network_table(
     table: int, records: Sequence[Record], recorded: Sequence[Record], parts: Sequence[str] = ("test",)
 ) -> Any:
     """Table 1 or 2 as Markdown: accuracy in per cent by network, kind of evidence and part of the images."""
-    rows = of_networks(table, parts[0], records, recorded)
+    rows = network_rows(table, parts[0], records, recorded)
     for part in parts[1:]:
-        rows += [row for row in of_networks(table, part, records, recorded) if row["source"] != "paper"]
+        rows += [row for row in network_rows(table, part, records, recorded) if row["source"] != "paper"]
     names = list(dict.fromkeys(row["network"] for row in rows))
     rows.sort(key=lambda row: names.index(row["network"]))  # the rows of a network stand together
     measured = {row["network"] for row in rows if row["source"] != "paper"}
@@ -71,131 +102,135 @@ def best_table(records: Sequence[Record], recorded: Sequence[Record]) -> Any:
         for metric in METRICS:
             value, base = paper_value(5, name, metric), paper_value(1, name, metric)
             cells.append("–" if value is None or base is None else f"{value:.2f} ({value - base:+z.2f})")
-        lines.append([short_name(name), "paper", _setting(*PAPER_BEST[name]), *cells])
+        lines.append([short_name(name), "paper", setting_words(*PAPER_BEST[name]), *cells])
     for source, those in (("recorded here", recorded), ("this run", records)):
         for study in studies(those):
             best = best_setting(study)
-            config, data, name = best[0]["config"], best[0]["data"], best[0]["network"]["name"]
-            size = f"{data['train']:,} training images, {config['epochs']} epochs, {_seeds(best)}{unusual(best[0])}"
-            n = len(settings_of(study))
-            choice = f"best of {n}" if n > 1 else "the only one"
+            one, n = best[0], len(by_setting(study))
+            size = f"{one['data']['train']:,} training images, {plural(one['config']['epochs'], 'epoch')}"
+            evidence = f"{source}: {size}, {seeds_words(best)}{unusual(one)}"
+            setting = f"{setting_words(*setting_of(one))} ({f'best of {n}' if n > 1 else 'the only one'})"
             cells = [f"{accuracy(best, 'after', m).value:.2f} ({change(best, m).text(signed=True)})" for m in METRICS]
-            setting = f"{_setting(config['perturb'], config['tau'], config['eta'])} ({choice})"
-            lines.append([short_name(name), f"{source}: {size}", setting, *cells])
+            lines.append([short_name(one["network"]["name"]), evidence, setting, *cells])
     return markdown(["network", "evidence", "best setting", *METRICS.values()], lines)
 
 
-def markdown(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> Any:
-    """A table of Markdown."""
-    from IPython.display import Markdown
+def labels_of(groups: Sequence[Sequence[Record]]) -> list[str]:
+    """A name for each study: its network, and its training too where two studies are of the same network."""
+    names = [short_name(group[0]["network"]["name"]) for group in groups]
+    return [
+        f"{name}, {training_words(group[0])}{unusual(group[0])}" if names.count(name) > 1 else name
+        for name, group in zip(names, groups, strict=True)
+    ]
 
-    rows = [columns, ["---"] * len(columns), *lines]
-    return Markdown("\n".join("| " + " | ".join(row) + " |" for row in rows))
+
+def grid_rows(table: int | None, records: Sequence[Record], recorded: Sequence[Record]) -> list[dict[str, Any]]:
+    """The rows of a fine-tuning table: for each metric the paper, each study that is recorded here, and this run.
+
+    Each row has "metric", "source" ("paper", "recorded here", "this run"), "network", "before" (an Estimate) and
+    "cells": for each (tau, eta) of the run (of the recorded ones without a run) a pair of Estimates (accuracy, change),
+    or None where there is no evidence. A recorded row has "outcomes" too, for each of its cells that the paper has as
+    well. Without a table there is no paper, and no row for records that are not there.
+    """
+    grid = list(columns_of(records or recorded))
+    kept = studies([r for r in recorded if column_of(r) in grid])
+    parts = [("recorded here", label, those) for label, those in zip(labels_of(kept), kept, strict=True)]
+    if table and not kept and records:
+        parts.append(("recorded here", short_name(records[0]["network"]["name"]), []))
+    if records:
+        parts.append(("this run", short_name(records[0]["network"]["name"]), list(records)))
+    rows: list[dict[str, Any]] = []
+    for metric in METRICS:
+        printed = paper_changes(table, metric, grid) if table else {}
+        if table:
+            name = GRIDS[table][0]
+            base = paper_value(1, name, metric)
+            known = {c: None if p is None else (Estimate(p[0]), Estimate(p[1])) for c, p in printed.items()}
+            before = None if base is None else Estimate(base)
+            paper = {"metric": metric, "source": "paper", "network": short_name(name)}
+            rows.append({**paper, "before": before, "cells": known})
+        for source, label, those in parts:
+            columns = columns_of(those)
+            cells = {c: (accuracy(columns[c], "after", metric), change(columns[c], metric)) for c in columns}
+            # Records of other seeds share the baseline: one is enough.
+            before = accuracy(those[:1], "before", metric) if those else None
+            row: dict[str, Any] = {"metric": metric, "source": source, "network": label, "before": before}
+            row["cells"] = {c: cells.get(c) for c in grid}
+            if source == "recorded here":
+                pairs = {c: p for c, p in printed.items() if p and c in columns}
+                row["outcomes"] = {c: outcome_of_change(p[1], columns[c], metric) for c, p in pairs.items()}
+            rows.append(row)
+    return rows
+
+
+def paper_changes(table: int, metric: str, columns: Sequence[Column]) -> dict[Column, tuple[float, float] | None]:
+    """What a fine-tuning table of the paper prints in each (tau, eta): accuracy, and its change in points, or None."""
+    name = GRIDS[table][0]
+    base, found = paper_value(1, name, metric), {}
+    for column in columns:
+        value = paper_value(table, name, metric, *column)
+        found[column] = None if value is None or base is None else (value, value - base)
+    return found
 
 
 def grid_table(table: int | None, records: Sequence[Record], recorded: Sequence[Record]) -> Any:
     """A fine-tuning table as Markdown: accuracy in per cent, in brackets the change against the baseline.
 
+    Where the paper says that an accuracy under attack rises or falls, a mark says whether it does so here: a key of
+    `words.OUTCOMES`.
+
     Args:
         table: of the paper; None leaves the paper out.
     """
-    grid, lines = list(columns_of(records or recorded)), []
-    for row in table_rows(table, records, recorded):
-        cells = [
-            METRICS[row["metric"]],
-            f"{row['source']}: {short_name(row['network'])}",
-            "–" if row["before"] is None else row["before"].text(),
-        ]
-        for cell in row["cells"].values():
-            cells.append("–" if cell is None else f"{cell[0].value:.2f} ({cell[1].text(signed=True)})")
-        lines.append(cells)
-    columns = ["Accuracy, %", "evidence", "baseline", *(f"τ = {tau:g}, η = {eta:g}" for tau, eta in grid)]
-    return markdown(columns, lines)
-
-
-def _setting(perturb: str, tau: float, eta: float) -> str:
-    return f"{HOW[perturb]}, τ = {tau:g}, η = {eta:g}"
-
-
-def _seeds(records: Sequence[Record]) -> str:
-    seeds = sorted({record["config"]["seed"] for record in records})
-    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
-
-
-def short_name(network: str) -> str:
-    """The paper's own words for one of its networks, the name of any other."""
-    return PAPER_NETWORKS[network]["paper"] if network in PAPER_NETWORKS else network
-
-
-def compare(before: Scores, after: Scores) -> Any:
-    """Two networks on the same images, as Markdown: accuracy in per cent, and the change, each with its 95 % interval.
-
-    Needs no record: it is for networks of one's own. The interval of a change is that of the paired differences.
-    """
-    n = {len(scores.correct[m]) for scores in (before, after) for m in METRICS}
-    if len(n) > 1:
-        raise ParameterError(f"scores of {' and '.join(map(str, sorted(n)))} images cannot be paired")
-    correct = {when: {m: pack(s.correct[m]) for m in METRICS} for when, s in (("before", before), ("after", after))}
-    record = {"correct": correct, "data": {"test": n.pop()}}
     lines = []
-    for m, label in METRICS.items():
-        cells = [accuracy([record], when, m).text() for when in ("before", "after")]
-        lines.append([label, *cells, change([record], m).text(signed=True)])
-    return markdown(["Accuracy, %", "before", "after", "change"], lines)
+    for row in grid_rows(table, records, recorded):
+        marks = {} if row["metric"] == "clean" else row.get("outcomes", {})
+        cells = [METRICS[row["metric"]], f"{row['source']}: {row['network']}"]
+        cells.append("–" if row["before"] is None else row["before"].text())
+        for column, cell in row["cells"].items():
+            mark = f" {OUTCOMES[marks[column]][0]}" if column in marks else ""
+            cells.append("–" if cell is None else f"{cell[0].value:.2f} ({cell[1].text(signed=True)}){mark}")
+        lines.append(cells)
+    grid = columns_of(records or recorded)
+    return markdown(["Accuracy, %", "evidence", "baseline", *(column_words(*column) for column in grid)], lines)
 
 
-def describe(records: Sequence[Record], title: str) -> Any:
-    """What was run, in one paragraph of Markdown: network, images, training, device, time, versions, code."""
-    from IPython.display import Markdown
+def outcome_table(table: int, recorded: Sequence[Record]) -> Any:
+    """For each study and column whether the paper's change is there: up or down as in the paper, by the rule of claims.
 
-    if not records:
-        return Markdown(f"**{title}.** Nothing is recorded for these parameters yet.")
-    r, config, data = records[0], records[0]["config"], records[0]["data"]
-    # Measuring curves takes time of its own.
-    seconds = [x["seconds"] for x in records if "start" not in x["history"]] or [x["seconds"] for x in records]
-    columns = columns_of(records)
-    column = "" if len(columns) > 1 else f" τ = {config['tau']:g}, η = {config['eta']:g},"
-    devices, cores = ({x[key] for x in records} for key in ("device", "core"))
-    stand_in = r["network"]["name"] in STAND_INS
-    epochs = "epoch" if config["epochs"] == 1 else "epochs"
-    others = "".join(f", `{k}={config[k]}`" for k, usual in LATER.items() if config.get(k, usual) != usual)
-    return Markdown(
-        f"**{title}.** Network `{r['network']['name']}` ({r['network']['source']}"
-        f"{'; a stand-in, none of the paper’s networks' if stand_in else ''}), {data['source']}: {data['train']:,} for"
-        f" training, {data['val']:,} for validation, {data['test']:,} for test. {config['epochs']} {epochs} at"
-        f" batch size {config['batch_size']},{column} `perturb={config['perturb']}`,"
-        f" `consistency={config['consistency']}`{others},"
-        f" β = {config['beta']:g}, δ = {255 * config['threat']['delta']:.4g}/255, {config['steps']} steps,"
-        f" {_seeds(records)}. On {' and '.join(sorted(devices))}:"
-        f" {sum(s['finetune'] for s in seconds) / len(seconds):.0f} s of fine-tuning and"
-        f" {sum(s['evaluate'] for s in seconds) / len(seconds):.0f} s of evaluation a column, in the mean;"
-        f" {seconds[0]['baseline']:.0f} s for the baseline. torch {r['versions']['torch']}, Python"
-        f" {r['versions']['python']}, core {', '.join(sorted(core[:8] for core in cores))}."
-    )
-
-
-def verdicts(table: int, recorded: Sequence[Record]) -> Any:
-    """What the recorded runs say about each column of the paper, by rule, as Markdown.
-
-    A change counts as "up" or "down" where its 95 % interval and every seed are on that side of 0 (the rule of the
-    claims), else as "not visible".
+    It *holds* where the 95 % interval and every seed lie on the paper's side of 0, is *contradicted* where all of them
+    lie on the other, and else is *not visible*.
     """
     from IPython.display import Markdown
 
     if not recorded:
-        return Markdown("No verdict: nothing is recorded for these parameters yet.")
-    rows = {(r["metric"], r["source"]): r["cells"] for r in table_rows(table, [], recorded)}
-    lines = []
-    for column, records in columns_of(recorded).items():
+        return Markdown("Nothing is recorded for these parameters yet.")
+    lines, groups = [], studies(recorded)
+    for label, study in zip(labels_of(groups), groups, strict=True):
+        columns = columns_of(study)
         for metric in ("w_2", "w_inf"):
-            paper, here = rows[metric, "paper"][column], change(records, metric)
-            spread = [change([r], metric).value for r in records]
-            seeds = "1" if len(spread) == 1 else f"{len(spread)}: {span(spread)}"
-            visible = abs(here.value) > (here.half or 0) and (min(spread) > 0 or max(spread) < 0)
-            cells = [f"τ = {column[0]:g}, η = {column[1]:g}", METRICS[metric]]
-            cells += [paper[1].text(signed=True) if paper else "–", here.text(signed=True), seeds]
-            lines.append([*cells, ("up" if here.value > 0 else "down") if visible else "not visible"])
-    return markdown(["column", "accuracy", "paper", "recorded here", "seeds", "verdict"], lines)
+            for column, printed in paper_changes(table, metric, list(columns)).items():
+                here, each = change(columns[column], metric), change_of_each(columns[column], metric)
+                seeds = "1" if len(each) == 1 else f"{len(each)}: {span(each)}"
+                cells = [label, METRICS[metric], column_words(*column), f"{printed[1]:+z.2f}" if printed else "–"]
+                outcome = OUTCOMES[outcome_of_change(printed[1], columns[column], metric)] if printed else "–"
+                lines.append([*cells, here.text(signed=True), seeds, outcome])
+    return markdown(["network", "accuracy", "column", "paper", "recorded here", "seeds", "outcome"], lines)
+
+
+def along_table(what: str, recorded: Sequence[Record]) -> Any:
+    """Figure 7.2, 7.3 or 7.4 in numbers: by epoch the mean over seeds, and their spread."""
+    if not recorded:
+        return markdown(["epoch", *ALONG[what].values()], [["nothing is recorded for these parameters", "–", "–"]])
+    columns, lines = ALONG[what], []
+    for epoch, rows in enumerate(zip(*map(along, recorded), strict=True)):
+        cells = [str(epoch) if epoch else "0, before fine-tuning"]
+        for key in columns:
+            values = [(1 if what == "upsilon" else 100) * row[key] for row in rows]
+            spread = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
+            cells.append(f"{sum(values) / len(values):.2f}{spread}")
+        lines.append(cells)
+    return markdown(["epoch", *columns.values()], lines)
 
 
 def estimates_table(records: Sequence[Record], recorded: Sequence[Record]) -> Any:
@@ -259,7 +294,7 @@ def stronger_table(records: Sequence[Record], recorded: Sequence[Record]) -> Any
                     cells += [estimate_of([bits_of(after)]).text(), estimate_of([difference]).text(signed=True)]
                 lines.append(cells)
             parts.append(markdown(heads, lines).data)
-    return Markdown("\n\n".join(parts) or "Nothing is recorded yet.")
+    return Markdown("\n\n".join(parts) or NOTHING)
 
 
 def _same_test(one: Record, other: Record) -> bool:
@@ -290,54 +325,17 @@ def _fewest_left(record: Record, names: Sequence[str]) -> Any:
     return min((_left_by(name)(record) for name in names), key=sum)
 
 
-def along_table(what: str, recorded: Sequence[Record]) -> Any:
-    """Figure 7.2, 7.3 or 7.4 in numbers: by epoch the mean over seeds, and their spread."""
-    if not recorded:
-        return markdown(["epoch", *ALONG[what].values()], [["nothing is recorded for these parameters", "–", "–"]])
-    columns, lines = ALONG[what], []
-    for epoch, rows in enumerate(zip(*map(along, recorded), strict=True)):
-        cells = [str(epoch) if epoch else "0, before fine-tuning"]
-        for key in columns:
-            values = [(1 if what == "upsilon" else 100) * row[key] for row in rows]
-            spread = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
-            cells.append(f"{sum(values) / len(values):.2f}{spread}")
-        lines.append(cells)
-    return markdown(["epoch", *columns.values()], lines)
+def compare(before: Scores, after: Scores) -> Any:
+    """Two networks on the same images, as Markdown: accuracy in per cent, and the change, each with its 95 % interval.
 
-
-def provenance(records: Sequence[Record]) -> Any:
-    """The last line of a page: the records that it draws on, what made them, and which are older than the code."""
-    from IPython.display import HTML
-
-    if not records:
-        return HTML('<p class="provenance">Drawn from no record: there is none yet.</p>')
-    columns = ("record", "command", "code", "versions", "device", "finished", "seconds")
-    old = {record["core"] for record in records} - {core_digest()}
-    rows = []
-    for record in records:
-        versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-        code = record["core"][:8] + (" †" if record["core"] in old else "")
-        finished, seconds = record["created"][:16].replace("T", " "), sum(record["seconds"].values())
-        cells = (f"results/{record_name(record)}", record["command"], code, versions, record["device"], finished)
-        rows.append("".join(f"<td>{html.escape(cell)}</td>" for cell in (*cells, f"{seconds:.0f}")))
-    some = f"{len(records)} record{'s' * (len(records) > 1)}"
-    first, last = (f(record["created"][:10] for record in records) for f in (min, max))
-    when = first if first == last else f"{first} to {last}"
-    mark = " † Made by an earlier version of wdat_core.py than the one beside this page." if old else ""
-    return HTML(
-        f'<details class="provenance"><summary>Drawn from {some} of {when}, code'
-        f" {', '.join(sorted({r['core'][:8] + (' †' if r['core'] in old else '') for r in records}))}.{mark}</summary>"
-        f"<table><thead><tr>{''.join(f'<th>{column}</th>' for column in columns)}</tr></thead>"
-        f"<tbody>{''.join(f'<tr>{row}</tr>' for row in rows)}</tbody></table></details>"
-    )
-
-
-def made_here(command: str) -> Any:
-    """The last line of a page that draws on no record: what made the numbers on it."""
-    import torch
-    from IPython.display import HTML
-
-    made = made_by(torch.device("cpu"), command)
-    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
-    line = f"Made by {command} on {made['device']}, {made['created'][:10]}: code {made['core'][:8]}, {versions}."
-    return HTML(f'<p class="provenance">{html.escape(line)} Nothing on this page is a record.</p>')
+    Needs no record: it is for networks of one's own. The interval of a change is that of the paired differences.
+    """
+    n = {len(scores.correct[m]) for scores in (before, after) for m in METRICS}
+    if len(n) > 1:
+        raise ParameterError(f"scores of {' and '.join(map(str, sorted(n)))} images cannot be paired")
+    lines = []
+    for m, label in METRICS.items():
+        there, here = (scores.correct[m].cpu().numpy().astype(float) for scores in (before, after))
+        cells = [estimate_of([there]).text(), estimate_of([here]).text()]
+        lines.append([label, *cells, estimate_of([here - there]).text(signed=True)])
+    return markdown(["Accuracy, %", "before", "after", "change"], lines)

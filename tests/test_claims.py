@@ -11,20 +11,14 @@ import pytest
 import torch
 
 import wdat_core
-from companion import claims, evidence, files
-from companion.claims import (
-    CLAIMS,
-    OUTCOMES,
-    VERDICTS,
-    Effect,
-    median_interval,
-    outcome,
-    studies,
-    used,
-    verdict,
-)
+from companion import claim_texts, effects, evidence, files
+from companion.claims import CLAIMS, outcome, used, verdict
+from companion.effects import Effect, stated
+from companion.evidence import by_setting, studies
+from companion.intervals import median_interval
 from companion.records import LATER, pack, plain, read_records
 from companion.settings import PAPER_NETWORKS, STAND_INS
+from companion.words import OUTCOMES, VERDICTS
 
 N = 400  # test images; half are right under attack before fine-tuning
 BY_KEY = {claim.key: claim for claim in CLAIMS}
@@ -135,17 +129,17 @@ def test_a_seed_that_disagrees_makes_a_visible_mean_invisible():
     good, bad = finetuned(UP, seed=0), finetuned((0, 1), seed=1)
     (effect,) = BY_KEY["whole-w2"].effects([good, bad])
     assert effect.low > 0 and effect.seeds == pytest.approx((10, -0.25))
-    assert found("whole-w2", good, bad) == ("not", ["not visible"])
-    assert found("whole-w2", good, finetuned(UP, seed=1)) == ("reproduced", ["holds"])
+    assert found("whole-w2", good, bad) == ("not visible", ["not visible"])
+    assert found("whole-w2", good, finetuned(UP, seed=1)) == ("holds", ["holds"])
 
 
 def test_verdicts_over_studies():
     up, noise, down = finetuned(UP, epochs=3), finetuned(NOISE, epochs=4), finetuned(DOWN, epochs=5)
     assert found("whole-w2") == ("not yet measured", [])
     assert found("whole-w2", finetuned(UP, perturb="last_layer")) == ("not yet measured", [])
-    assert found("whole-w2", up) == ("reproduced", ["holds"])
-    assert found("whole-w2", up, noise) == ("partly", ["holds", "not visible"])
-    assert found("whole-w2", noise, down) == ("not", ["not visible", "contradicted"])
+    assert found("whole-w2", up) == ("holds", ["holds"])
+    assert found("whole-w2", up, noise) == ("holds in part", ["holds", "not visible"])
+    assert found("whole-w2", noise, down) == ("contradicted", ["not visible", "contradicted"])
 
 
 def test_a_verdict_counts_the_whole_protocol_where_there_is_one():
@@ -158,8 +152,8 @@ def test_a_verdict_counts_the_whole_protocol_where_there_is_one():
         return Effect("study", "comparison", *numbers, (), records)
 
     small, large = effect(holds, short), effect(hidden, whole)
-    assert verdict([small], claim) == "reproduced" and verdict([small, large], claim) == "not"
-    assert verdict([effect(hidden, short), effect(holds, whole), effect(hidden, short)], claim) == "reproduced"
+    assert verdict([small], claim) == "holds" and verdict([small, large], claim) == "not visible"
+    assert verdict([effect(hidden, short), effect(holds, whole), effect(hidden, short)], claim) == "holds"
     assert not effect(holds, whole, short).full  # one smaller record makes it a smaller run
 
 
@@ -201,7 +195,7 @@ def test_stated_values_are_those_of_the_method():
 )
 def test_another_method_counts_for_no_claim(other):
     record = finetuned(UP, **other)
-    assert studies([record]) == [] and used([record]) == []
+    assert stated([record], "finetune") == [] and used([record]) == []
 
 
 def test_a_study_differs_in_perturb_tau_eta_and_seed_alone():
@@ -209,7 +203,7 @@ def test_a_study_differs_in_perturb_tau_eta_and_seed_alone():
     older = finetuned(tau=0.1, seed=2)
     older["config"] = {k: v for k, v in older["config"].items() if k not in LATER}
     (study,) = studies([whole, last, older])
-    assert study == {("whole", 0.1, 1.0): [whole, older], ("last_layer", 0.01, 0.1): [last]}
+    assert by_setting(study) == {("whole", 0.1, 1.0): [whole, older], ("last_layer", 0.01, 0.1): [last]}
     others = [finetuned(network="other"), finetuned(epochs=7), finetuned(consistency="kl")]
     assert len(studies([whole, *others])) == 4
     labels = [effect.study for effect in BY_KEY["whole-w2"].effects([whole, *others])]
@@ -225,7 +219,7 @@ def test_columns_are_chosen_on_validation_images_only():
     """The column that is best on test images is worse on validation images, though not for every seed."""
     chosen = [finetuned(NOISE, tau=0.1, seed=s, val=v) for s, v in ((0, 0.50), (1, 0.60))]
     better_on_test = [finetuned(UP, tau=0.01, seed=s, val=v) for s, v in ((0, 0.65), (1, 0.40))]
-    assert found("whole-w2", *chosen, *better_on_test) == ("not", ["not visible"])
+    assert found("whole-w2", *chosen, *better_on_test) == ("not visible", ["not visible"])
     (effect,) = BY_KEY["whole-w2"].effects(better_on_test + chosen)
     assert effect.comparison == "whole network, τ = 0.1, η = 1 (best of 2)"
     assert found("whole-worth", *chosen, *better_on_test)[0] == found("every-network", *chosen, *better_on_test)[0]
@@ -237,9 +231,9 @@ def test_columns_are_chosen_on_validation_images_only():
 
 
 def test_whole_network_is_worth_it_where_the_sum_of_both_changes_is_positive():
-    assert found("whole-worth", finetuned(w_2=(60, 0), w_inf=(0, 20))) == ("reproduced", ["holds"])
-    assert found("whole-worth", finetuned(w_2=(20, 0), w_inf=(0, 20))) == ("not", ["not visible"])
-    assert found("whole-worth", finetuned(w_2=(20, 0), w_inf=(0, 60))) == ("not", ["contradicted"])
+    assert found("whole-worth", finetuned(w_2=(60, 0), w_inf=(0, 20))) == ("holds", ["holds"])
+    assert found("whole-worth", finetuned(w_2=(20, 0), w_inf=(0, 20))) == ("not visible", ["not visible"])
+    assert found("whole-worth", finetuned(w_2=(20, 0), w_inf=(0, 60))) == ("contradicted", ["contradicted"])
 
 
 @pytest.mark.parametrize("key", ["whole-winf", "last-layer"])
@@ -251,20 +245,20 @@ def test_claims_about_networks_trained_on_cifar10_only(key):
 
 
 def test_whole_network_raises_w_inf_too():
-    assert found("whole-winf", finetuned(w_2=DOWN, w_inf=UP)) == ("reproduced", ["holds"])
-    assert found("whole-winf", finetuned(w_2=UP, w_inf=DOWN)) == ("not", ["contradicted"])
+    assert found("whole-winf", finetuned(w_2=DOWN, w_inf=UP)) == ("holds", ["holds"])
+    assert found("whole-winf", finetuned(w_2=UP, w_inf=DOWN)) == ("contradicted", ["contradicted"])
 
 
 def test_last_layer_does_not_raise_w_2_unless_it_visibly_does():
-    for change, expected in ((UP, ("not", ["contradicted"])), (NOISE, ("reproduced", ["holds"])), (DOWN, None)):
-        assert found("last-layer", finetuned(change, perturb="last_layer")) == (expected or ("reproduced", ["holds"]))
+    for change, expected in ((UP, ("contradicted", ["contradicted"])), (NOISE, ("holds", ["holds"])), (DOWN, None)):
+        assert found("last-layer", finetuned(change, perturb="last_layer")) == (expected or ("holds", ["holds"]))
 
 
 def test_every_network_is_judged_in_its_best_setting_of_both_kinds():
     whole, last = finetuned(DOWN, val=0.3), finetuned(UP, perturb="last_layer", val=0.4)
-    assert found("every-network", whole, last) == ("reproduced", ["holds"])
+    assert found("every-network", whole, last) == ("holds", ["holds"])
     other = finetuned(NOISE, network="other")
-    assert found("every-network", whole, last, other) == ("partly", ["holds", "not visible"])
+    assert found("every-network", whole, last, other) == ("holds in part", ["holds", "not visible"])
 
 
 def test_eta_is_compared_at_the_same_tau_and_perturbation_over_common_seeds():
@@ -272,9 +266,9 @@ def test_eta_is_compared_at_the_same_tau_and_perturbation_over_common_seeds():
     assert found("eta", high) == ("not yet measured", [])
     assert found("eta", high, finetuned(eta=0.1, tau=0.1)) == ("not yet measured", [])
     assert found("eta", high, finetuned(eta=0.1, seed=1)) == ("not yet measured", [])
-    assert found("eta", high, low) == ("reproduced", ["holds"])
+    assert found("eta", high, low) == ("holds", ["holds"])
     last = [finetuned(change, eta=eta, perturb="last_layer") for change, eta in ((DOWN, 1.0), (UP, 0.1))]
-    assert found("eta", high, low, *last) == ("partly", ["holds", "contradicted"])
+    assert found("eta", high, low, *last) == ("holds in part", ["holds", "contradicted"])
     (effect,) = BY_KEY["eta"].effects([high, low, finetuned(DOWN, eta=1.0, seed=1)])
     assert effect.seeds == pytest.approx((10 - 0.25,)) and len(effect.records) == 2
 
@@ -282,29 +276,29 @@ def test_eta_is_compared_at_the_same_tau_and_perturbation_over_common_seeds():
 def test_tau_is_preferred_small_for_the_whole_network_and_large_for_the_last_layer():
     for key, perturb, better, worse in (("tau-whole", "whole", 0.01, 0.1), ("tau-last", "last_layer", 0.1, 0.01)):
         records = [finetuned(UP, perturb=perturb, tau=better), finetuned(DOWN, perturb=perturb, tau=worse)]
-        assert found(key, *records) == ("reproduced", ["holds"])
+        assert found(key, *records) == ("holds", ["holds"])
         swapped = [finetuned(DOWN, perturb=perturb, tau=better), finetuned(UP, perturb=perturb, tau=worse)]
-        assert found(key, *swapped) == ("not", ["contradicted"])
+        assert found(key, *swapped) == ("contradicted", ["contradicted"])
         other = next(k for k in ("tau-whole", "tau-last") if k != key)
         assert found(other, *records) == ("not yet measured", [])
 
 
 def test_budget_lies_between_the_pointwise_and_the_distributional_attack():
     between = evaluated(w_inf=UP, budget=(0, 0), w_2=DOWN)
-    assert found("budget-strong", between) == found("budget-slight", between) == ("reproduced", ["holds"])
+    assert found("budget-strong", between) == found("budget-slight", between) == ("holds", ["holds"])
     equal = evaluated()
-    assert found("budget-strong", equal) == ("not", ["not visible"])
-    assert found("budget-slight", equal) == ("reproduced", ["holds"])
+    assert found("budget-strong", equal) == ("not visible", ["not visible"])
+    assert found("budget-slight", equal) == ("holds", ["holds"])
     too_strong = evaluated(w_inf=UP, budget=DOWN, w_2=(0, 0), part="train")
-    assert found("budget-slight", between, too_strong) == ("partly", ["holds", "contradicted"])
+    assert found("budget-slight", between, too_strong) == ("holds in part", ["holds", "contradicted"])
     assert found("budget-strong", evaluated(w_inf=UP, steps=10)) == ("not yet measured", [])
 
 
 def test_estimates_are_close_where_the_median_error_lies_below_ten_per_cent():
-    assert found("upsilon-close", estimated([5, -6] * 5)) == ("reproduced", ["holds"])
-    assert found("upsilon-close", estimated([20, -30] * 5)) == ("not", ["contradicted"])
-    assert found("upsilon-close", estimated([5] * 8 + [20, 20])) == ("not", ["not visible"])
-    assert found("upsilon-close", estimated([5] * 4)) == ("not", ["not visible"])
+    assert found("upsilon-close", estimated([5, -6] * 5)) == ("holds", ["holds"])
+    assert found("upsilon-close", estimated([20, -30] * 5)) == ("contradicted", ["contradicted"])
+    assert found("upsilon-close", estimated([5] * 8 + [20, 20])) == ("not visible", ["not visible"])
+    assert found("upsilon-close", estimated([5] * 4)) == ("not visible", ["not visible"])
     (effect,) = BY_KEY["upsilon-close"].effects([estimated([1] * 10), estimated([2] * 10, seed=1)])
     assert effect.seeds == pytest.approx((1, 2)) and effect.value == pytest.approx(1.5)
     assert found("upsilon-close", {**estimated([5] * 10), "reference": 0.0}) == ("not yet measured", [])
@@ -315,26 +309,26 @@ def test_estimates_are_ranked_by_visible_robustness():
     far, near = estimated([20, -20] * 5, network="weak"), estimated([4, -4] * 5, network="strong")
     assert found("upsilon-robust", far, weak) == found("upsilon-robust", far, near, weak) == ("not yet measured", [])
     for records in ([far, near, weak, strong], [strong, near, weak, far]):
-        assert found("upsilon-robust", *records) == ("reproduced", ["holds"])
+        assert found("upsilon-robust", *records) == ("holds", ["holds"])
     swapped = [estimated([4] * 10, network="weak"), estimated([20] * 10, network="strong")]
-    assert found("upsilon-robust", *swapped, weak, strong) == ("not", ["contradicted"])
+    assert found("upsilon-robust", *swapped, weak, strong) == ("contradicted", ["contradicted"])
     assert found("upsilon-robust", far, near, weak, evaluated(w_2=NOISE, network="strong")) == ("not yet measured", [])
     few = [evaluated(network="weak"), evaluated(w_2=DOWN, network="strong")]  # which would say the opposite
     few = [{**r, "data": {"digest": "few", "test": 100}} for r in few]
-    assert found("upsilon-robust", *few, far, near, weak, strong) == ("reproduced", ["holds"])
+    assert found("upsilon-robust", *few, far, near, weak, strong) == ("holds", ["holds"])
     third = [estimated([30] * 10, network="third"), evaluated(w_2=(80, 0), network="third")]
-    assert found("upsilon-robust", far, near, weak, strong, *third)[0] == "partly"
+    assert found("upsilon-robust", far, near, weak, strong, *third)[0] == "holds in part"
 
 
 def test_upsilon_is_volatile_where_its_median_change_lies_above_ten_per_cent():
     wild, tame = [1.0, 1.5] * 10, [1.0, 1.01] * 10
-    assert found("upsilon-volatile", finetuned(curve=wild)) == ("reproduced", ["holds"])
-    assert found("upsilon-volatile", finetuned(curve=tame)) == ("not", ["contradicted"])
+    assert found("upsilon-volatile", finetuned(curve=wild)) == ("holds", ["holds"])
+    assert found("upsilon-volatile", finetuned(curve=tame)) == ("contradicted", ["contradicted"])
     assert found("upsilon-volatile", finetuned(curve=wild, eta=0.1)) == ("not yet measured", [])
     assert found("upsilon-volatile", finetuned()) == ("not yet measured", [])
     both = [finetuned(curve=wild), finetuned(curve=tame, seed=1)]
-    assert found("upsilon-volatile", *both) == ("not", ["not visible"])
-    assert found("upsilon-volatile", finetuned(curve=[0.0, *wild])) == ("reproduced", ["holds"])
+    assert found("upsilon-volatile", *both) == ("not visible", ["not visible"])
+    assert found("upsilon-volatile", finetuned(curve=[0.0, *wild])) == ("holds", ["holds"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -346,7 +340,7 @@ PAPER = list(csv.DictReader((files.ASSETS / "paper.csv").open(encoding="utf-8", 
 
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.key)
 def test_claim_has_a_rule_a_place_and_a_command(claim):
-    assert claim.text.endswith(".") and "The claim holds " in claims.rule(claim)
+    assert claim.text.endswith(".") and "The claim holds " in claim_texts.rule(claim)
     printed = {int(row["table"]) for row in PAPER}
     figures = re.findall(r"Figure (\d\.\d)", claim.place)
     tables = re.findall(r"\d+", re.sub(r"Section 7|Figure \d\.\d", "", claim.place))
@@ -379,32 +373,32 @@ def test_numbers_of_the_paper_are_those_it_prints():
 
 
 def test_without_records_every_claim_says_what_would_measure_it():
-    rows = claims.overview([]).data.splitlines()[2:]
+    rows = claim_texts.overview([]).data.splitlines()[2:]
     assert len(rows) == len(CLAIMS)
     for row, claim in zip(rows, CLAIMS, strict=True):
         assert VERDICTS["not yet measured"] in row and all(f"`{command}`" in row for command in claim.commands)
-    assert used([]) == [] and not any(word in claims.details([]).data for word in OUTCOMES.values())
+    assert used([]) == [] and not any(word in claim_texts.details([]).data for word in OUTCOMES.values())
 
 
 def test_every_effect_has_a_row_with_its_interval_seeds_and_outcome():
     records = [finetuned(UP, seed=0), finetuned((44, 0), seed=1), finetuned(DOWN, epochs=4)]
-    page = claims.details(records).data
+    page = claim_texts.details(records).data
     row = "| `demo`, 1,000 images, 3 epochs | whole network, τ = 0.01, η = 1 (the only one) | +10.50 |"
     half = 1.96 * math.sqrt((40 + 4 / 4 - 42**2 / N) / (N - 1) / N) * 100  # 40 images won for both seeds, 4 for one
     assert f"{row} {10.5 - half:+.2f} to {10.5 + half:+.2f} | 2: +10.00 to +11.00 | ✓ holds |" in page
-    assert "| 1 | ✗ contradicted |" in page and "◐ partly: holds in 1 of 2, contradicted in 1" in page
+    assert "| 1 | ✗ contradicted |" in page and "◐ holds in 1 of 2, contradicted in 1" in page
     widths = {len(re.findall(r"(?<!\\)\|", line)) for line in page.splitlines() if line.startswith("|")}
     assert widths == {7}
     assert used(records) == records
 
 
 def test_committed_records_make_a_page_on_which_stand_ins_bear_their_own_names():
-    records = [record for kind in claims.KINDS for record in read_records(kind=kind)]
-    assert claims.overview(records).data.count("\n") == len(CLAIMS) + 1
-    page = claims.details(records).data
+    records = [record for kind in effects.KINDS for record in read_records(kind=kind)]
+    assert claim_texts.overview(records).data.count("\n") == len(CLAIMS) + 1
+    page = claim_texts.details(records).data
     for claim in CLAIMS:
         found = verdict(claim.effects(records), claim)
-        assert found not in ("partly", "not") or (claim.why and claim.why in page), f"{claim.key} needs a why"
+        assert found in ("holds", "not yet measured") or (claim.why and claim.why in page), f"{claim.key} needs a why"
         for effect in claim.effects(records):
             names = {record["network"]["name"] for record in effect.records}
             words = f"{effect.study} {effect.comparison}"

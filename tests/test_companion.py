@@ -15,15 +15,17 @@ import pytest
 import torch
 from PIL import Image
 
-from companion import evidence, files, networks, runs
+from companion import agreement, evidence, files, intervals, networks, runs
 from companion.data import cifar, embedded, floats, load_data
-from companion.evidence import Estimate, accuracy, agreement, change, columns_of, paper_value, table_rows
+from companion.evidence import columns_of, paper_value
+from companion.intervals import Estimate, accuracy, change
+from companion.origins import describe
 from companion.plots import plot_changes
 from companion.promises import promises, promises_table
 from companion.records import LATER, pack, read_records, recorded_like, unpack, write_record
 from companion.runs import finetune_grid, pick_device
 from companion.settings import GRIDS, METRICS, PAPER_NETWORKS, PRESETS, STRONGER, ParameterError, Settings
-from companion.tables import compare, describe, grid_table
+from companion.tables import compare, grid_rows, grid_table
 from wdat_core import Scores
 
 
@@ -449,19 +451,22 @@ def test_table_shows_paper_beside_this_run_and_an_honest_dash(run):
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_agreement_fails_where_the_numbers_differ(run, when):
     records, _ = run
-    assert "agrees with the recorded ones in 2 of 2 columns" in agreement(records, records, before=0, after=0).data
-    assert "Nothing is recorded" in agreement(records, [], before=0, after=0).data
+    assert (
+        "agrees with the recorded ones in 2 of 2 columns"
+        in agreement.of_columns(records, records, before=0, after=0).data
+    )
+    assert "Nothing is recorded" in agreement.of_columns(records, [], before=0, after=0).data
     none = {m: pack(torch.zeros(50, dtype=torch.bool)) for m in METRICS}
     other = {**records[0], "correct": {**records[0]["correct"], when: none}}
     with pytest.raises(AssertionError, match=f"clean {when} fine-tuning at tau 0.1.*further apart than 0.5 points"):
-        agreement(records, [other], before=0.5, after=0.5)
+        agreement.of_columns(records, [other], before=0.5, after=0.5)
 
 
 def test_figure_shows_each_number_once(run):
     records, _ = run
     figure = plot_changes(4, records, records)
     drawn = sorted(x for axis in figure.axes for c in axis.containers for x in c.lines[0].get_xdata())
-    rows = table_rows(4, records, records)
+    rows = grid_rows(4, records, records)
     wanted = sorted(cell[1].value for row in rows for cell in row["cells"].values())
     assert drawn == pytest.approx(wanted) and len(drawn) == 18
 
@@ -469,7 +474,7 @@ def test_figure_shows_each_number_once(run):
 def test_paper_numbers_are_complete():
     """Cells per table: 5 networks x 3, 5 x 3, 4 x 3 for each grid, 5 x 5 for the summary, changes included."""
     counts = {}
-    for row in evidence._paper_rows():
+    for row in evidence.paper_rows():
         counts[int(row["table"])] = counts.get(int(row["table"]), 0) + 1
         assert -10 < float(row["value"]) < 100
     assert counts == {1: 15, 2: 15, 5: 25} | dict.fromkeys((3, 4, 6, 7, 8, 9, 10, 11), 12)
@@ -486,7 +491,7 @@ def test_damaged_paper_number_is_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("table", "network", "perturb"), [(n, *what) for n, what in GRIDS.items()])
 def test_each_grid_is_the_paper_s(table, network, perturb):
     """The notebook computes for the network and the perturbation that the paper's numbers are of."""
-    rows = [row for row in evidence._paper_rows() if int(row["table"]) == table]
+    rows = [row for row in evidence.paper_rows() if int(row["table"]) == table]
     assert {(row["network"], row["perturb"]) for row in rows} == {(network, perturb)}
     text = (files.ROOT / "notebooks" / f"table{table}.ipynb").read_text(encoding="utf-8")
     assert f'\\"{perturb}\\", notebook=\\"table{table}\\"' in text
@@ -528,8 +533,8 @@ def test_readme_quotes_the_strongest_attacks_from_the_records():
         records = {r["network"]["source"]: r for r in read_records(kind="stronger") if name in r["network"]["name"]}
         (before,) = (r for r in records.values() if r["network"]["name"] == name)
         (after,) = (r for source, r in records.items() if "whole, tau 0.01, eta 1, 40000 images, 20 epochs" in source)
-        left = [min((evidence.bits(r, a, "accuracy") for a in attacks), key=sum) for r in (after, before)]
-        changes.append(evidence.estimate_of([left[0] - left[1]]).text(signed=True).replace("\u00a0", " "))
+        left = [min((intervals.bits(r, a, "accuracy") for a in attacks), key=sum) for r in (after, before)]
+        changes.append(intervals.estimate_of([left[0] - left[1]]).text(signed=True).replace("\u00a0", " "))
     text = " ".join((files.ROOT / "README.md").read_text(encoding="utf-8").split())
     assert f"six distributional attacks the first seed's networks change by {changes[0]} and {changes[1]}:" in text
     assert len(attacks) == 6

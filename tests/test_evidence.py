@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import wdat_core
-from companion import architectures, evidence, files, networks, open_points, runs, tables
+from companion import architectures, evidence, files, intervals, networks, open_points, runs, tables
 from companion.evidence import paper_value
 from companion.records import images_of, pack, parse_record, plain, read_records, record_bytes, record_name, unpack
 from companion.settings import METRICS, OPEN_POINTS, STAND_INS, STRONGER, ParameterError, Settings
@@ -186,11 +186,11 @@ def test_intervals_are_those_of_a_bootstrap_over_images():
     generator, compared = np.random.default_rng(0), 0
     for record in read_records(kind="finetune"):
         for metric in METRICS:
-            differences = evidence.bits(record, "after", metric) - evidence.bits(record, "before", metric)
+            differences = intervals.bits(record, "after", metric) - intervals.bits(record, "before", metric)
             values, counts = np.unique(differences, return_counts=True)
             n = len(differences)
             means = 100 * generator.multinomial(n, counts / n, 20_000) @ values / n
-            change = evidence.change([record], metric)
+            change = intervals.change([record], metric)
             ends = (change.value - change.half, change.value + change.half)
             assert np.percentile(means, (2.5, 97.5)) == pytest.approx(ends, abs=100 / n + 0.04 * change.half)
             compared += 1

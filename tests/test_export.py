@@ -12,8 +12,8 @@ import torch
 from companion import exports, files, networks
 from companion.cards import LICENCES
 from companion.data import embedded, floats
-from companion.evidence import accuracy, change
 from companion.exports import check_export, export
+from companion.intervals import accuracy, change
 from companion.networks import load_network
 from companion.records import parse_record, unpack
 from companion.runs import finetune_grid

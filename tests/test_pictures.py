@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from companion import pictures
+from companion import agreement, pictures
 from companion.records import read_records
 
 RECORD = pictures.opening(read_records(kind="spend"))
@@ -151,7 +151,7 @@ def test_agreement_allows_the_tolerance_and_no_more():
     rows = ONE_OF_EACH * 40
     rows[3] = (7, 7, 7, 0, 0.1, 0.02)  # one of 200 images falls
     near = record_of(rows)
-    assert "within 0.5 points" in pictures.agreement(ours, [near], points=0.5)
+    assert "within 0.5 points" in agreement.of_pictures(ours, [near], points=0.5)
     with pytest.raises(AssertionError, match=r"W₂ accuracy is 40.00 % in this run and 39.50 % in spend-demo"):
-        pictures.agreement(ours, [near], points=0.4)
-    assert "Nothing is recorded" in pictures.agreement(ours, [])
+        agreement.of_pictures(ours, [near], points=0.4)
+    assert "Nothing is recorded" in agreement.of_pictures(ours, [])

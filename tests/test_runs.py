@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from companion import evidence, files, plots, runs, tables
+from companion import agreement, evidence, files, origins, plots, runs, tables
 from companion.records import core_digest, images_of, parse_record, read_records, record_name, unpack, write_record
 from companion.settings import NOTEBOOKS, ONE_COLUMN, ParameterError, Settings
 
@@ -169,24 +169,24 @@ def test_curves_are_drawn_as_the_table_says(curves, what):
 
 def test_agreement_of_networks_and_estimates_fails_where_they_differ(folder):
     (record,) = runs.attack_each([ONE], "test", notebook="table1")
-    good = evidence.agreement_of_networks("test", [record], [record], within=0).data
+    good = agreement.of_networks("test", [record], [record], within=0).data
     assert "for 1 of 1 networks" in good
     none = dict.fromkeys(record["correct"]["test"], "AAAAAAAAAA==")
     with pytest.raises(AssertionError, match=r"demo, clean on test images: .* further apart than 0.5 points"):
-        evidence.agreement_of_networks("test", [record], [{**record, "correct": {"test": none}}], within=0.5)
+        agreement.of_networks("test", [record], [{**record, "correct": {"test": none}}], within=0.5)
     (estimate,) = runs.estimates_each([ONE], notebook="figure7_1")
-    assert "1 of 1" in evidence.agreement_of_estimates([estimate], [estimate], within=0).data
+    assert "1 of 1" in agreement.of_estimates([estimate], [estimate], within=0).data
     other = {**estimate, "reference": 1.2 * estimate["reference"]}
     with pytest.raises(AssertionError, match=r"Upsilon of demo: .* further apart than 5 %"):
-        evidence.agreement_of_estimates([estimate], [other], within=0.05)
+        agreement.of_estimates([estimate], [other], within=0.05)
 
 
 def test_provenance_names_records_and_marks_old_code(curves):
-    line = tables.provenance([curves]).data
+    line = origins.drawn_from([curves]).data
     assert record_name(curves) in line and "†" not in line
-    old = tables.provenance([curves, {**curves, "core": "0" * 64}]).data
+    old = origins.drawn_from([curves, {**curves, "core": "0" * 64}]).data
     assert "2 records" in old and "00000000 †" in old and "earlier version of wdat_core.py" in old
-    assert "Drawn from no record" in tables.provenance([]).data
+    assert "Drawn from no record" in origins.drawn_from([]).data
 
 
 def test_committed_records_have_the_names_that_they_would_be_given():
@@ -248,7 +248,7 @@ def test_curves_are_of_the_columns_asked_for(curves):
 
 
 def test_a_page_without_records_says_what_made_it():
-    line = tables.made_here("papermill notebooks/own_network.ipynb out.ipynb").data
+    line = origins.made_here("papermill notebooks/own_network.ipynb out.ipynb").data
     assert "papermill notebooks/own_network.ipynb" in line and core_digest()[:8] in line and "torch" in line
 
 

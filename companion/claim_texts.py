@@ -1,0 +1,85 @@
+"""The claims in words: what is asked, what the paper's numbers say, and every effect behind a verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from companion.claims import CLAIMS, Claim, counted, on_claimed_side, outcome, outcomes, verdict
+from companion.effects import Effect
+from companion.intervals import span
+from companion.records import Record
+from companion.words import OUTCOMES, VERDICTS, count, markdown
+
+
+def rule(claim: Claim) -> str:
+    """What an effect of the claim is, and where the claim holds, in words."""
+    line = f"{claim.line:g}{' %' if claim.line else ''}"
+    when = "unless" if claim.side.startswith("not ") else "where"
+    holds = f"The claim holds {when} the effect lies wholly {claim.side.removeprefix('not ')} {line}."
+    return " ".join(filter(None, [f"Effect: {claim.measure}; in {claim.unit}.", holds, claim.note]))
+
+
+def overview(records: Sequence[Record]) -> Any:
+    """A row for each claim, as Markdown: its place, how many of the paper's own numbers agree with it, the verdict."""
+    lines = []
+    for number, claim in enumerate(CLAIMS, 1):
+        effects = claim.effects(records)
+        lines.append([f"{number}", claim.text, claim.place, paper_count(claim) or "–", verdict_text(effects, claim)])
+    return markdown(["", "claim", "in the paper", "the paper's own numbers", "here"], lines)
+
+
+def details(records: Sequence[Record]) -> Any:
+    """For each claim, as Markdown: its rule, the paper's numbers, every effect with its interval and outcome, and where
+    it does not hold everywhere, a possible reason."""
+    from IPython.display import Markdown
+
+    parts = []
+    for number, claim in enumerate(CLAIMS, 1):
+        effects = claim.effects(records)
+        parts += [f"**{number}. {claim.text}** {verdict_text(effects, claim)}", rule(claim), _paper_text(claim)]
+        heads = ["network and run", "comparison", "effect", "95 % interval", "seeds", "outcome"]
+        first = counted(effects)
+        rest = [effect for effect in effects if not effect.full] if len(first) < len(effects) else []
+        for those, title in ((first, ""), (rest, "Smaller runs, which the verdict does not count:")):
+            if those:
+                parts += [title] * bool(title) + [markdown(heads, [_row(effect, claim) for effect in those]).data]
+        if claim.why and verdict(effects, claim) not in ("holds", "not yet measured"):
+            parts.append(f"*A possible reason:* {claim.why}")
+    return Markdown("\n\n".join(parts))
+
+
+def verdict_text(effects: Sequence[Effect], claim: Claim) -> str:
+    """A mark and what it counts, "◐ holds in 1 of 2, contradicted in 1"; or the command that would measure it."""
+    found = VERDICTS[verdict(effects, claim)]
+    if not effects:
+        return f"{found}: {', '.join(f'`{command}`' for command in claim.commands)}"
+    return f"{found[0]} {count(outcomes(effects, claim))}"
+
+
+def paper_count(claim: Claim) -> str:
+    """How many of the paper's own numbers agree with the claim, "4 of 5"; empty where it prints none."""
+    numbers = claim.paper()
+    return f"{sum(on_claimed_side(v, claim) for _, v in numbers)} of {len(numbers)}" if numbers else ""
+
+
+def _paper_text(claim: Claim) -> str:
+    numbers = claim.paper()
+    if not numbers:
+        return "The paper prints no number."
+    others = [f"{what}: {value:+z.2f}" for what, value in numbers if not on_claimed_side(value, claim)]
+    return (
+        f"The paper's own numbers agree in {paper_count(claim)} comparison{'s' * (len(numbers) > 1)},"
+        f" {span([value for _, value in numbers])}{'; not for ' * bool(others)}{'; '.join(others)}."
+    )
+
+
+def _row(effect: Effect, claim: Claim) -> list[str]:
+    number = "{:.2f}" if claim.line else "{:+z.2f}"  # a sign says something against 0 only
+    known = effect.low is not None and effect.high is not None
+    interval = f"{number.format(effect.low)} to {number.format(effect.high)}" if known else "–"
+    seeds = "–" if not effect.seeds else f"{len(effect.seeds)}"
+    if len(effect.seeds) > 1:
+        seeds += f": {number.format(min(effect.seeds))} to {number.format(max(effect.seeds))}"
+    value, found = number.format(effect.value), OUTCOMES[outcome(effect, claim)]
+    return [effect.study, effect.comparison, value, interval, seeds, found]

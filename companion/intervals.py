@@ -1,0 +1,98 @@
+"""Estimates with 95 % intervals: of accuracies and changes over test images, and of medians; and where they lie."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from companion.records import Record, images_of, unpack
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """An accuracy or a change of accuracy in per cent, with half the width of its 95 % interval (None: not known)."""
+
+    value: float
+    half: float | None = None
+
+    @property
+    def low(self) -> float | None:
+        return None if self.half is None else self.value - self.half
+
+    @property
+    def high(self) -> float | None:
+        return None if self.half is None else self.value + self.half
+
+    def text(self, signed: bool = False) -> str:
+        value = f"{self.value:{'+' if signed else ''}z.2f}"
+        return value if self.half is None else f"{value}\u00a0±\u00a0{self.half:.2f}"  # not to be broken
+
+
+def estimate_of(per_seed: Sequence[Any]) -> Estimate:
+    """The mean in per cent of what each image contributes, arrays (n,) of the seeds, and the interval over images."""
+    import numpy as np
+
+    values = 100 * np.mean(per_seed, axis=0)
+    half = float(1.96 * values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+    return Estimate(float(values.mean()), half)
+
+
+def bits(record: Record, when: str, metric: str) -> Any:
+    """Whether each image is classified correctly, a numpy array (n,) of 0 and 1."""
+    return unpack(record["correct"][when][metric], images_of(record, when))
+
+
+def accuracy(records: Sequence[Record], when: str, metric: str) -> Estimate:
+    """Mean over records that differ in the seed alone, with the interval of sampling test images."""
+    return estimate_of([bits(r, when, metric) for r in records])
+
+
+def change(records: Sequence[Record], metric: str) -> Estimate:
+    """Accuracy after minus before on the same images, mean over seeds, with the interval of the paired differences."""
+    return estimate_of([bits(r, "after", metric) - bits(r, "before", metric) for r in records])
+
+
+def change_of_each(records: Sequence[Record], metric: str) -> list[float]:
+    """The change of each record alone, in points."""
+    return [change([record], metric).value for record in records]
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
+    """The median, and its interval from the k-th smallest to the k-th largest value, of at least 95 %.
+
+    It assumes independent values and nothing else. Below 6 values there is none.
+    """
+    ordered, n = sorted(values), len(values)
+    k, term, tail = 0, 1, 1  # tail / 2^n: the probability that at most k of n values fall below the median
+    while 40 * tail <= 2**n:
+        k += 1
+        term = term * (n - k + 1) // k
+        tail += term
+    median = statistics.median(ordered)
+    return (median, ordered[k - 1], ordered[n - k]) if k else (median, None, None)
+
+
+def side(low: float | None, high: float | None, seeds: Sequence[float] = (), line: float = 0.0) -> str:
+    """Where something lies wholly, "above" or "below" a line: its interval and the value of every seed. "" else."""
+    if low is None or high is None:
+        return ""
+    if min(low, *seeds, math.inf) > line:
+        return "above"
+    return "below" if max(high, *seeds, -math.inf) < line else ""
+
+
+def outcome_of_change(printed: float, records: Sequence[Record], metric: str) -> str:
+    """Whether a change of the paper, in points, is there in records of the seeds: on the same side of 0, visibly."""
+    here = change(records, metric)
+    where = side(here.low, here.high, change_of_each(records, metric))
+    if not where:
+        return "not visible"
+    return "holds" if where == ("above" if printed > 0 else "below") else "contradicted"
+
+
+def span(values: Sequence[float]) -> str:
+    """Signed numbers in points, from the lowest to the highest; one alone where there is one."""
+    return " to ".join(f"{value:+z.2f}" for value in (min(values), max(values))[: len(values)])
