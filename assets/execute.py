@@ -1,7 +1,7 @@
 """Runs notebooks in place, so that the book shows what they show now: python assets/execute.py [NAME ...]
 
-Without names, all of them. What changes from run to run and says nothing, times and versions, is left out. To be run
-after a change of the records in results/, or of wdat_core.py: pages mark the records that are older than it.
+Without names, all of them. Times and versions, which change from run to run, are left out. Run it after a change of
+the records in results/, of what draws them, or of the code in wdat_core.py.
 """
 
 import os
@@ -12,10 +12,6 @@ import nbformat
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parent.parent
-METADATA = {
-    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-    "language_info": {"name": "python"},
-}
 
 if __name__ == "__main__":
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -26,8 +22,9 @@ if __name__ == "__main__":
     for name in names:
         path = ROOT / "notebooks" / f"{name}.ipynb"
         notebook = nbformat.read(path, as_version=4)
+        metadata = notebook.metadata.copy()  # the kernel adds its version
         client = NotebookClient(notebook, timeout=None, kernel_name="python3", record_timing=False)
         client.execute(cwd=str(path.parent))
-        notebook.metadata = METADATA
+        notebook.metadata = metadata
         nbformat.write(notebook, path)
         print(name, flush=True)
