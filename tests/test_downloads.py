@@ -16,7 +16,7 @@ import torch
 import torchvision.datasets
 
 from companion import data, files, networks
-from companion.settings import ParameterError
+from companion.settings import ParameterError, Settings
 
 NAME = "Zhang2019Theoretically"
 
@@ -142,100 +142,122 @@ def test_every_flipped_byte_of_weights_is_named(zoo, server, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# CIFAR-10, which comes through torchvision
+# CIFAR-10 and CIFAR-100, which come through torchvision
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def batch(seed):
-    pixels = np.random.default_rng(seed).integers(0, 256, (4, 3072), dtype=np.uint8)
-    return pickle.dumps({"data": pixels, "labels": [0, 1, 2, 3]})
+class Small:
+    """Torchvision's own class for a data set, which looks for an archive of 24 images in all."""
+
+    def __init__(self, dataset, labels, batches, meta):
+        self.dataset, self.name = dataset, data.DATASETS[dataset].name
+        self.kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[dataset]
+        self.contents = {}
+        for seed, (name, n) in enumerate(batches.items()):
+            pixels = np.random.default_rng(seed).integers(0, 256, (n, 3072), dtype=np.uint8)
+            self.contents[name] = pickle.dumps({"data": pixels, labels: [i % 4 for i in range(n)]})
+        self.contents[meta] = pickle.dumps({self.kind.meta["key"]: list("abcd")})
+        self.files = [f"{self.kind.base_folder}/{name}" for name in sorted(self.contents)]
+        stored = io.BytesIO()
+        with tarfile.open(fileobj=stored, mode="w:gz") as tar:
+            for name, content in self.contents.items():
+                member = tarfile.TarInfo(f"{self.kind.base_folder}/{name}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+        self.archive = stored.getvalue()
+
+    def expect(self, monkeypatch, url):
+        """Make torchvision look for these files at that address."""
+        md5 = {name: hashlib.md5(content).hexdigest() for name, content in self.contents.items()}
+        *train, test, meta = md5
+        small = {
+            "url": f"{url}/{self.kind.filename}",
+            "tgz_md5": hashlib.md5(self.archive).hexdigest(),
+            "train_list": [[name, md5[name]] for name in train],
+            "test_list": [[test, md5[test]]],
+            "meta": {**self.kind.meta, "md5": md5[meta]},
+        }
+        for name, value in small.items():
+            monkeypatch.setattr(self.kind, name, value)
+
+    def load(self, folder, train=True):
+        return data.cifar(folder, train, self.dataset)
 
 
-CONTENTS = {
-    **{f"data_batch_{i}": batch(i) for i in range(1, 6)},
-    "test_batch": batch(6),
-    "batches.meta": pickle.dumps({"label_names": list("abcd")}),
+SMALL = {
+    "cifar10": ("labels", {f"data_batch_{i}": 4 for i in range(1, 6)} | {"test_batch": 4}, "batches.meta"),
+    "cifar100": ("fine_labels", {"train": 20, "test": 4}, "meta"),
 }
 
 
-def archive():
-    stored = io.BytesIO()
-    with tarfile.open(fileobj=stored, mode="w:gz") as tar:
-        for name, content in CONTENTS.items():
-            member = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return stored.getvalue()
-
-
-def small_cifar10(monkeypatch, url, content):
-    """Torchvision's own class, which looks for an archive of 24 images in all."""
-    md5 = {name: hashlib.md5(content).hexdigest() for name, content in CONTENTS.items()}
-    batches = [[name, md5[name]] for name in md5 if name.startswith("data")]
-    small = {
-        "url": f"{url}/cifar-10-python.tar.gz",
-        "tgz_md5": hashlib.md5(content).hexdigest(),
-        "train_list": batches,
-        "test_list": [["test_batch", md5["test_batch"]]],
-        "meta": {**torchvision.datasets.CIFAR10.meta, "md5": md5["batches.meta"]},
-    }
-    for name, value in small.items():
-        monkeypatch.setattr(torchvision.datasets.CIFAR10, name, value)
-
-
-@pytest.fixture
-def small(server, monkeypatch):
-    server.content = archive()
-    small_cifar10(monkeypatch, server.url, server.content)
-
-
-BATCHES = [f"cifar-10-batches-py/{name}" for name in sorted(CONTENTS)]
+@pytest.fixture(params=SMALL)
+def small(request, server, monkeypatch):
+    small = Small(request.param, *SMALL[request.param])
+    server.content = small.archive
+    small.expect(monkeypatch, server.url)
+    return small
 
 
 @pytest.mark.parametrize("way", ["cut", "short"])
-def test_interrupted_cifar10_leaves_nothing_and_starts_anew(small, server, tmp_path, way):
+def test_interrupted_cifar_leaves_nothing_and_starts_anew(small, server, tmp_path, way):
     server.way = way
-    with pytest.raises(ParameterError, match=r"CIFAR-10 is not in .*place cifar-10-python.tar.gz") as caught:
-        data.cifar(tmp_path, train=True)
+    with pytest.raises(ParameterError, match=rf"{small.name} is not in .*place {small.kind.filename}") as caught:
+        small.load(tmp_path)
     assert "\n" not in str(caught.value) and not found_in(tmp_path)
     server.way = "whole"
-    assert len(data.cifar(tmp_path, train=True)[1]) == 20
+    assert len(small.load(tmp_path)[1]) == 20
     server.way = "cut"  # all is there: nothing is fetched
-    assert len(data.cifar(tmp_path, train=False)[1]) == 4
-    assert found_in(tmp_path) == BATCHES
+    assert len(small.load(tmp_path, train=False)[1]) == 4
+    assert found_in(tmp_path) == small.files
 
 
 @pytest.mark.parametrize("damage", [lambda content: content[:100], lambda content: content[:-1] + b"\0", lambda _: b""])
 def test_damaged_batch_is_fetched_anew(small, server, tmp_path, damage):
-    data.cifar(tmp_path, train=True)
-    path = tmp_path / "cifar-10-batches-py" / "data_batch_3"
+    small.load(tmp_path)
+    name = next(iter(small.contents))
+    path = tmp_path / small.kind.base_folder / name
     path.write_bytes(damage(path.read_bytes()))
     server.way = "cut"
-    with pytest.raises(ParameterError, match="CIFAR-10 is not in"):
-        data.cifar(tmp_path, train=True)
+    with pytest.raises(ParameterError, match=f"{small.name} is not in"):
+        small.load(tmp_path)
     server.way = "whole"
-    data.cifar(tmp_path, train=True)
-    assert path.read_bytes() == CONTENTS["data_batch_3"]
+    small.load(tmp_path)
+    assert path.read_bytes() == small.contents[name]
 
 
 def test_archive_placed_by_hand_is_used_if_it_is_whole(small, server, tmp_path):
-    placed = tmp_path / "cifar-10-python.tar.gz"
+    placed = tmp_path / small.kind.filename
     placed.write_bytes(server.content)
     server.way = "cut"
-    assert len(data.cifar(tmp_path, train=True)[1]) == 20
-    assert found_in(tmp_path) == [*BATCHES, placed.name]
+    assert len(small.load(tmp_path)[1]) == 20
+    assert found_in(tmp_path) == sorted([*small.files, placed.name])
 
 
 def test_half_an_archive_placed_by_hand_is_replaced_by_a_download(small, server, tmp_path):
-    (tmp_path / "cifar-10-python.tar.gz").write_bytes(server.content[:1000])
+    (tmp_path / small.kind.filename).write_bytes(server.content[:1000])
     server.way = "cut"
-    with pytest.raises(ParameterError, match="CIFAR-10 is not in"):
-        data.cifar(tmp_path, train=True)
+    with pytest.raises(ParameterError, match=f"{small.name} is not in"):
+        small.load(tmp_path)
     server.way = "whole"
-    assert len(data.cifar(tmp_path, train=True)[1]) == 20
+    assert len(small.load(tmp_path)[1]) == 20
 
 
-def test_process_killed_in_a_download_leaves_no_half_file_under_a_final_name(small, server, tmp_path):
+def test_parts_are_those_of_the_data_set(small, server, tmp_path):
+    """Training and validation images are disjoint, and come from the training images."""
+    settings = Settings(data=str(tmp_path), train_images=15, val_images=5, test_images=3).resolved()
+    loaded = data.load_data(settings, dataset=small.dataset)
+    x, _ = small.load(tmp_path)
+    rows = [tuple(image.flatten().tolist()) for part in (loaded.train, loaded.val) for image in (255 * part[0]).round()]
+    assert sorted(rows) == sorted(tuple(image.flatten().tolist()) for image in x.float())
+    assert torch.equal(loaded.test[0], data.floats(small.load(tmp_path, train=False)[0][:3]))
+    row = data.DATASETS[small.dataset]
+    assert (loaded.source, loaded.shape, loaded.classes) == (row.name, row.shape, row.classes)
+
+
+def test_process_killed_in_a_download_leaves_no_half_file_under_a_final_name(server, monkeypatch, tmp_path):
+    small = Small("cifar10", *SMALL["cifar10"])
+    server.content = small.archive
+    small.expect(monkeypatch, server.url)
     code = (
         "import sys, pathlib, torchvision.datasets\n"
         "from companion.data import cifar\n"
@@ -243,7 +265,7 @@ def test_process_killed_in_a_download_leaves_no_half_file_under_a_final_name(sma
         "cifar(pathlib.Path(sys.argv[2]), train=True)\n"
     )
     server.way = "stalled"
-    arguments = [sys.executable, "-c", code, f"{server.url}/cifar-10-python.tar.gz", str(tmp_path)]
+    arguments = [sys.executable, "-c", code, f"{server.url}/{small.kind.filename}", str(tmp_path)]
     process = subprocess.Popen(arguments, cwd=files.ROOT, stderr=subprocess.DEVNULL)
     while process.poll() is None and not any((tmp_path / name).stat().st_size for name in found_in(tmp_path)):
         time.sleep(0.01)
@@ -253,4 +275,4 @@ def test_process_killed_in_a_download_leaves_no_half_file_under_a_final_name(sma
     assert not [name for name in found_in(tmp_path) if not name.startswith(".download-")]
     server.closing.set()
     server.way = "whole"
-    assert len(data.cifar(tmp_path, train=True)[1]) == 20
+    assert len(small.load(tmp_path)[1]) == 20
