@@ -26,6 +26,7 @@ from companion.records import (
     Record,
     core_digest,
     device_name,
+    make_record,
     pack,
     parse_record,
     plain,
@@ -139,8 +140,7 @@ def _attack(on: Bench, part: str, notebook: str) -> Record:
         "seconds": {"evaluate": round(time.perf_counter() - begin, 1)},
         **provenance(on.device, command(settings, notebook)),
     }
-    write_record(record, files.RUNS)
-    return record
+    return _written(record)
 
 
 def finetune_grid(
@@ -238,10 +238,9 @@ def finetune_grid(
             "seconds": seconds | {"evaluate": round(time.perf_counter() - begin, 1)},
             **provenance(on.device, command(settings, notebook, tau=tau, eta=eta)),
         }
-        write_record(record, files.RUNS)
-        records.append(record)
+        records.append(_written(record))
         if settings.export is not None:
-            print(f"exported to {export(tuned, record, settings.export)}")
+            print(f"exported to {export(tuned, records[-1], settings.export)}")
         kept.unlink(missing_ok=True)
     return records
 
@@ -337,8 +336,7 @@ def attack_harder(settings: Settings, *, notebook: str) -> Record:
         "seconds": {"total": round(time.perf_counter() - begin, 1)},
         **provenance(on.device, command(settings, notebook)),
     }
-    write_record(record, files.RUNS)
-    return record
+    return _written(record)
 
 
 def _autoattack(on: Bench, x: Tensor, y: Tensor) -> Tensor:
@@ -382,8 +380,7 @@ def estimates_each(settings: Sequence[Settings], *, notebook: str) -> list[Recor
             "seconds": {"total": round(time.perf_counter() - begin, 1)},
             **provenance(on.device, command(one, notebook)),
         }
-        write_record(record, files.RUNS)
-        records.append(record)
+        records.append(_written(record))
     return records
 
 
@@ -423,8 +420,7 @@ def spend(settings: Settings, *, notebook: str) -> tuple[Record, dict[str, Tenso
         "seconds": {"total": round(time.perf_counter() - begin, 1)},
         **provenance(on.device, command(settings, notebook)),
     }
-    write_record(record, files.RUNS)
-    return record, {name: images.cpu() for name, images in pictures.items()}
+    return _written(record), {name: images.cpu() for name, images in pictures.items()}
 
 
 def _predict(on: Bench, x: Tensor) -> list[int]:
@@ -434,12 +430,18 @@ def _predict(on: Bench, x: Tensor) -> list[int]:
         return [int(k) for part in x.split(on.at_once) for k in on.model(part).argmax(1)]
 
 
-def _begin(kind: str, on: Bench, parts: Sequence[str], config: dict[str, Any]) -> Record:
+def _written(fields: dict[str, Any]) -> Record:
+    record = make_record(fields)
+    write_record(record, files.RUNS)
+    return record
+
+
+def _begin(kind: str, on: Bench, parts: Sequence[str], config: dict[str, Any]) -> dict[str, Any]:
     """A record as far as it is known before the run."""
     return {"schema": SCHEMA, "kind": kind, **subject(on.network, on.data, *parts), "config": config}
 
 
-def _held(record: Record, on: Bench) -> Record | None:
+def _held(record: dict[str, Any], on: Bench) -> Record | None:
     """The finished run in runs/ that this one would repeat, if there is one."""
     if on.settings.fresh:
         return None
@@ -448,7 +450,9 @@ def _held(record: Record, on: Bench) -> Record | None:
     except (OSError, ValueError):
         return None
     here = provenance(on.device, held["command"])
-    same = protocol(held) == protocol(record) and all(held[key] == here[key] for key in ("core", "versions", "device"))
+    same = protocol(held) == protocol(record) and all(
+        getattr(held, key) == here[key] for key in ("core", "versions", "device")
+    )
     return held if same else None
 
 

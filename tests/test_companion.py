@@ -22,7 +22,7 @@ from companion.intervals import Estimate, accuracy, change
 from companion.origins import describe
 from companion.plots import plot_changes
 from companion.promises import promises, promises_table
-from companion.records import LATER, pack, read_records, recorded_like, unpack, write_record
+from companion.records import LATER, make_record, pack, read_records, recorded_like, unpack, write_record
 from companion.runs import finetune_grid, pick_device
 from companion.settings import GRIDS, METRICS, PAPER_NETWORKS, PRESETS, STRONGER, ParameterError, Settings
 from companion.tables import compare, grid_rows, grid_table
@@ -330,7 +330,7 @@ def test_records_come_back_as_they_were_written(run):
     assert sorted(map(str, read_records(folder))) == sorted(map(str, records))
     assert recorded_like(records, folder) == read_records(folder)
     for record in records:
-        assert json.loads(json.dumps(record, allow_nan=False)) == record
+        assert make_record(json.loads(json.dumps(record.stored(), allow_nan=False))) == record
 
 
 def test_record_accuracies_are_those_of_its_images(run):

@@ -104,7 +104,7 @@ def test_export_is_fine_tuned_and_exported_again(exported, tmp_path, monkeypatch
     settings = Settings(tau=0.1, eta=1, network=network, export=str(tmp_path / "again"), **SIZES).resolved()
     (record,) = finetune_grid(settings, "whole", notebook="table4")
     assert record["network"]["digest"] == load(exported[0]).digest
-    assert f"-p network exports/{exported[0].name} " in record["command"] and network not in json.dumps(record)
+    assert f"-p network exports/{exported[0].name} " in record["command"] and network not in json.dumps(record.stored())
     (path,) = (tmp_path / "again").iterdir()
     assert load(path).name == "demo-finetuned" and load(path).digest != load(exported[0]).digest
 

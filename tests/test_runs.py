@@ -131,7 +131,8 @@ def test_network_table_has_a_dash_for_what_was_not_measured(folder):
     assert "| Zhang et al. (2019) | paper | 10,000 test images, CIFAR-10 | 84.92 | 57.05 | 42.99 |" in table
     assert table.count("|  | recorded here | – | – | – | – |") == 5
     assert f"| demo | this run | 50 test images, {record['data']['source']}, `steps=2`, `batch_size=20` |" in table
-    other = json.loads(json.dumps(record).replace('"demo"', '"Wang2023Better_WRN-28-10"'))
+    renamed = record.network.model_copy(update={"name": "Wang2023Better_WRN-28-10"})
+    other = record.model_copy(update={"network": renamed})
     assert tables.network_table(1, [], [other]).data.count("| recorded here | – |") == 4
 
 

@@ -1,0 +1,71 @@
+"""Where a number comes from: the network, the images, the machine, the code and the command."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from companion import files
+from companion.files import digest
+
+if TYPE_CHECKING:
+    import torch
+
+    from companion.data import Data
+    from companion.networks import Network
+
+
+def subject(network: Network, data: Data, *parts: str) -> dict[str, Any]:
+    """What a record is about: the network, and the parts of the data that were used."""
+    return {
+        "network": {"name": network.name, "source": network.source, "digest": network.digest},
+        "data": {"source": data.source, "digest": data.digest(*parts), **{p: len(getattr(data, p)[1]) for p in parts}},
+    }
+
+
+def origin(device: torch.device, command: str) -> dict[str, Any]:
+    """Where, with what, when, and by which command a record is made."""
+    return {
+        "device": device_name(device),
+        "versions": versions(),
+        "core": core_digest(),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": command,
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The hardware in words."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    processor = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        processor = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    threads = torch.get_num_threads()
+    return f"{processor}, {threads} thread{'s' * (threads > 1)}"
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide a number."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "torchvision", "robustbench", "numpy"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@functools.cache
+def core_digest() -> str:
+    """The SHA-256 of wdat_core.py when it was first asked for, so that a record says which code made it."""
+    return digest((files.ROOT / "wdat_core.py").read_bytes().replace(b"\r\n", b"\n"))
