@@ -8,17 +8,21 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from pydantic import ValidationError
 
 from companion import files
 from companion.files import digest, one_line, write_whole
 from companion.kinds import KINDS, SCHEMA, FinetuneRecord, Record, images_of, pack, plain, unpack  # noqa: F401
-from companion.origin import core_digest, device_name, subject, versions  # noqa: F401
-from companion.origin import origin as provenance  # noqa: F401  TEMPORARY, as the other names that are not used here
+from companion.machine import core_digest, device_name, versions  # noqa: F401
+from companion.machine import made_on as provenance  # noqa: F401  TEMPORARY, as the other names that are not used here
 from companion.settings import ParameterError
 from wdat_core import FinetuneConfig
+
+if TYPE_CHECKING:
+    from companion.data import Data
+    from companion.networks import Network
 
 # What FinetuneConfig had when the first records were written. Every field that came later counts in `protocol` only
 # where it is not as by default, so that older records stay comparable.
@@ -28,6 +32,14 @@ FIRST_FIELDS = (
     *("augment", "momentum", "weight_decay", "schedule", "first_upsilon"),
 )
 LATER = {f.name: f.default for f in dataclasses.fields(FinetuneConfig) if f.name not in FIRST_FIELDS}
+
+
+def subject(network: Network, data: Data, *parts: str) -> dict[str, Any]:
+    """What a record is about: the network, and the parts of the data that were used."""
+    return {
+        "network": {"name": network.name, "source": network.source, "digest": network.digest},
+        "data": {"source": data.source, "digest": data.digest(*parts), **{p: len(getattr(data, p)[1]) for p in parts}},
+    }
 
 
 def make_record(fields: Mapping[str, Any]) -> Record:

@@ -1,4 +1,4 @@
-"""Where a number comes from: the network, the images, the machine, the code and the command."""
+"""On what a record is made: the device, the versions of the libraries, the code."""
 
 from __future__ import annotations
 
@@ -15,19 +15,8 @@ from companion.files import digest
 if TYPE_CHECKING:
     import torch
 
-    from companion.data import Data
-    from companion.networks import Network
 
-
-def subject(network: Network, data: Data, *parts: str) -> dict[str, Any]:
-    """What a record is about: the network, and the parts of the data that were used."""
-    return {
-        "network": {"name": network.name, "source": network.source, "digest": network.digest},
-        "data": {"source": data.source, "digest": data.digest(*parts), **{p: len(getattr(data, p)[1]) for p in parts}},
-    }
-
-
-def origin(device: torch.device, command: str) -> dict[str, Any]:
+def made_on(device: torch.device, command: str) -> dict[str, Any]:
     """Where, with what, when, and by which command a record is made."""
     return {
         "device": device_name(device),
