@@ -198,14 +198,9 @@ def sensitivity(
 
 
 def _sensitivity(passes: _Passes, x: Tensor, y: Tensor, threat: Threat, loss: Loss) -> Tensor:
-    norm = x.new_zeros(len(x))
-    finite = torch.ones((), dtype=torch.bool, device=x.device)
-    for rows in passes.batches(x):
-        look = _look(passes, x[rows], y[rows], threat.s, loss)
-        norm[rows] = look.norm
-        finite &= look.finite
-    upsilon = _mean(norm, threat.q)
-    _check_finite(finite & upsilon.isfinite())
+    look = _look(passes, x, y, threat.s, loss, _blank(x, threat.s, directions=False))
+    upsilon = _mean(look.norm, threat.q)
+    _check_finite(look.finite & upsilon.isfinite())
     return upsilon
 
 
@@ -247,8 +242,8 @@ def project(x_adv: Tensor, x: Tensor, threat: Threat) -> Tensor:
     _check_threat(threat)
     for name, images in (("x_adv", x_adv), ("x", x)):
         if not isinstance(images, Tensor) or images.dtype not in FLOATS or images.ndim < 2 or images.numel() == 0:
-            kind = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
-            raise WdatError(f"{name} must be a floating-point tensor (n, ...) with at least one image, not {kind}")
+            what = "a floating-point tensor (n, ...) with at least one image"
+            raise WdatError(f"{name} must be {what}, not {_kind(images)}")
         _check_dense(name, images)
         if not images.isfinite().all():
             raise WdatError(f"{name} must be finite")
@@ -413,7 +408,7 @@ def _attack(
     free = (0.999 - 8 * torch.finfo(x.dtype).eps * (q + s)) * steps / step_ratio if start is None else 0.0
 
     x_adv = (x if start is None else start).clone()
-    now = _look_at(passes, x_adv, y, s, loss, rule) if first is None else first
+    now = _look(passes, x_adv, y, s, loss, _blank(x, s, rule), rule=rule) if first is None else first
     was_correct = now.correct.clone()
     hits, losses, upsilons = [now.correct.sum()], [now.loss.mean()], []
     for k in _track(range(1, steps + 1), f"W_{p:g} attack", progress):
@@ -421,7 +416,7 @@ def _attack(
         step = _step(now.norm, upsilons[-1], q, step_ratio * delta / steps)
         moved, distance = now.norm > 0, torch.empty_like(now.norm)
         for rows in slices:  # a batch at a time, while it is in the cache
-            x_adv[rows] += _per_image(step[rows], x) * now.direction[rows]  # (5.3): x + alpha T(x),
+            x_adv[rows].addcmul_(_per_image(step[rows], x), now.direction[rows])  # (5.3): x + alpha T(x),
             if k <= free:
                 x_adv[rows].clamp_(0, 1)
             else:
@@ -436,7 +431,7 @@ def _attack(
             break
 
         again = passes.batches(x, moved.nonzero()[:, 0] if rests else None)
-        _look_at(passes, x_adv, y, s, loss, rule, again, now, backward=k < steps)
+        _look(passes, x_adv, y, s, loss, now, rule=rule, batches=again, backward=k < steps)
         hits.append(now.correct.sum())
         losses.append(now.loss.mean())
         if k == 1:
@@ -502,7 +497,7 @@ def wpgd_budget(
     with _prepared(model):
         batches = list(zip(_plain(x).split(size), _plain(y).split(size), strict=True))
         for xb, yb in _track(batches, "W-PGD-budget", progress):
-            first = _look_at(passes, xb, yb, threat.s, loss)
+            first = _look(passes, xb, yb, threat.s, loss, _blank(xb, threat.s))
             delta_b = _radius(threat, _upsilon(first.norm, threat.q), upsilon)  # (5.5)
             attacks.append(_attack(passes, xb, yb, threat, loss, steps, step_ratio, delta=delta_b, first=first))
     sizes = torch.tensor([len(xb) / len(x) for xb, _ in batches], dtype=torch.float64)
@@ -547,8 +542,18 @@ def _upsilon(norm: Tensor, q: float) -> Tensor:
 
 PRECISIONS = ("float32", "bfloat16")
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-PERTURBATIONS = ("whole", "last_layer", "none")
-CONSISTENCIES = ("ce_detached", "ce", "kl")
+CHOICES = {  # of the fields of FinetuneConfig that have some
+    "perturb": ("whole", "last_layer", "none"),
+    "consistency": ("ce_detached", "ce", "kl"),
+    "attack_label": ("true", "predicted"),
+    "attack_mode": ("eval", "train"),
+    "update_mode": ("train", "eval"),
+    "reinit": ("default", "xavier"),
+    "schedule": ("constant", "cosine", "one_cycle"),
+    "first_upsilon": ("sample", "full"),
+    "upsilon_from": ("sample", "batch"),
+    "precision": PRECISIONS,
+}
 
 
 def perturb_(
@@ -578,8 +583,8 @@ def perturb_(
     Raises:
         WdatError: for another `how` or `reinit`, a negative noise, or a last layer that cannot be told.
     """
-    _check_choice("how", how, PERTURBATIONS)
-    _check_choice("reinit", reinit, ("default", "xavier"))
+    _check_choice("how", how, CHOICES["perturb"])
+    _check_choice("reinit", reinit, CHOICES["reinit"])
     _check_number("noise", noise, at_least=0)
     _check_model(model)
     if generator is None:
@@ -694,29 +699,21 @@ class FinetuneConfig:
     first_upsilon: str = "sample"  # Upsilon starts at the first estimate; "full": at that of the whole training set
 
     def __post_init__(self) -> None:
-        _check_choice("perturb", self.perturb, PERTURBATIONS)
-        _check_choice("consistency", self.consistency, CONSISTENCIES)
-        _check_choice("attack_label", self.attack_label, ("true", "predicted"))
-        _check_choice("attack_mode", self.attack_mode, ("eval", "train"))
-        _check_choice("update_mode", self.update_mode, ("train", "eval"))
-        _check_choice("reinit", self.reinit, ("default", "xavier"))
-        _check_choice("schedule", self.schedule, ("constant", "cosine", "one_cycle"))
-        _check_choice("first_upsilon", self.first_upsilon, ("sample", "full"))
-        _check_choice("upsilon_from", self.upsilon_from, ("sample", "batch"))
-        _check_choice("precision", self.precision, PRECISIONS)
+        for name, choices in CHOICES.items():
+            _check_choice(name, getattr(self, name), choices)
         _function_of("objective", self.objective, OBJECTIVES)
         _function_of("loss", self.loss, LOSSES)
         _check_threat(self.threat)
+        _check_steps(self.steps, self.step_ratio)
         _check_number("tau", self.tau, above=0)
+        _check_number("warm_up", self.warm_up, above=0, below=1)
+        _check_number("random_start", self.random_start, at_least=0, at_most=1)
         for name in ("eta", "sample"):
             _check_number(name, getattr(self, name), above=0, at_most=1)
         for name in ("beta", "gamma", "noise", "weight_decay"):
             _check_number(name, getattr(self, name), at_least=0)
         for name in ("momentum", "average"):
             _check_number(name, getattr(self, name), at_least=0, below=1)
-        _check_number("random_start", self.random_start, at_least=0, at_most=1)
-        _check_number("warm_up", self.warm_up, above=0, below=1)
-        _check_steps(self.steps, self.step_ratio)
         for name in ("epochs", "batch_size"):
             _check_number(name, getattr(self, name), at_least=1, whole=True)
         _check_number("seed", self.seed, at_least=0, below=2**63, whole=True)
@@ -787,7 +784,7 @@ class Minibatch:
     def look(self, x: Tensor, labels: Tensor, threat: Threat, loss: Loss) -> _Look:
         """What the network, as it is attacked, says of images: `norm` (b,) is ||grad_x J||_s, among others."""
         with self._run.attacked() as passes:
-            return _look_at(passes, x, labels, threat.s, loss)
+            return _look(passes, x, labels, threat.s, loss, _blank(x, threat.s))
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits (b, m) of the network as it is attacked, without gradient."""
@@ -1019,7 +1016,7 @@ def finetune(
                 for parameter in trained:
                     parameter.requires_grad_(True)
                 optimiser.zero_grad()
-                with _blamed_on_the_rate(optimiser, epoch, len(losses) + 1), _blamed_on_the_batch(len(indices)):
+                with _blamed(optimiser, epoch, len(losses) + 1, len(indices)):
                     total = objective(run.minibatch(indices, memory))  # (5.4), (5.5), (5.3), (5.1),
                     _check_objective(total)
                     total.backward()
@@ -1037,7 +1034,7 @@ def finetune(
                     save()
 
             row = {"epoch": epoch, "loss": sum(losses) / len(losses), "seconds": time.perf_counter() - begin}
-            with _blamed_on_the_rate(optimiser, epoch, len(losses)):
+            with _blamed(optimiser, epoch, len(losses), config.batch_size):
                 _check_finite(torch.stack([t.isfinite().all() for t in shown.state_dict().values()]).all())
                 if val is not None:
                     with _prepared(shown):
@@ -1168,43 +1165,20 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Look:
-    """What one forward and backward pass says about some images; on their device."""
+    """What a forward and a backward pass say about images; on their device."""
 
-    correct: Tensor  # bool (b,)
-    loss: Tensor  # (b,)
-    norm: Tensor  # (b,), ||g||_s of the gradient g of the loss in x, or of what a rule made of it
-    direction: Tensor  # as x, the steepest ascent of unit l_r norm; empty without a backward pass, as is the norm
-    vector: Tensor | None  # as x, what a rule made of the gradient, where there is one
+    correct: Tensor  # bool (n,)
+    loss: Tensor  # (n,)
+    norm: Tensor  # (n,), ||g||_s of the gradient g of the loss in x, or of what a rule made of it
+    direction: Tensor | None  # as x, the steepest ascent of unit l_r norm, where it is wanted
+    vector: Tensor | None  # as x, what the rule made of the gradient, where there is one
     finite: Tensor  # bool (), all logits, losses and norms are
 
 
-def _look_at(
-    passes: _Passes,
-    x: Tensor,
-    y: Tensor,
-    s: float,
-    loss: Loss,
-    rule: Rule | None = None,
-    batches: Sequence[Rows] | None = None,
-    known: _Look | None = None,
-    backward: bool = True,
-) -> _Look:
-    """A look at all the images; or again at those of `batches`, which changes what is `known` of them."""
-    if known is None:
-        direction = torch.empty_like(x, dtype=torch.int8 if s == 1 else x.dtype)
-        numbers = (x.new_zeros(len(x), dtype=torch.bool), x.new_zeros(len(x)), x.new_zeros(len(x)))
-        finite = torch.ones((), dtype=torch.bool, device=x.device)
-        known = _Look(*numbers, direction, torch.zeros_like(x) if rule else None, finite)
-    for rows in passes.batches(x) if batches is None else batches:
-        before = None if known.vector is None else known.vector[rows]
-        look = _look(passes, x[rows], y[rows], s, loss, rule, before, backward)
-        known.correct[rows], known.loss[rows] = look.correct, look.loss
-        known.finite.logical_and_(look.finite)
-        if backward:
-            known.norm[rows], known.direction[rows] = look.norm, look.direction
-            if known.vector is not None and look.vector is not None:
-                known.vector[rows] = look.vector
-    return known
+def _blank(x: Tensor, s: float, rule: Rule | None = None, directions: bool = True) -> _Look:
+    numbers = (x.new_zeros(len(x), dtype=torch.bool), x.new_zeros(len(x)), x.new_zeros(len(x)))
+    direction = torch.empty_like(x, dtype=torch.int8 if s == 1 else x.dtype) if directions else None
+    return _Look(*numbers, direction, torch.zeros_like(x) if rule else None, x.new_ones((), dtype=torch.bool))
 
 
 def _look(
@@ -1213,73 +1187,82 @@ def _look(
     y: Tensor,
     s: float,
     loss: Loss,
+    known: _Look,
+    *,
     rule: Rule | None = None,
-    before: Tensor | None = None,
+    batches: Sequence[Rows] | None = None,
     backward: bool = True,
 ) -> _Look:
-    """One pass, or as many as the memory of the device wants."""
-    try:
-        return _look_at_once(passes, x, y, s, loss, rule, before, backward)
-    except RuntimeError as error:
-        if not _out_of_memory(error):
-            raise
-    # Out of the except clause, where the failed pass still held its memory.
-    half = len(x) // 2
-    if passes.whole or not half:
-        raise WdatError(
-            f"out of memory on {passes.device} with {len(x)} images at once"
-            + (f": a batch_size of {half} takes about half of it" if half else ": the network is too large for it")
-        )
-    passes.batch_size = min(passes.batch_size, half)
-    if passes.device.type == "cuda":
-        torch.cuda.empty_cache()
-    first, second = (
-        _look(passes, x[part], y[part], s, loss, rule, None if before is None else before[part], backward)
-        for part in (slice(half), slice(half, None))
-    )
-    pairs = ((getattr(first, f.name), getattr(second, f.name)) for f in fields(_Look)[:-1])
-    return _Look(*(None if a is None else torch.cat([a, b]) for a, b in pairs), finite=first.finite & second.finite)
+    """A look at all images, or at those of `batches`: it changes what is `known` of them, which is returned."""
+    todo = [*(passes.batches(x) if batches is None else batches)][::-1]
+    while todo:
+        rows = todo.pop()
+        try:
+            _look_at(passes, x, y, s, loss, known, rule, rows, backward)
+            continue
+        except RuntimeError as error:
+            if not _out_of_memory(error):
+                raise
+        # Out of the except clause, where the failed pass still held its memory.
+        indices = torch.arange(len(x), device=x.device)[rows]
+        half = len(indices) // 2
+        if passes.whole or not half:
+            raise WdatError(
+                f"out of memory on {passes.device} with {len(indices)} images at once"
+                + (f": a batch_size of {half} takes about half of it" if half else ": the network is too large for it")
+            )
+        passes.batch_size = min(passes.batch_size, half)
+        todo += [indices[half:], indices[:half]]
+        if passes.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return known
 
 
-def _look_at_once(
+def _look_at(
     passes: _Passes,
-    x: Tensor,
-    y: Tensor,
+    images: Tensor,
+    labels: Tensor,
     s: float,
     loss: Loss,
+    known: _Look,
     rule: Rule | None,
-    before: Tensor | None,
+    rows: Rows,
     backward: bool,
-) -> _Look:
-    home = x.device
+) -> None:
+    home = images.device
     with torch.enable_grad() if backward else torch.no_grad():
-        x = x.detach().to(passes.device).requires_grad_(backward)
-        y = y.to(passes.device)
+        x = images[rows].detach().to(passes.device).requires_grad_(backward)
+        y = labels[rows].to(passes.device)
         logits = passes.call(x).to(x.dtype)
         classes, finite = logits.detach().argmax(1), logits.detach().isfinite().all()  # a loss may write into logits
         value = loss(logits, y)
         if not isinstance(value, Tensor) or value.shape != x.shape[:1]:
-            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise WdatError(f"the loss must return one value for each image, shape ({len(x)},), not {shape}")
-        norm = direction = x.new_empty(0)
+            raise WdatError(f"the loss must return one value for each image, shape ({len(x)},), not {_kind(value)}")
         if backward:
             if not value.requires_grad:
                 raise WdatError("the model's output carries no gradient to its input: remove no_grad or detach in it")
             (gradient,) = torch.autograd.grad(value.sum(), x, allow_unused=True, materialize_grads=True)
-    vector = None
-    if backward:
-        if rule is not None and before is not None:
-            gradient = vector = rule(gradient, before.to(passes.device))
-            if not isinstance(vector, Tensor) or vector.shape != x.shape:
-                shape = tuple(vector.shape) if isinstance(vector, Tensor) else type(vector).__name__
-                raise WdatError(f"the rule must return a tensor of the gradient's shape {tuple(x.shape)}, not {shape}")
-        norm = _norm(gradient, s)
-        direction = _steepest(gradient, norm, s)
     value = value.detach().to(x.dtype)
-    labels = y if y.ndim == 1 else y.argmax(1)  # soft labels stand for their likeliest class
-    finite &= value.isfinite().all() & norm.isfinite().all()
-    found = (t if t is None else t.to(home) for t in (classes == labels, value, norm, direction, vector, finite))
-    return _Look(*found)
+    finite &= value.isfinite().all()
+    if backward:
+        if rule is not None and known.vector is not None:
+            gradient = rule(gradient, known.vector[rows].to(x.device))
+            if not isinstance(gradient, Tensor) or gradient.shape != x.shape:
+                raise WdatError(f"the rule must return a tensor of shape {tuple(x.shape)}, not {_kind(gradient)}")
+            known.vector[rows] = gradient.detach().to(home)
+        norm = _norm(gradient, s)
+        finite &= norm.isfinite().all()
+        known.norm[rows] = norm.to(home)
+        if known.direction is not None:
+            known.direction[rows] = _steepest(gradient, norm, s).to(home)
+    # Soft labels stand for their likeliest class.
+    known.correct[rows] = (classes == (y if y.ndim == 1 else y.argmax(1))).to(home)
+    known.loss[rows] = value.to(home)
+    known.finite.logical_and_(finite.to(home))
+
+
+def _kind(value: Any) -> str:
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _check_finite(finite: Tensor) -> None:
@@ -1293,7 +1276,8 @@ def _check_finite(finite: Tensor) -> None:
 
 
 @contextmanager
-def _blamed_on_the_rate(optimiser: torch.optim.Optimizer, epoch: int, minibatch: int) -> Iterator[None]:
+def _blamed(optimiser: torch.optim.Optimizer, epoch: int, minibatch: int, size: int) -> Iterator[None]:
+    """What may go wrong in a minibatch, in words that say what to change."""
     try:
         yield
     except _NotFiniteError as error:
@@ -1302,12 +1286,6 @@ def _blamed_on_the_rate(optimiser: torch.optim.Optimizer, epoch: int, minibatch:
             f" {optimiser.param_groups[0]['lr']:g}: the loss, the model or its gradient is not finite: try a lower one"
             + (", or weights that start with less noise" if epoch == minibatch == 1 else "")
         ) from error
-
-
-@contextmanager
-def _blamed_on_the_batch(size: int) -> Iterator[None]:
-    try:
-        yield
     except RuntimeError as error:
         if not _out_of_memory(error):
             raise
