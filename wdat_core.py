@@ -86,7 +86,7 @@ __all__ = [
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # logits (b, m), labels (b,) -> (b,)
 Rule = Callable[[Tensor, Tensor], Tensor]  # gradient (b, ...), what it gave before (b, ...; first zeros) -> (b, ...)
-Progress = bool | Callable[[str], None]
+Progress = Callable[[Any], Any]  # wraps what is iterated over, as tqdm.tqdm does
 Images = tuple[Tensor, Tensor]
 Rows = slice | Tensor
 
@@ -191,15 +191,14 @@ def sensitivity(
     Raises:
         WdatError: for the faults of input that `wpgd` names.
     """
-    loss, classes = _check_attack(model, x, y, loss, batch_size, threat)
-    passes = _passes(model, x, batch_size, precision, compiled, classes)
+    on = _attacker(model, x, y, threat, loss, batch_size, precision, compiled)
     with _prepared(model):
-        return float(_sensitivity(passes, _plain(x), _plain(y), threat, loss))
+        return float(_sensitivity(on, _plain(x), _plain(y)))
 
 
-def _sensitivity(passes: _Passes, x: Tensor, y: Tensor, threat: Threat, loss: Loss) -> Tensor:
-    look = _look(passes, x, y, threat.s, loss, _blank(x, threat.s, directions=False))
-    upsilon = _mean(look.norm, threat.q)
+def _sensitivity(on: _Attacker, x: Tensor, y: Tensor) -> Tensor:
+    look = _look(on, x, y, _blank(on, x, directions=False))
+    upsilon = _mean(look.norm, on.threat.q)
     _check_finite(look.finite & upsilon.isfinite())
     return upsilon
 
@@ -314,7 +313,7 @@ def wpgd(
     batch_size: int = 512,
     precision: str = "float32",
     compiled: bool = False,
-    progress: Progress = False,
+    progress: Progress | None = None,
 ) -> Attack:
     """W-PGD (Bai et al., 2023; eq. 5.3): projected gradient ascent of the mean loss inside a Wasserstein ball.
 
@@ -354,39 +353,31 @@ def wpgd(
         seed: of that random direction.
         precision: "float32" runs the model as it is, "bfloat16" under autocast; images and steps stay as they are.
         compiled: run the model through `torch.compile`, with CUDA graphs on a GPU; the first batch then takes a minute.
-        progress: True for a line on stderr, or a function that shows the line of text it is given.
+        progress: what the steps are wrapped in to show how far they are, such as `tqdm.tqdm`.
 
     Raises:
         WdatError: names what is wrong with the images, the labels, the model or a parameter.
     """
-    loss, classes = _check_attack(model, x, y, loss, batch_size, threat)
-    _check_steps(steps, step_ratio)
+    on = _attacker(model, x, y, threat, loss, batch_size, precision, compiled, steps, step_ratio, rule)
     _check_number("random_start", random_start, at_least=0, at_most=1)
     _check_number("seed", seed, at_least=0, below=2**63, whole=True)
-    _check_function("rule", rule)
-    _check_progress(progress)
-    passes = _passes(model, x, batch_size, precision, compiled, classes)
+    _check_function("progress", progress)
     with _prepared(model):
         x, y = _plain(x), _plain(y)
         start = _random_start(x, threat, random_start, torch.Generator().manual_seed(seed)) if random_start else None
-        return _attack(passes, x, y, threat, loss, steps, step_ratio, rule=rule, start=start, progress=progress)
+        return _attack(on, x, y, start=start, progress=progress)
 
 
 def _attack(
-    passes: _Passes,
+    on: _Attacker,
     x: Tensor,
     y: Tensor,
-    threat: Threat,
-    loss: Loss,
-    steps: int,
-    step_ratio: float,
     *,
     delta: Tensor | float | None = None,
-    rule: Rule | None = None,
     start: Tensor | None = None,
     first: _Look | None = None,
     last: bool = False,
-    progress: Progress = False,
+    progress: Progress | None = None,
 ) -> Attack:
     """The one attack loop, on checked input and a prepared model.
 
@@ -397,23 +388,25 @@ def _attack(
         last: the last iterate is wanted, as in training, and its forward pass is saved (accuracy, loss and correct are
             then those of the iterate before).
     """
-    n, p, q, r, s = len(x), threat.p, threat.q, threat.r, threat.s
-    delta = threat.delta if delta is None else delta
+    passes, steps, n, p, q, r = on.passes, on.steps, len(x), on.threat.p, on.threat.q, on.threat.r
+    delta = on.threat.delta if delta is None else delta
+    alpha = on.step_ratio * delta / steps
     slices = [slice(i, i + passes.batch_size) for i in range(0, n, passes.batch_size)]
     # Where the direction is that of the present gradient alone, an image with gradient 0 stays where it is, and so does
     # all that an eval-mode network says of it: it is not looked at again until a projection moves it.
-    rests = rule is None and not passes.whole and loss not in SLOPED
+    rests = on.rule is None and not passes.whole and on.loss not in SLOPED
     # A step is alpha long in W_p, whatever the rule. Until steps from x add up to delta there is nothing to project.
     # Powers of order q - 1 and s - 1 know that length up to as many roundings.
-    free = (0.999 - 8 * torch.finfo(x.dtype).eps * (q + s)) * steps / step_ratio if start is None else 0.0
+    free = (0.999 - 8 * torch.finfo(x.dtype).eps * (q + on.threat.s)) * steps / on.step_ratio if start is None else 0.0
 
     x_adv = (x if start is None else start).clone()
-    now = _look(passes, x_adv, y, s, loss, _blank(x, s, rule), rule=rule) if first is None else first
+    now = _look(on, x_adv, y, _blank(on, x)) if first is None else first
     was_correct = now.correct.clone()
     hits, losses, upsilons = [now.correct.sum()], [now.loss.mean()], []
-    for k in _track(range(1, steps + 1), f"W_{p:g} attack", progress):
+    assert now.direction is not None
+    for k in progress(range(1, steps + 1)) if progress else range(1, steps + 1):
         upsilons.append(_mean(now.norm, q))
-        step = _step(now.norm, upsilons[-1], q, step_ratio * delta / steps)
+        step = _step(now.norm, upsilons[-1], q, alpha)
         moved, distance = now.norm > 0, torch.empty_like(now.norm)
         for rows in slices:  # a batch at a time, while it is in the cache
             x_adv[rows].addcmul_(_per_image(step[rows], x), now.direction[rows])  # (5.3): x + alpha T(x),
@@ -431,7 +424,7 @@ def _attack(
             break
 
         again = passes.batches(x, moved.nonzero()[:, 0] if rests else None)
-        _look(passes, x_adv, y, s, loss, now, rule=rule, batches=again, backward=k < steps)
+        _look(on, x_adv, y, now, again, backward=k < steps)
         hits.append(now.correct.sum())
         losses.append(now.loss.mean())
         if k == 1:
@@ -470,7 +463,7 @@ def wpgd_budget(
     batch_size: int = 512,
     precision: str = "float32",
     compiled: bool = False,
-    progress: Progress = False,
+    progress: Progress | None = None,
 ) -> Attack:
     """W-PGD-budget: each batch attacked on its own with the radius delta_B = delta Upsilon_B / Upsilon, eq. 5.5.
 
@@ -488,18 +481,16 @@ def wpgd_budget(
     Raises:
         WdatError: names what is wrong with the images, the labels, the model or a parameter.
     """
-    loss, classes = _check_attack(model, x, y, loss, batch_size, threat)
-    _check_steps(steps, step_ratio)
+    on = _attacker(model, x, y, threat, loss, batch_size, precision, compiled, steps, step_ratio)
     _check_number("upsilon", upsilon, above=0)
-    _check_progress(progress)
-    passes = _passes(model, x, batch_size, precision, compiled, classes)
+    _check_function("progress", progress)
     size, attacks = min(batch_size, len(x)), []
     with _prepared(model):
         batches = list(zip(_plain(x).split(size), _plain(y).split(size), strict=True))
-        for xb, yb in _track(batches, "W-PGD-budget", progress):
-            first = _look(passes, xb, yb, threat.s, loss, _blank(xb, threat.s))
+        for xb, yb in progress(batches) if progress else batches:
+            first = _look(on, xb, yb, _blank(on, xb))
             delta_b = _radius(threat, _upsilon(first.norm, threat.q), upsilon)  # (5.5)
-            attacks.append(_attack(passes, xb, yb, threat, loss, steps, step_ratio, delta=delta_b, first=first))
+            attacks.append(_attack(on, xb, yb, delta=delta_b, first=first))
     sizes = torch.tensor([len(xb) / len(x) for xb, _ in batches], dtype=torch.float64)
 
     def pool(values: Sequence[float], order: float) -> float:
@@ -774,22 +765,19 @@ class Minibatch:
         The network is in the configuration's `attack_mode`. `labels` stand for y, `start` for x and `delta` for the
         threat's; `first` is what `look` said of the start, which saves a pass.
         """
-        function, labels = _function_of("loss", loss, LOSSES), self.y if labels is None else labels
-        start = None if start is self.x else start
-        steps, step_ratio = self.config.steps, self.config.step_ratio
-        with self._run.attacked() as passes:
-            options: dict[str, Any] = {"delta": delta, "start": start, "first": first, "last": True}
-            return _attack(passes, self.x, labels, threat, function, steps, step_ratio, **options).x_adv
+        labels, start = self.y if labels is None else labels, None if start is self.x else start
+        with self._run.attacked(threat, loss) as on:
+            return _attack(on, self.x, labels, delta=delta, start=start, first=first, last=True).x_adv
 
-    def look(self, x: Tensor, labels: Tensor, threat: Threat, loss: Loss) -> _Look:
+    def look(self, x: Tensor, labels: Tensor, threat: Threat, loss: str | Loss) -> _Look:
         """What the network, as it is attacked, says of images: `norm` (b,) is ||grad_x J||_s, among others."""
-        with self._run.attacked() as passes:
-            return _look(passes, x, labels, threat.s, loss, _blank(x, threat.s))
+        with self._run.attacked(threat, loss) as on:
+            return _look(on, x, labels, _blank(on, x))
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits (b, m) of the network as it is attacked, without gradient."""
-        with self._run.attacked() as passes, torch.no_grad():
-            parts = [passes.call(part.to(passes.device)) for part in x.split(passes.batch_size)]
+        with self._run.attacked() as on, torch.no_grad():
+            parts = [on.passes.call(part.to(on.passes.device)) for part in x.split(on.passes.batch_size)]
             return torch.cat(parts).to(x)
 
     def random_start(self, threat: Threat, fraction: float) -> Tensor:
@@ -807,15 +795,15 @@ class Minibatch:
         count = len(run.x) if everything else max(1, round(config.sample * len(run.x)))
         rows = run.draw(count)
         x, y = run.x[rows], run.y[rows]
-        with run.attacked() as passes:
-            if config.attack_label == "predicted":
-                y = self.logits(x).argmax(1)
-            return _sensitivity(passes, x, y, config.threat, run.loss).to(upsilon_b)
+        if config.attack_label == "predicted":
+            y = self.logits(x).argmax(1)
+        with run.attacked() as on:
+            return _sensitivity(on, x, y).to(upsilon_b)
 
 
 def wdat(batch: Minibatch) -> Tensor:
     """Algorithm 1: one minibatch of Wasserstein distributional adversarial training, up to its step of SGD."""
-    config, threat, loss, x = batch.config, batch.config.threat, batch._run.loss, batch.x
+    config, threat, loss, x = batch.config, batch.config.threat, batch.config.loss, batch.x
     labels = batch.y if config.attack_label == "true" else batch.logits(x).argmax(1)
 
     start = batch.random_start(threat, config.random_start)
@@ -911,7 +899,7 @@ def finetune(
     save_every: float = 60.0,
     stop_after: float | None = None,
     on_epoch: Callable[[int, nn.Module], dict[str, float] | None] | None = None,
-    progress: Progress = False,
+    progress: Progress | None = None,
 ) -> History:
     """Algorithm 1: perturb the model, then train it against W-PGD-budget; eq. 5.1, or eq. 5.6 for gamma > 0.
 
@@ -946,19 +934,18 @@ def finetune(
     _check_training(train, val, config, on_epoch, progress)
     x, y = train
     _check_number("eval_batch_size", eval_batch_size, at_least=1, whole=True)
-    loss, classes = _check_attack(model, x, y, config.loss, eval_batch_size, config.threat)
+    attacker: Any = (eval_batch_size, config.precision, config.compiled, config.steps, config.step_ratio)
+    on = _attacker(model, x, y, config.threat, config.loss, *attacker)
     if val is not None:
-        _check_attack(model, *val, config.loss, eval_batch_size, config.threat)
+        _attacker(model, *val, config.threat, config.loss, *attacker)
     training = config.update_mode == "train" and config.perturb != "last_layer"
     _check_minibatches(model, x, config, training)
     objective = _function_of("objective", config.objective, OBJECTIVES)
-    how = (config.precision, config.compiled)
-    passes = _passes(model, x, eval_batch_size, *how, classes)
     generator = torch.Generator().manual_seed(config.seed)
     checkpoint = _checkpoint(resume, save_every, stop_after, model, train, val, config)
 
     with _seeded(model, generator), _untouched(model), torch.inference_mode(False), torch.enable_grad():
-        run = _Run(model, _plain(x), _plain(y), config, passes, loss, generator)
+        run = _Run(model, _plain(x), _plain(y), config, on, generator)
         wanted: dict[str, Any] = {"noise": config.noise, "reinit": config.reinit, "head": config.head, "x": x[:1]}
         trained = perturb_(model, config.perturb, **wanted, generator=generator)
         if not trained:
@@ -971,8 +958,7 @@ def finetune(
             ema = torch.optim.swa_utils.get_ema_multi_avg_fn(config.average)
             averaged = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=ema, use_buffers=True)
         shown = model if averaged is None else averaged.module
-        val_passes = passes if averaged is None else _passes(shown, x, eval_batch_size, *how, classes)
-        score = f"w_{config.threat.p:g}"
+        on_shown, score = on, f"w_{config.threat.p:g}"
         parts: dict[str, Any] = {"model": model, "optimiser": optimiser, "schedule": schedule, "averaged": averaged}
         parts = {name: part for name, part in parts.items() if part is not None}
 
@@ -985,7 +971,7 @@ def finetune(
         if saved:
             for name, part in parts.items():
                 part.load_state_dict(saved[name])
-            memory = {name: list(values.to(passes.device)) for name, values in saved["memory"].items()}
+            memory = {name: list(values.to(on.passes.device)) for name, values in saved["memory"].items()}
             order, losses, rows, best, best_state, spent = (
                 saved[name] for name in ("order", "losses", "rows", "best", "best_state", "spent")
             )
@@ -1010,7 +996,8 @@ def finetune(
         while len(rows) < config.epochs:  # Algorithm 1: repeat,
             epoch = len(rows) + 1
             order = order or run.draw(len(x)).split(min(config.batch_size, len(x)))
-            for indices in _track(order[len(losses) :], f"epoch {epoch}/{config.epochs}", progress):
+            left = order[len(losses) :]
+            for indices in progress(left) if progress else left:
                 model.train(training)
                 model.requires_grad_(False)
                 for parameter in trained:
@@ -1037,11 +1024,10 @@ def finetune(
             with _blamed(optimiser, epoch, len(losses), config.batch_size):
                 _check_finite(torch.stack([t.isfinite().all() for t in shown.state_dict().values()]).all())
                 if val is not None:
+                    if averaged is not None:
+                        on_shown = _attacker(shown, *val, config.threat, config.loss, *attacker)
                     with _prepared(shown):
-                        images, labels = map(_plain, val)
-                        attack = _attack(
-                            val_passes, images, labels, config.threat, loss, config.steps, config.step_ratio
-                        )
+                        attack = _attack(on_shown, *map(_plain, val))
                     row |= {"clean": attack.history["accuracy"][0], score: attack.accuracy}
             if on_epoch:
                 row |= _checked_row(on_epoch(epoch, shown), {"clean", score, *row})
@@ -1062,8 +1048,7 @@ class _Run:
     x: Tensor
     y: Tensor
     config: FinetuneConfig
-    passes: _Passes
-    loss: Loss
+    on: _Attacker
     generator: torch.Generator
 
     def draw(self, count: int) -> Tensor:
@@ -1071,20 +1056,21 @@ class _Run:
         return torch.randperm(len(self.x), generator=self.generator)[:count].to(self.x.device)
 
     def minibatch(self, indices: Tensor, memory: dict[str, list[Tensor]]) -> Minibatch:
-        x, y = self.x[indices].to(self.passes.device), self.y[indices].to(self.passes.device)
+        passes = self.on.passes
+        x, y = self.x[indices].to(passes.device), self.y[indices].to(passes.device)
         if self.config.augment:
             x = _crop_and_flip(x, self.generator)
-        return Minibatch(x, y, lambda z: self.passes.call(z).to(z.dtype), self.config, memory, self.generator, self)
+        return Minibatch(x, y, lambda z: passes.call(z).to(z.dtype), self.config, memory, self.generator, self)
 
     @contextmanager
-    def attacked(self) -> Iterator[_Passes]:
-        """The network as the attacker of the training sees it."""
-        if self.config.attack_mode == "eval" or self.config.perturb == "last_layer":
-            with _prepared(self.model):
-                yield self.passes
-        else:  # batch statistics are those of the whole minibatch
-            with _prepared(self.model, training=True):
-                yield replace(self.passes, batch_size=self.config.batch_size, whole=True)
+    def attacked(self, threat: Threat | None = None, loss: str | Loss | None = None) -> Iterator[_Attacker]:
+        """The attacker of the training, with its threat and loss or others, on the network in its `attack_mode`."""
+        on = replace(self.on, threat=threat or self.on.threat, loss=_function_of("loss", loss or self.on.loss, LOSSES))
+        in_train_mode = self.config.attack_mode == "train" and self.config.perturb != "last_layer"
+        if in_train_mode:  # batch statistics are those of the whole minibatch
+            on = replace(on, passes=replace(on.passes, batch_size=self.config.batch_size, whole=True))
+        with _prepared(self.model, training=in_train_mode):
+            yield on
 
 
 def _schedule(config: FinetuneConfig, optimiser: torch.optim.SGD, total: int) -> torch.optim.lr_scheduler.LRScheduler:
@@ -1133,25 +1119,17 @@ class Scores:
 
 
 def evaluate(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    *,
-    delta: float = 8 / 255,
-    loss: str | Loss = "redlr",
-    steps: int = 20,
-    batch_size: int = 512,
-    precision: str = "float32",
-    compiled: bool = False,
-    progress: Progress = False,
+    model: nn.Module, x: Tensor, y: Tensor, *, delta: float = 8 / 255, loss: str | Loss = "redlr", **options: Any
 ) -> Scores:
     """The three accuracies of the paper's tables (Section 6): clean, W_inf (20 steps, CE) and W_2 (20 steps, ReDLR).
 
-    `loss` is that of the W_2 attack; a network with two classes needs "ce". The other arguments, and the errors raised,
-    are those of `wpgd`.
+    Args:
+        loss: of the W_2 attack; a network with two classes needs "ce".
+        options: of both attacks, as `wpgd` takes them: steps, batch_size, precision, compiled, progress and others.
+
+    Raises:
+        WdatError: for the faults of input that `wpgd` names.
     """
-    options: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "progress": progress}
-    options |= {"precision": precision, "compiled": compiled}
     pointwise = wpgd(model, x, y, Threat(p=math.inf, delta=delta), loss="ce", **options)
     distributional = wpgd(model, x, y, Threat(p=2, delta=delta), loss=loss, **options)
     correct = {"clean": pointwise.was_correct, "w_inf": pointwise.correct, "w_2": distributional.correct}
@@ -1175,30 +1153,35 @@ class _Look:
     finite: Tensor  # bool (), all logits, losses and norms are
 
 
-def _blank(x: Tensor, s: float, rule: Rule | None = None, directions: bool = True) -> _Look:
+@dataclass(frozen=True)
+class _Attacker:
+    """A network, a threat, a loss and how to step, all checked."""
+
+    passes: _Passes
+    threat: Threat
+    loss: Loss
+    steps: int
+    step_ratio: float
+    rule: Rule | None
+
+
+def _blank(on: _Attacker, x: Tensor, directions: bool = True) -> _Look:
+    """What is known of images before the first look."""
     numbers = (x.new_zeros(len(x), dtype=torch.bool), x.new_zeros(len(x)), x.new_zeros(len(x)))
-    direction = torch.empty_like(x, dtype=torch.int8 if s == 1 else x.dtype) if directions else None
-    return _Look(*numbers, direction, torch.zeros_like(x) if rule else None, x.new_ones((), dtype=torch.bool))
+    direction = torch.empty_like(x, dtype=torch.int8 if on.threat.s == 1 else x.dtype) if directions else None
+    return _Look(*numbers, direction, torch.zeros_like(x) if on.rule else None, x.new_ones((), dtype=torch.bool))
 
 
 def _look(
-    passes: _Passes,
-    x: Tensor,
-    y: Tensor,
-    s: float,
-    loss: Loss,
-    known: _Look,
-    *,
-    rule: Rule | None = None,
-    batches: Sequence[Rows] | None = None,
-    backward: bool = True,
+    on: _Attacker, x: Tensor, y: Tensor, known: _Look, batches: Sequence[Rows] | None = None, backward: bool = True
 ) -> _Look:
     """A look at all images, or at those of `batches`: it changes what is `known` of them, which is returned."""
+    passes = on.passes
     todo = [*(passes.batches(x) if batches is None else batches)][::-1]
     while todo:
         rows = todo.pop()
         try:
-            _look_at(passes, x, y, s, loss, known, rule, rows, backward)
+            _look_at(on, x, y, known, rows, backward)
             continue
         except RuntimeError as error:
             if not _out_of_memory(error):
@@ -1218,24 +1201,14 @@ def _look(
     return known
 
 
-def _look_at(
-    passes: _Passes,
-    images: Tensor,
-    labels: Tensor,
-    s: float,
-    loss: Loss,
-    known: _Look,
-    rule: Rule | None,
-    rows: Rows,
-    backward: bool,
-) -> None:
+def _look_at(on: _Attacker, images: Tensor, labels: Tensor, known: _Look, rows: Rows, backward: bool) -> None:
     home = images.device
     with torch.enable_grad() if backward else torch.no_grad():
-        x = images[rows].detach().to(passes.device).requires_grad_(backward)
-        y = labels[rows].to(passes.device)
-        logits = passes.call(x).to(x.dtype)
+        x = images[rows].detach().to(on.passes.device).requires_grad_(backward)
+        y = labels[rows].to(on.passes.device)
+        logits = on.passes.call(x).to(x.dtype)
         classes, finite = logits.detach().argmax(1), logits.detach().isfinite().all()  # a loss may write into logits
-        value = loss(logits, y)
+        value = on.loss(logits, y)
         if not isinstance(value, Tensor) or value.shape != x.shape[:1]:
             raise WdatError(f"the loss must return one value for each image, shape ({len(x)},), not {_kind(value)}")
         if backward:
@@ -1245,16 +1218,16 @@ def _look_at(
     value = value.detach().to(x.dtype)
     finite &= value.isfinite().all()
     if backward:
-        if rule is not None and known.vector is not None:
-            gradient = rule(gradient, known.vector[rows].to(x.device))
+        if on.rule is not None and known.vector is not None:
+            gradient = on.rule(gradient, known.vector[rows].to(x.device))
             if not isinstance(gradient, Tensor) or gradient.shape != x.shape:
                 raise WdatError(f"the rule must return a tensor of shape {tuple(x.shape)}, not {_kind(gradient)}")
             known.vector[rows] = gradient.detach().to(home)
-        norm = _norm(gradient, s)
+        norm = _norm(gradient, on.threat.s)
         finite &= norm.isfinite().all()
         known.norm[rows] = norm.to(home)
         if known.direction is not None:
-            known.direction[rows] = _steepest(gradient, norm, s).to(home)
+            known.direction[rows] = _steepest(gradient, norm, on.threat.s).to(home)
     # Soft labels stand for their likeliest class.
     known.correct[rows] = (classes == (y if y.ndim == 1 else y.argmax(1))).to(home)
     known.loss[rows] = value.to(home)
@@ -1556,8 +1529,6 @@ class _Passes:
 def _passes(
     model: nn.Module, x: Tensor, batch_size: int, precision: str, compiled: bool, classes: int | None = None
 ) -> _Passes:
-    _check_choice("precision", precision, PRECISIONS)
-    _check_flag("compiled", compiled)
     device = next((t.device for t in [*model.parameters(), *model.buffers()]), x.device)
     run: Callable[[Tensor], Tensor] = model
     if compiled:
@@ -1633,29 +1604,6 @@ def _seeded(model: nn.Module, generator: torch.Generator) -> Iterator[None]:
         yield
 
 
-def _track(items: Sequence[Any], label: str, progress: Progress) -> Iterator[Any]:
-    """The items, with a line of text twice a second on how far they are; an empty line at the end clears it."""
-    if not progress:
-        yield from items
-        return
-    show = _stderr_line if progress is True else progress
-    begin, shown = time.monotonic(), -math.inf
-    try:
-        for i, item in enumerate(items):
-            now = time.monotonic()
-            if now - shown > 0.5:
-                left = f", {(now - begin) / i * (len(items) - i):.0f} s left" if i else ""
-                show(f"{label}: {i}/{len(items)}{left}")
-                shown = now
-            yield item
-    finally:
-        show("")
-
-
-def _stderr_line(text: str) -> None:
-    print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
-
-
 NOT_FINITE = (
     "the model or the loss returns NaN or infinite values for these images, or its gradient there is not finite"
 )
@@ -1666,10 +1614,20 @@ def _check_threat(threat: Threat) -> None:
         raise WdatError(f"threat must be a Threat, not {threat!r}")
 
 
-def _check_attack(
-    model: nn.Module, x: Tensor, y: Tensor, loss: str | Loss, batch_size: int, threat: Threat
-) -> tuple[Loss, int]:
-    """Names the first fault of the images, the labels, the model or the loss; returns the loss as a function."""
+def _attacker(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: Threat,
+    loss: str | Loss,
+    batch_size: int,
+    precision: str,
+    compiled: bool,
+    steps: int = 1,
+    step_ratio: float = 1.0,
+    rule: Rule | None = None,
+) -> _Attacker:
+    """Names the first fault of what an attack is given; what comes back has none."""
     _check_threat(threat)
     if not isinstance(x, Tensor) or x.dtype not in FLOATS:
         kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
@@ -1690,6 +1648,10 @@ def _check_attack(
     if y.device != x.device:
         raise WdatError(f"images are on {x.device} and labels on {y.device}: put both on one device")
     _check_number("batch_size", batch_size, at_least=1, whole=True)
+    _check_choice("precision", precision, PRECISIONS)
+    _check_flag("compiled", compiled)
+    _check_steps(steps, step_ratio)
+    _check_function("rule", rule)
     function = _function_of("loss", loss, LOSSES)
     _check_model(model)
     devices = {tensor.device for tensor in [*model.parameters(), *model.buffers()]} or {x.device}
@@ -1714,7 +1676,8 @@ def _check_attack(
     low, high = int(y.min()), int(y.max())
     if low < 0 or high >= classes:
         raise WdatError(f"labels must lie in 0..{classes - 1} for this model, these span {low}..{high}")
-    return function, classes
+    passes = _passes(model, x, batch_size, precision, compiled, classes)
+    return _Attacker(passes, threat, function, steps, step_ratio, rule)
 
 
 def _check_model(model: nn.Module) -> None:
@@ -1730,7 +1693,7 @@ def _check_training(train: Images, val: Images | None, config: Any, on_epoch: An
         if not (isinstance(pair, (tuple, list)) and len(pair) == 2) and not (name == "val" and pair is None):
             raise WdatError(f"{name} must be a pair (images, labels), not {type(pair).__name__}")
     _check_function("on_epoch", on_epoch)
-    _check_progress(progress)
+    _check_function("progress", progress)
 
 
 def _check_minibatches(model: nn.Module, x: Tensor, config: FinetuneConfig, training: bool) -> None:
@@ -1767,11 +1730,6 @@ def _function_of(name: str, value: Any, known: dict[str, Any]) -> Any:
     if not callable(value):
         raise WdatError(f"{name} must be one of {', '.join(known)} or a function, not {value!r}")
     return value
-
-
-def _check_progress(progress: Any) -> None:
-    if not isinstance(progress, bool) and not callable(progress):
-        raise WdatError(f"progress must be True, False or a function, not {progress!r}")
 
 
 def _check_dense(name: str, tensor: Tensor, meta_is_fine: bool = False) -> None:
