@@ -611,14 +611,14 @@ def _last_layer(model: nn.Module, head: str | None, x: Tensor | None) -> Any:
     """The layer of that name, or the one whose output the logits are, or the only Linear with as many outputs."""
     layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)}
     if head is not None:
-        if head not in layers:
+        if not isinstance(head, str) or head not in layers:
             raise WdatError(
                 f"head must name a linear or convolutional layer of the model, not {head!r}: {_few(layers)}"
             )
         return layers[head]
     if not layers:
         raise WdatError('perturb "last_layer" needs a linear or convolutional layer, and the model has none')
-    if x is None:
+    if not isinstance(x, Tensor):
         raise WdatError(f"which layer gives the logits? Give head, its name, or x, an image to find it: {_few(layers)}")
     outputs: dict[str, Tensor] = {}
     hooks = [
@@ -737,8 +737,8 @@ class Minibatch:
         y: their labels (b,).
         net: images to logits (b, m) of the images' type, in the mode of the update, with gradients to the parameters.
         config: of the run.
-        memory: what the objective keeps from one minibatch to the next, lists of tensors of one shape by name; it is
-            part of the checkpoint, and "upsilon" becomes `History.upsilon`.
+        memory: what the objective keeps from one minibatch to the next, lists of tensors by name; it is part of the
+            checkpoint, and "upsilon" becomes `History.upsilon`.
         generator: the run's source of randomness, on the CPU.
     """
 
@@ -971,7 +971,7 @@ def finetune(
         if saved:
             for name, part in parts.items():
                 part.load_state_dict(saved[name])
-            memory = {name: list(values.to(on.passes.device)) for name, values in saved["memory"].items()}
+            memory = {name: [v.to(on.passes.device) for v in values] for name, values in saved["memory"].items()}
             order, losses, rows, best, best_state, spent = (
                 saved[name] for name in ("order", "losses", "rows", "best", "best_state", "spent")
             )
@@ -983,8 +983,11 @@ def finetune(
             if checkpoint.path is not None:
                 state = {name: part.state_dict() for name, part in parts.items()}
                 state |= {"order": order, "losses": losses, "rows": rows, "best": best, "best_state": best_state}
-                state["memory"] = {name: torch.stack(values) for name, values in memory.items() if values}
-                state |= {"random": _random_state(model, generator), "spent": time.perf_counter() - begin}
+                state |= {
+                    "memory": memory,
+                    "random": _random_state(model, generator),
+                    "spent": time.perf_counter() - begin,
+                }
                 checkpoint.save(state)
 
         def history(finished: bool) -> History:
@@ -1095,7 +1098,10 @@ def _checked_row(more: Any, taken: set[str]) -> dict[str, float]:
         raise WdatError(f"on_epoch must return a dict of numbers or None, not {more!r}")
     if both := sorted(taken & (more or {}).keys()):
         raise WdatError(f"on_epoch must not return {', '.join(map(repr, both))}: the history has its own; rename yours")
-    return more or {}
+    try:
+        return {name: float(value) for name, value in (more or {}).items()}
+    except (TypeError, ValueError) as error:
+        raise WdatError(f"on_epoch must return a dict of numbers or None, not {more!r}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1402,7 +1408,9 @@ def _checkpoint(
 
 def _named(value: Any) -> str:
     """A field of a configuration in words that are the same in another process."""
-    return f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else repr(value)
+    if not callable(value):
+        return repr(value)
+    return f"{value.__module__}.{getattr(value, '__qualname__', type(value).__qualname__)}"
 
 
 def code_digest() -> str:
@@ -1703,7 +1711,8 @@ def _check_minibatches(model: nn.Module, x: Tensor, config: FinetuneConfig, trai
     if config.tau > torch.finfo(x.dtype).max:
         raise WdatError(f"tau must be a number that {x.dtype} holds, not {config.tau!r}")
     alone = min(config.batch_size, len(x)) == 1 or len(x) % config.batch_size == 1
-    if training and alone and any(isinstance(m, nn.BatchNorm1d) for m in model.modules()):
+    attacked = config.attack_mode == "train" and config.perturb != "last_layer"
+    if (alone and (training or attacked)) and any(isinstance(m, nn.BatchNorm1d) for m in model.modules()):
         raise WdatError(
             "BatchNorm1d cannot train on a batch of one image: choose a batch_size that leaves no remainder of one"
         )
