@@ -1413,8 +1413,8 @@ def _named(value: Any) -> str:
     return f"{value.__module__}.{getattr(value, '__qualname__', type(value).__qualname__)}"
 
 
-def code_digest() -> str:
-    """SHA-256, in hexadecimal, of the code of this file: comments, docstrings and layout do not count.
+def code_digest(path: str | os.PathLike[str] = __file__) -> str:
+    """SHA-256, in hexadecimal, of the code of a file, this one: comments, docstrings and layout do not count.
 
     It says which code made a number. A checkpoint of other code is refused.
     """
@@ -1430,7 +1430,7 @@ def code_digest() -> str:
         # Versions of Python have fields of their own, empty here.
         return type(node).__name__, [(k, plain(v)) for k, v in parts.items() if v is not None and v != []]
 
-    tree = ast.parse(Path(__file__).read_text(encoding="utf-8"))
+    tree = ast.parse(Path(path).read_text(encoding="utf-8"))
     return hashlib.sha256(repr(plain(tree)).encode()).hexdigest()
 
 

@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import datetime
 import json
+import math
 import shutil
 import time
 from pathlib import Path
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 from companion import files
 from companion.architectures import new_stand_in
@@ -29,13 +31,31 @@ from companion.data import cifar, floats
 from companion.files import digest, write_sums
 from companion.records import SCHEMA, core_digest, device_name, pack, plain, versions, write_record
 from companion.settings import METRICS
-from wdat_core import PretrainConfig, evaluate, pretrain
+from wdat_core import FinetuneConfig, Threat, evaluate, finetune
 
-DEMO = PretrainConfig(epochs=24, steps=5, step_ratio=2.0, batch_size=128, average=0.998, precision="bfloat16")
+# The one trainer, from weights drawn anew: TRADES with averaged weights, or PGD. Nothing is measured along the way.
+DEMO = FinetuneConfig(
+    perturb="none",
+    objective="trades",
+    threat=Threat(p=math.inf),
+    loss="ce",
+    tau=0.1,
+    beta=6.0,
+    steps=5,
+    step_ratio=2.0,
+    epochs=24,
+    batch_size=128,
+    momentum=0.9,
+    nesterov=True,
+    weight_decay=5e-4,
+    schedule="one_cycle",
+    average=0.998,
+    precision="bfloat16",
+)
 RECIPES = {
     "demo": DEMO,
     "small_trades": dataclasses.replace(DEMO, epochs=30),
-    "small_pgd": dataclasses.replace(DEMO, epochs=30, method="pgd", average=0.0),
+    "small_pgd": dataclasses.replace(DEMO, epochs=30, objective="pgd", average=0.0),
 }
 PARTS = {"train": (True, 0, 4000), "val": (True, 4000, 5000), "test": (False, 0, 1000)}
 PUBLISHED = [*(f"{n}.safetensors" for n in RECIPES), "images.json", *(f"images_{n}.webp" for n in PARTS), "paper.csv"]
@@ -65,7 +85,7 @@ def weights(data: Path, name: str) -> None:
     model = new_stand_in(name)
     folder = files.RUNS / name
     folder.mkdir(parents=True, exist_ok=True)
-    history = pretrain(model, (floats(x), y), None, config, resume=folder / "run.checkpoint", progress=True)
+    history = finetune(model, (floats(x), y), None, config, resume=folder / "run.checkpoint", progress=tqdm)
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "weights.safetensors")
     made = {
         "config": plain(dataclasses.asdict(config)),
@@ -86,7 +106,7 @@ def record(data: Path, name: str) -> None:
     model.load_state_dict(load_file(folder / "weights.safetensors"))
     x, y = cifar(data, train=False)
     begin = time.perf_counter()
-    scores = evaluate(model, floats(x), y, batch_size=128, progress=True)
+    scores = evaluate(model, floats(x), y, batch_size=128, progress=tqdm)
     shutil.copy(folder / "weights.safetensors", files.ASSETS / f"{name}.safetensors")
     content = (files.ASSETS / f"{name}.safetensors").read_bytes()
     parts = b"".join(t.numpy().tobytes() for t in (x, y))

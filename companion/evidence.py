@@ -10,9 +10,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from companion import files
+from companion import cores, files
 from companion.files import one_line, verified
-from companion.records import Record, core_digest, protocol
+from companion.records import Record, protocol
 from companion.settings import CONTROLS, OPEN_POINTS, PAPER_NETWORKS, STAND_INS, ParameterError
 
 Column = tuple[float, float]  # tau, eta
@@ -33,8 +33,7 @@ FULL = {"train": 40_000, "val": 10_000, "test": 10_000, "epochs": 20, "batch_siz
 
 def is_current(record: Record) -> bool:
     """Whether a record was made by code that is known to give the same numbers as the present one."""
-    core: str = record["core"]
-    return core == core_digest()
+    return cores.is_current(record["core"])
 
 
 def paper_value(

@@ -9,9 +9,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from companion import files
-from companion.files import digest
-
 if TYPE_CHECKING:
     import torch
 
@@ -56,5 +53,7 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def core_digest() -> str:
-    """The SHA-256 of wdat_core.py when it was first asked for, so that a record says which code made it."""
-    return digest((files.ROOT / "wdat_core.py").read_bytes().replace(b"\r\n", b"\n"))
+    """The digest of wdat_core.py's code when it was first asked for, so that a record says which code made it."""
+    from wdat_core import code_digest
+
+    return code_digest()

@@ -1,0 +1,156 @@
+"""Which versions of wdat_core.py give the same numbers, by measurement: results/cores.json.
+
+    python -m companion.cores --data data              repeat the sample with wdat_core.py, and note what came out
+    python -m companion.cores --data data --file FILE  the same with another version, such as an older one
+
+The sample: each stand-in attacked on the 10,000 test images, the column of Table 4 of the demo with tau 0.01 and eta 1,
+and one epoch of each small stand-in on 40,000 training images. On one machine two versions are the same where every bit
+is; on two machines, where no accuracy is further apart than 0.05 points. It takes about ten minutes on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import importlib.util
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from companion import files
+from companion.files import digest, write_whole
+
+CORES = files.RESULTS / "cores.json"
+WITHIN = 0.0005  # of an accuracy as a fraction, between machines
+
+
+@functools.cache
+def is_current(core: str) -> bool:
+    """Whether the code that made a record, by the digest in the record, gives the numbers of the present code."""
+    from wdat_core import code_digest
+
+    if core == code_digest():
+        return True
+    entries = _entries()
+    return any(
+        gives_the_same(there, here)
+        for there in entries
+        for here in entries
+        if core in (there["core"], there["file"]) and here["core"] == code_digest()
+    )
+
+
+def gives_the_same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two entries of cores.json are of code that gives the same numbers."""
+    if one["sample"].keys() != other["sample"].keys():
+        return False
+    pairs = [(one["sample"][name], other["sample"][name]) for name in one["sample"]]
+    if all(one[key] == other[key] for key in ("device", "versions")):
+        return all(a["bits"] == b["bits"] for a, b in pairs)
+    accuracies = [(a["accuracy"][m], b["accuracy"][m]) for a, b in pairs for m in a["accuracy"]]
+    return all(abs(a - b) <= WITHIN for a, b in accuracies)
+
+
+def _entries() -> list[dict[str, Any]]:
+    return json.loads(CORES.read_text(encoding="utf-8")) if CORES.exists() else []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The sample
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def sample(core: Any, data: Path) -> dict[str, Any]:
+    """What some version of wdat_core, as a module, gives: for each part accuracies, and the digest of every bit."""
+    import torch
+
+    from companion.data import cifar, embedded, floats
+    from companion.networks import load_network
+
+    def images(train: bool) -> tuple[Any, Any]:
+        x, y = cifar(data, train)
+        return floats(x), y
+
+    def network(name: str) -> Any:
+        return load_network(name, Path()).model
+
+    def attacked(model: Any, test: Any) -> dict[str, Any]:
+        scores = core.evaluate(model, *test, batch_size=128)
+        accuracy = {m: getattr(scores, m) for m in ("clean", "w_inf", "w_2")}
+        return {"accuracy": accuracy, "bits": _bits(*(scores.correct[m] for m in accuracy))}
+
+    def trained(name: str, train: Any, val: Any, test: Any, epochs: int) -> dict[str, Any]:
+        model = network(name)
+        config = core.FinetuneConfig(perturb="whole", tau=0.01, eta=1.0, batch_size=512, epochs=epochs)
+        history = core.finetune(model, train, val, config, eval_batch_size=128)
+        found = attacked(model, test)
+        upsilon = torch.tensor(history.upsilon, dtype=torch.float64)
+        return found | {"bits": _bits(*model.state_dict().values(), upsilon, found["bits"])}
+
+    def few(part: str, count: int) -> tuple[Any, Any]:
+        x, y = embedded(part)
+        return floats(x[:count]), y[:count]
+
+    x, y = images(train=True)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:40_000]
+    train, test = (x[order], y[order]), images(train=False)
+    column = (few("train", 2000), few("val", 500), few("test", 1000))
+    parts = {"demo, Table 4": lambda: trained("demo", *column, epochs=4)}
+    for name in ("small_trades", "small_pgd"):
+        parts[f"{name}, one epoch"] = lambda name=name: trained(name, train, None, test, epochs=1)  # type: ignore[misc]
+    for name in ("demo", "small_trades", "small_pgd"):
+        parts[f"{name}, attacked"] = lambda name=name: attacked(network(name), test)  # type: ignore[misc]
+    found = {}
+    for name, part in parts.items():
+        begin = time.perf_counter()
+        found[name] = part()
+        print(f"{name}: {time.perf_counter() - begin:.0f} s", flush=True)
+    return found
+
+
+def _bits(*parts: Any) -> str:
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(part.encode() if isinstance(part, str) else part.cpu().contiguous().numpy().tobytes())
+    return total.hexdigest()
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=files.ROOT / "data", help="folder of CIFAR-10")
+    parser.add_argument("--file", type=Path, default=files.ROOT / "wdat_core.py", help="the version of wdat_core.py")
+    given = parser.parse_args(arguments)
+    import torch
+
+    import wdat_core
+    from companion.machine import made_on
+
+    torch.set_num_threads(1)
+    content = given.file.read_bytes().replace(b"\r\n", b"\n")
+    core = _load(given.file)
+    entry = {
+        **made_on(torch.device("cpu"), f"python -m companion.cores --file {given.file.name}"),
+        "core": wdat_core.code_digest(given.file),
+        "file": digest(content),
+    }
+    entry["sample"] = sample(core, given.data)
+    others = [e for e in _entries() if (e["core"], e["device"]) != (entry["core"], entry["device"])]
+    write_whole(CORES, (json.dumps([*others, entry], indent=1) + "\n").encode())
+    same = [e["file"][:8] for e in others if gives_the_same(e, entry)]
+    print(f"{entry['core'][:8]} gives the same numbers as {', '.join(same) or 'no other core here'}")
+
+
+def _load(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location("wdat_core_of_the_sample", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look for it there
+    spec.loader.exec_module(module)
+    return module
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
