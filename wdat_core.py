@@ -1068,6 +1068,7 @@ class _Run:
     @contextmanager
     def attacked(self, threat: Threat | None = None, loss: str | Loss | None = None) -> Iterator[_Attacker]:
         """The attacker of the training, with its threat and loss or others, on the network in its `attack_mode`."""
+        _check_threat(threat or self.on.threat)
         on = replace(self.on, threat=threat or self.on.threat, loss=_function_of("loss", loss or self.on.loss, LOSSES))
         in_train_mode = self.config.attack_mode == "train" and self.config.perturb != "last_layer"
         if in_train_mode:  # batch statistics are those of the whole minibatch
