@@ -618,7 +618,7 @@ def _last_layer(model: nn.Module, head: str | None, x: Tensor | None) -> Any:
         return layers[head]
     if not layers:
         raise WdatError('perturb "last_layer" needs a linear or convolutional layer, and the model has none')
-    if not isinstance(x, Tensor):
+    if not isinstance(x, Tensor) or x.ndim < 2:
         raise WdatError(f"which layer gives the logits? Give head, its name, or x, an image to find it: {_few(layers)}")
     outputs: dict[str, Tensor] = {}
     hooks = [
@@ -1686,7 +1686,7 @@ def _attacker(
     if low < 0 or high >= classes:
         raise WdatError(f"labels must lie in 0..{classes - 1} for this model, these span {low}..{high}")
     passes = _passes(model, x, batch_size, precision, compiled, classes)
-    return _Attacker(passes, threat, function, steps, step_ratio, rule)
+    return _Attacker(passes, threat, function, int(steps), float(step_ratio), rule)
 
 
 def _check_model(model: nn.Module) -> None:
@@ -1711,9 +1711,10 @@ def _check_minibatches(model: nn.Module, x: Tensor, config: FinetuneConfig, trai
         raise WdatError(f"augment needs images of shape (n, c, h, w), not {tuple(x.shape)}: use augment=False")
     if config.tau > torch.finfo(x.dtype).max:
         raise WdatError(f"tau must be a number that {x.dtype} holds, not {config.tau!r}")
-    alone = min(config.batch_size, len(x)) == 1 or len(x) % config.batch_size == 1
     attacked = config.attack_mode == "train" and config.perturb != "last_layer"
-    if (alone and (training or attacked)) and any(isinstance(m, nn.BatchNorm1d) for m in model.modules()):
+    counts = [len(x)] * (training or attacked) + [max(1, round(config.sample * len(x)))] * attacked
+    alone = any(1 in (count, config.batch_size, count % config.batch_size) for count in counts)
+    if alone and any(isinstance(m, nn.BatchNorm1d) for m in model.modules()):
         raise WdatError(
             "BatchNorm1d cannot train on a batch of one image: choose a batch_size that leaves no remainder of one"
         )
