@@ -627,7 +627,7 @@ def _last_layer(model: nn.Module, head: str | None, x: Tensor | None) -> Any:
     ]
     try:
         with _prepared(model), torch.no_grad():
-            logits = model(_plain(x[:1]).to(next(model.parameters()).device).clone())
+            logits = _passes(model, x, 1, "float32", False).call(_plain(x[:1]).to(next(model.parameters()).device))
     finally:
         for hook in hooks:
             hook.remove()
@@ -1709,8 +1709,9 @@ def _check_minibatches(model: nn.Module, x: Tensor, config: FinetuneConfig, trai
     """What would go wrong in the first minibatch, or in the last."""
     if config.augment and x.ndim != 4:
         raise WdatError(f"augment needs images of shape (n, c, h, w), not {tuple(x.shape)}: use augment=False")
-    if config.tau > torch.finfo(x.dtype).max:
-        raise WdatError(f"tau must be a number that {x.dtype} holds, not {config.tau!r}")
+    for name in ("tau", "weight_decay"):
+        if getattr(config, name) > torch.finfo(x.dtype).max:
+            raise WdatError(f"{name} must be a number that {x.dtype} holds, not {getattr(config, name)!r}")
     attacked = config.attack_mode == "train" and config.perturb != "last_layer"
     counts = [len(x)] * (training or attacked) + [max(1, round(config.sample * len(x)))] * attacked
     alone = any(1 in (count, config.batch_size, count % config.batch_size) for count in counts)
