@@ -1552,7 +1552,7 @@ def _passes(
 
     def call(x: Tensor) -> Tensor:
         logits = run(x.clone())  # a model may write into what it is given
-        if not isinstance(logits, Tensor) or logits.shape != (len(x), classes or logits.shape[-1]):
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape != (len(x), classes or logits.shape[1]):
             shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise WdatError(
                 f"the model must return logits of shape (b, classes), also for {len(x)} images; it returned {shape}"
