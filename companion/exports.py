@@ -64,7 +64,7 @@ def export(model: nn.Module, record: Record, folder: str | Path, dataset: str = 
     known = digest(files[weights])
     path = from_root(folder) / f"{record_stem(record)}-{known[:8]}"
     files["record.json"] = record_bytes(record)
-    files["README.md"] = model_card(record, base, weights, known).encode()
+    files["README.md"] = model_card(record, base, weights, known, dataset, norm).encode()
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as part:
             whole = Path(part) / path.name

@@ -38,8 +38,10 @@ class Published:
     architecture: Callable[[], nn.Module]  # whose state dict the file holds
     source: str  # whose network it is
     address: str  # where the file comes from
+    licence: str
 
 
+# alpha-beta-CROWN carries the files under its own licence.
 _SDP = "https://raw.githubusercontent.com/Verified-Intelligence/alpha-beta-CROWN/main/complete_verifier/models/sdp/"
 _DATHATHRI = "Dathathri et al. (2020), arXiv 2010.11645"
 PUBLISHED = {
@@ -49,6 +51,7 @@ PUBLISHED = {
         cnn_a,
         _DATHATHRI,
         _SDP + "cifar_cnn_a_adv4.model",
+        "BSD-3-Clause",
     ),
     "cnn_a_mix4": Published(
         "cifar_cnn_a_mix4.model",
@@ -56,6 +59,7 @@ PUBLISHED = {
         cnn_a,
         _DATHATHRI,
         _SDP + "cifar_cnn_a_mix4.model",
+        "BSD-3-Clause",
     ),
 }
 

@@ -166,10 +166,11 @@ def test_card_says_what_the_record_says(exported):
 def test_licences_are_those_of_robustbench():
     """Its LICENSE lists the networks that are not under the MIT licence."""
     (file,) = (f for f in metadata.files("robustbench") if f.name == "LICENSE")
-    pattern = r"^- (?:CIFAR-10\b)[^,]*, Linf[^,]*, (\w+)\*?: ([^;]*);"
+    pattern = r"^- CIFAR-\S+, \S+, (\w+)\*?: ([^;]*);"
     short = {
         "Apache License 2.0": "Apache-2.0",
         "Attribution-NonCommercial-ShareAlike 4.0 International": "CC-BY-NC-SA-4.0",
+        "BSD 3-Clause License": "BSD-3-Clause",
     }
     listed = re.findall(pattern, file.locate().read_text(encoding="utf-8"), re.MULTILINE)
     assert {name: short[licence] for name, licence in listed} == LICENCES
