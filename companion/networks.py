@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
 import sys
 import tempfile
 import warnings
@@ -189,10 +188,9 @@ def _own(value: str) -> Network:
     model = own.call(value, "network")
     if not isinstance(model, nn.Module):
         raise ParameterError(f"{value} returned {type(model).__name__}, and a torch.nn.Module is needed")
-    file, _, function = value.rpartition(":")
-    name = re.sub(r"[^\w.-]", "_", f"{Path(file).stem}.{function}")
-    model = channels_last(model.cpu().float()).eval()
-    return Network(name, model, f"own network, {own.words(value)}", _state_digest(model))
+    model, words = channels_last(model.cpu().float()).eval(), own.words(value)
+    name = words.replace(".py:", ".").replace(" ", "_")  # as the name of a record's file can be
+    return Network(name, model, f"own network, {words}", _state_digest(model))
 
 
 def _state_digest(model: nn.Module) -> str:
