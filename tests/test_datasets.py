@@ -305,6 +305,14 @@ def test_own_file_may_import_what_lies_beside_it_and_starts_at_the_repository(wr
     assert load_network("mine.py:f", tmp_path).model.out_features == 5
 
 
+def test_what_a_record_says_of_an_own_file_can_be_in_a_record(tmp_path):
+    (tmp_path / "my [net] 그물.py").write_text(
+        "from torch import nn\ndef f(): return nn.Linear(2, 2)", encoding="utf-8"
+    )
+    network = load_network(f"{tmp_path}/my [net] 그물.py:f", tmp_path)
+    assert (network.name, network.source) == ("my__net__그물.f", "own network, my _net_ 그물.py:f")
+
+
 @pytest.mark.parametrize(
     ("code", "message", "cause"),
     [
