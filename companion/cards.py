@@ -8,7 +8,7 @@ from companion.datasets import DATASETS
 from companion.intervals import accuracy, change
 from companion.networks import PUBLISHED
 from companion.origins import describe
-from companion.records import Record
+from companion.records import FinetuneRecord
 from companion.settings import METRICS, STAND_INS
 
 # RobustBench's LICENSE: its weights are under the MIT licence, but for names that begin with one of these.
@@ -23,7 +23,7 @@ LICENCES = {
 }
 
 
-def model_card(record: Record, base: str, weights: str, known: str, dataset: str, norm: str) -> str:
+def model_card(record: FinetuneRecord, base: str, weights: str, known: str, dataset: str, norm: str) -> str:
     """The model card of an exported network, in Markdown: what it is, how it was made, its numbers and its limits.
 
     Args:
@@ -41,7 +41,7 @@ def model_card(record: Record, base: str, weights: str, known: str, dataset: str
     else:
         short = next((v for k, v in LICENCES.items() if base.startswith(k)), "MIT")
         licence = f"{short}, as RobustBench has it for the weights of {base}, from which these derive"
-    network, data, config = record["network"], record["data"], record["config"]
+    network, data, config = record.network, record.data, record.config
     rows = [
         f"| {label} | {accuracy([record], 'before', m).text()} | {accuracy([record], 'after', m).text()}"
         f" | {change([record], m).text(signed=True)} |"
@@ -54,11 +54,11 @@ def model_card(record: Record, base: str, weights: str, known: str, dataset: str
         else "from robustbench.utils import load_model  # 1.1.1 wants a module autoattack: pyautoattack is one\n\n"
         f'model = load_model("{base}", model_dir="path/to/this/folder", dataset="{dataset}", threat_model="{norm}")'
     )
-    delta = config["threat"]["delta"]
+    delta = config.threat.delta
     size = f"{255 * delta:.4g}/255" if norm == "Linf" else f"{delta:.4g}"
     return f"""# {base}, fine-tuned
 
-A classifier of {row.name}: `{network["name"]}` after Algorithm 1 of *Wasserstein Distributional Adversarial Training
+A classifier of {row.name}: `{network.name}` after Algorithm 1 of *Wasserstein Distributional Adversarial Training
 for Deep Neural Networks* (arXiv 2502.09352). Images (b, {", ".join(map(str, row.shape))}) with values in [0, 1] go in,
 {row.classes} logits come out.
 
@@ -74,23 +74,23 @@ AutoAttack takes it as it is, with images that are `contiguous()`.
 
 | | |
 |---|---|
-| command | `{record["command"]}` |
-| started from | `{network["name"]}`, {network["source"]}; SHA-256 `{network["digest"]}` |
-| images | {data["source"]}; SHA-256 `{data["digest"]}` |
+| command | `{record.command}` |
+| started from | `{network.name}`, {network.source}; SHA-256 `{network.digest}` |
+| images | {data.source}; SHA-256 `{data.digest}` |
 | weights | `{weights}`; SHA-256 `{known}` |
-| epoch kept | {record["history"]["best"]} of {config["epochs"]}, the best on validation images under W₂ |
-| code | `wdat_core.py`; SHA-256 `{record["core"]}` |
-| finished | {record["created"]} |
+| epoch kept | {record.history.best} of {config.epochs}, the best on validation images under W₂ |
+| code | `wdat_core.py`; SHA-256 `{record.core}` |
+| finished | {record.created} |
 
 The configuration, seed included:
 
 ```json
-{json.dumps(config, indent=1)}
+{json.dumps(record.stored()["config"], indent=1)}
 ```
 
 ## Accuracy
 
-In per cent, on {data["test"]:,} test images that training did not see. ± is half of a 95 % interval of sampling those
+In per cent, on {data.test:,} test images that training did not see. ± is half of a 95 % interval of sampling those
 images, for a change that of the paired differences. It does not hold what another seed of the training would change.
 
 | attack | before | after | change |
