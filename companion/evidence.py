@@ -17,6 +17,7 @@ from companion.settings import CONTROLS, OPEN_POINTS, PAPER_NETWORKS, STAND_INS,
 
 Column = tuple[float, float]  # tau, eta
 Setting = tuple[str, float, float]  # perturb, tau, eta
+COLUMNS: list[Column] = [(tau, eta) for eta in (0.1, 1.0) for tau in (0.1, 0.01)]  # in the paper's order
 
 STATED: dict[str, Any] = {  # of the method, by the paper
     "beta": 6,

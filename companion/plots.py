@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from companion.evidence import ALONG, Column, along, by_setting, paper_value, studies
+from companion.evidence import ALONG, COLUMNS, along, by_setting, paper_value, studies
 from companion.intervals import change, change_of_each
 from companion.records import Record
 from companion.settings import GRIDS, METRICS
@@ -62,11 +62,10 @@ def plot_protocol(records: Sequence[Record]) -> Figure:
     paper, groups = f"paper: {short_name(GRIDS[4][0])}", studies(records)
     styles = {paper: (PAPER, "D")}
     data: Data = {key: [] for key in ("accuracy", "layers", "column", "evidence", "change", "low", "high", "seed")}
-    columns: list[Column] = [(tau, eta) for eta in (0.1, 1.0) for tau in (0.1, 0.01)]
     for metric in TITLES:
         for how, table in (("whole", 4), ("last_layer", 3)):
             base = paper_value(1, GRIDS[table][0], metric)
-            for column in columns:
+            for column in COLUMNS:
                 value = paper_value(table, GRIDS[table][0], metric, *column)
                 assert value is not None and base is not None
                 place = (TITLES[metric], HOW[how], column_words(*column), paper, value - base)
