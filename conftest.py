@@ -16,10 +16,10 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.g
 # A notebook in the root is what papermill wrote, not a test.
 collect_ignore = [notebook.name for notebook in ROOT.glob("*.ipynb")]
 
-# Files whose first one computes what the others only read: one process takes them all, in this order.
+# Files that read what another of them has computed: one process takes them all, one after the other.
 FAMILIES = [
     ["figure7_2", "figure7_3", "figure7_4", "open_points", *(f"table{n}" for n in (3, 4, 5, 6, 7, 8, 9, 10, 11))],
-    ["table2", "table1"],
+    ["table1", "table2"],
     ["test_accessible", "test_book"],
 ]
 FAMILY = {stem: family[0] for family in FAMILIES for stem in family}

@@ -17,6 +17,7 @@ from companion.settings import CONTROLS, OPEN_POINTS, PAPER_NETWORKS, STAND_INS,
 
 Column = tuple[float, float]  # tau, eta
 Setting = tuple[str, float, float]  # perturb, tau, eta
+COLUMNS: list[Column] = [(tau, eta) for eta in (0.1, 1.0) for tau in (0.1, 0.01)]  # in the paper's order
 
 STATED: dict[str, Any] = {  # of the method, by the paper
     "beta": 6,
@@ -100,18 +101,17 @@ def alike(records: Sequence[Record], *but: str) -> list[list[Record]]:
 
 
 def studies(records: Sequence[Record]) -> list[list[Record]]:
-    """Fine-tuning records that differ in perturbation, tau, eta and seed alone, a list for each such study."""
-    return alike(records, "perturb")
-
-
-def grids(perturb: str, records: Sequence[Record]) -> list[list[Record]]:
-    """The fine-tuning records of one perturbation without a deviation, a list for each protocol.
+    """Fine-tuning records that differ in perturbation, tau, eta and seed alone, a list for each such study.
 
     Those of the paper's whole protocol come first, then those of more training before those of less; of equal ones the
     paper's networks, then the stand-ins in the order of `STAND_INS`.
     """
-    those = [r for r in records if r["config"]["perturb"] == perturb and not deviations(r)]
-    return sorted(studies(those), key=lambda study: _order(study[0]))
+    return sorted(alike(records, "perturb"), key=lambda study: _order(study[0]))
+
+
+def grids(perturb: str, records: Sequence[Record]) -> list[list[Record]]:
+    """The fine-tuning records of one perturbation without a deviation, a list for each protocol, as `studies`."""
+    return studies([r for r in records if r["config"]["perturb"] == perturb and not deviations(r)])
 
 
 def _order(record: Record) -> tuple[bool, int, int]:

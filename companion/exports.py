@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from companion.cards import model_card
 from companion.files import digest, from_root, one_line, write_sums, write_whole
 from companion.networks import PUBLISHED, load_network, weights_file, zoo
-from companion.records import Record, parse_record, record_bytes, record_stem
+from companion.records import FinetuneRecord, Record, parse_record, record_bytes, record_stem
 from companion.settings import FINETUNED, STAND_INS, ParameterError
 
 
@@ -36,7 +36,9 @@ def check_export(name: str, folder: str | Path, dataset: str = "cifar10", norm: 
         raise ParameterError(f"nothing can be exported to {folder}: give another folder ({one_line(error)})") from error
 
 
-def export(model: nn.Module, record: Record, folder: str | Path, dataset: str = "cifar10", norm: str = "Linf") -> Path:
+def export(
+    model: nn.Module, record: FinetuneRecord, folder: str | Path, dataset: str = "cifar10", norm: str = "Linf"
+) -> Path:
     """Write a fine-tuned network into a folder of its own: weights, record, model card and their digests.
 
     It appears whole or not at all, once it has been read back. Its name ends in the weights' digest, so that nothing is
@@ -56,7 +58,7 @@ def export(model: nn.Module, record: Record, folder: str | Path, dataset: str = 
     Raises:
         ParameterError: the folder cannot be written, or the model is not of the record's architecture.
     """
-    base = record["network"]["name"].removesuffix(FINETUNED)
+    base = record.network.name.removesuffix(FINETUNED)
     check_export(base, folder, dataset, norm)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     weights = weights_file(base, dataset, norm)
@@ -64,7 +66,7 @@ def export(model: nn.Module, record: Record, folder: str | Path, dataset: str = 
     known = digest(files[weights])
     path = from_root(folder) / f"{record_stem(record)}-{known[:8]}"
     files["record.json"] = record_bytes(record)
-    files["README.md"] = model_card(record, base, weights, known).encode()
+    files["README.md"] = model_card(record, base, weights, known, dataset, norm).encode()
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as part:
             whole = Path(part) / path.name
@@ -73,7 +75,7 @@ def export(model: nn.Module, record: Record, folder: str | Path, dataset: str = 
             write_sums(whole, list(files))
             back = load_network(str(whole), whole).model.state_dict()
             if back.keys() != state.keys() or not all(torch.equal(back[name], state[name]) for name in state):
-                raise ParameterError(f"the model is not what {base} is in {record['network']['source']}")
+                raise ParameterError(f"the model is not what {base} is in {record.network.source}")
             try:
                 whole.rename(path)
             except OSError:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
 import sys
 import tempfile
 import warnings
@@ -38,8 +37,10 @@ class Published:
     architecture: Callable[[], nn.Module]  # whose state dict the file holds
     source: str  # whose network it is
     address: str  # where the file comes from
+    licence: str
 
 
+# alpha-beta-CROWN carries the files under its own licence.
 _SDP = "https://raw.githubusercontent.com/Verified-Intelligence/alpha-beta-CROWN/main/complete_verifier/models/sdp/"
 _DATHATHRI = "Dathathri et al. (2020), arXiv 2010.11645"
 PUBLISHED = {
@@ -49,6 +50,7 @@ PUBLISHED = {
         cnn_a,
         _DATHATHRI,
         _SDP + "cifar_cnn_a_adv4.model",
+        "BSD-3-Clause",
     ),
     "cnn_a_mix4": Published(
         "cifar_cnn_a_mix4.model",
@@ -56,6 +58,7 @@ PUBLISHED = {
         cnn_a,
         _DATHATHRI,
         _SDP + "cifar_cnn_a_mix4.model",
+        "BSD-3-Clause",
     ),
 }
 
@@ -185,10 +188,9 @@ def _own(value: str) -> Network:
     model = own.call(value, "network")
     if not isinstance(model, nn.Module):
         raise ParameterError(f"{value} returned {type(model).__name__}, and a torch.nn.Module is needed")
-    file, _, function = value.rpartition(":")
-    name = re.sub(r"[^\w.-]", "_", f"{Path(file).stem}.{function}")
-    model = channels_last(model.cpu().float()).eval()
-    return Network(name, model, f"own network, {own.words(value)}", _state_digest(model))
+    model, words = channels_last(model.cpu().float()).eval(), own.words(value)
+    name = words.replace(".py:", ".").replace(" ", "_")  # as the name of a record's file can be
+    return Network(name, model, f"own network, {words}", _state_digest(model))
 
 
 def _state_digest(model: nn.Module) -> str:

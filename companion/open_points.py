@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from companion.evidence import (
+    COLUMNS,
     Column,
     alike,
     column_of,
@@ -27,7 +28,6 @@ from companion.tables import PARTS
 from companion.words import HOW, NOTHING, column_words, markdown, setting_words, short_name, training_words
 
 READINGS = OPEN_POINTS["consistency"]
-COLUMNS: list[Column] = [(tau, eta) for eta in (0.1, 1.0) for tau in (0.1, 0.01)]
 PATTERNS = {how: table for table, (_, how) in sorted(GRIDS.items(), reverse=True)}  # Tables 3 and 4
 
 

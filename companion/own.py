@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -62,5 +63,5 @@ def where(error: BaseException) -> str:
 
 
 def words(value: str) -> str:
-    """The file and the function, for a record; without the folders, which are of one machine alone."""
-    return Path(value).name
+    """The file and the function, as a record can hold them; without the folders, which are of one machine alone."""
+    return re.sub(r"[^\w.: -]", "_", Path(value).name)

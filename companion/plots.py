@@ -1,159 +1,193 @@
-"""Figures, drawn from records alone."""
+"""Figures, drawn from records alone: narrow enough for a phone, and one panel below the other."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from companion.evidence import ALONG, along, by_setting, columns_of, paper_value, studies
-from companion.intervals import change
+from companion.evidence import ALONG, COLUMNS, along, by_setting, paper_value, studies
+from companion.intervals import change, change_of_each
 from companion.records import Record
 from companion.settings import GRIDS, METRICS
-from companion.tables import grid_rows
-from companion.words import HOW, short_name
+from companion.tables import grid_rows, labels_of
+from companion.words import HOW, NOTHING, column_words, short_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PAPER, RECORDED, THIS_RUN = "#4d4d4d", "#0072b2", "#d55e00"  # Okabe and Ito's, told apart by every eye
-STUDIES = [("#0072b2", "o"), ("#d55e00", "s"), ("#009e73", "^"), ("#cc79a7", "v"), ("#e69f00", "P")]  # theirs, too
+# For each study that is recorded: theirs too, but darker, so that all can be told from white; and a marker.
+STUDIES = [(RECORDED, "o"), ("#007a5a", "^"), ("#a6467f", "v"), ("#8a5a00", "P"), ("#2d7da8", "X"), ("#4b3f8f", "*")]
+WIDTH = 5.0  # of a figure in inches, at 100 dots to the inch
+# Of the panels; what the paper is about comes first.
+TITLES = {metric: f"{METRICS[metric]} accuracy" for metric in ("w_2", "w_inf", "clean")}
+Data = dict[str, list[Any]]  # a column a key, as seaborn takes it
 
 
 def plot_changes(table: int, records: Sequence[Record], recorded: Sequence[Record]) -> Figure:
-    """Change of each accuracy against the baseline, in points: the paper, recorded here and this run, by column."""
-    import matplotlib.pyplot as plt
-    import seaborn as sns
+    """Change of each accuracy against the baseline, in points: the paper, each study recorded here, and this run."""
+    import seaborn.objects as so
 
-    sns.set_theme(style="whitegrid", context="notebook")
-    grid = list(columns_of(records or recorded))
-    rows = grid_rows(table, records, recorded)
-    styles = {"paper": (PAPER, "D", 0.22), "recorded here": (RECORDED, "o", 0.0), "this run": (THIS_RUN, "s", -0.22)}
-    figure, axes = plt.subplots(1, 3, figsize=(10, 1.4 + 0.75 * len(grid)), sharey=True, layout="constrained")
-    for axis, metric in zip(axes, METRICS, strict=True):
-        for row in (r for r in rows if r["metric"] == metric):
-            colour, marker, shift = styles[row["source"]]
-            points = [(i, cell[1]) for i, cell in enumerate(row["cells"].values()) if cell]
-            if not points:
-                continue
-            axis.errorbar(
-                [e.value for _, e in points],
-                [len(grid) - 1 - i + shift for i, _ in points],
-                xerr=[e.half or 0 for _, e in points],
-                fmt=marker,
-                color=colour,
-                markersize=6,
-                capsize=3,
-                label=f"{row['source']}: {short_name(row['network'])}",
-            )
-        axis.axvline(0, color="black", linewidth=1)
-        axis.set_title(f"{METRICS[metric]} accuracy")
-        axis.set_xlabel("change, percentage points")
-        axis.set_yticks(range(len(grid)), [f"τ = {tau:g}, η = {eta:g}" for tau, eta in reversed(grid)])
-        axis.set_ylim(-0.6, len(grid) - 0.4)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
-    plt.close(figure)  # the caller shows it, once
-    return figure
+    styles: dict[str, tuple[str, str]] = {}
+    data: Data = {key: [] for key in ("accuracy", "column", "evidence", "change", "low", "high")}
+    for row in grid_rows(table, records, recorded):
+        name, cells = f"{row['source']}: {row['network']}", {c: cell for c, cell in row["cells"].items() if cell}
+        if cells:
+            styles.setdefault(name, _style(row["source"], len(styles) - 1))
+        for column, (_, moved) in cells.items():
+            half = moved.half or 0
+            values = (TITLES[row["metric"]], column_words(*column), name, moved.value)
+            _append(data, *values, moved.value - half, moved.value + half)
+    rows = len(set(data["column"])) * len(styles)
+    figure = _figure(1.1 + 0.25 * len(styles) + 3 * (0.45 + 0.16 * rows))
+    plot = so.Plot(data, x="change", y="column", color="evidence", marker="evidence")
+    plot = plot.facet(row="accuracy", order=list(TITLES.values()))
+    plot = plot.add(so.Range(linewidth=1.8), so.Dodge(), xmin="low", xmax="high").add(so.Dot(pointsize=7), so.Dodge())
+    plot = plot.label(x="change, percentage points", y="")
+    return _drawn(plot, figure, styles, zero=True)
+
+
+def _style(source: str, study: int) -> tuple[str, str]:
+    return {"paper": (PAPER, "D"), "this run": (THIS_RUN, "s")}.get(source) or STUDIES[study % len(STUDIES)]
 
 
 def plot_protocol(records: Sequence[Record]) -> Figure:
-    """Change of each accuracy in all eight columns: the paper's network of Tables 3 and 4, and each study of records.
+    """Change of each accuracy in all eight settings: the paper's network of Tables 3 and 4, and each study of records.
 
     Points are means over seeds with 95 % intervals over test images, small ones single seeds where there are several.
     """
-    import matplotlib.pyplot as plt
-    import seaborn as sns
+    import seaborn.objects as so
 
-    sns.set_theme(style="whitegrid", context="notebook")
-    taken = [(how, tau, eta) for how in ("whole", "last_layer") for eta in (1.0, 0.1) for tau in (0.01, 0.1)]
-    places = {column: len(taken) - i - (column[0] == "last_layer") * 0.6 for i, column in enumerate(taken)}
-    groups = [(group[0]["network"]["name"], by_setting(group)) for group in studies(records)]
-    figure, axes = plt.subplots(1, 3, figsize=(10, 7.2), sharey=True, layout="constrained")
-    for axis, metric in zip(axes, METRICS, strict=True):
-        for (how, tau, eta), place in places.items():
-            table = 4 if how == "whole" else 3
-            value, base = paper_value(table, GRIDS[table][0], metric, tau, eta), paper_value(1, GRIDS[table][0], metric)
-            assert value is not None and base is not None
-            label = f"{short_name(GRIDS[table][0])} (paper)" if place == places[taken[0]] else None
-            axis.plot(value - base, place + 0.2, "D", color=PAPER, markersize=6, label=label)
-        for i, (name, columns) in enumerate(groups):
-            (colour, marker), label = STUDIES[i % len(STUDIES)], name
-            for column, seeds in columns.items():
-                if column not in places:
-                    continue
-                mean, place = change(seeds, metric), places[column] - 0.2 * i
-                axis.errorbar(
-                    mean.value,
-                    place,
-                    xerr=mean.half or 0,
-                    fmt=marker,
-                    color=colour,
-                    markersize=6,
-                    capsize=3,
-                    label=label,
-                )
-                label = None
-                if len(seeds) > 1:
-                    each = [change([r], metric).value for r in seeds]
-                    axis.plot(each, [place] * len(each), "|", color=colour, markersize=9, alpha=0.6)
-        axis.axvline(0, color="black", linewidth=1)
-        axis.set_title(f"{METRICS[metric]} accuracy")
-        axis.set_xlabel("change, percentage points")
-        axis.set_ylim(min(places.values()) - 0.5, max(places.values()) + 0.5)
-        axis.set_yticks(list(places.values()), [f"{HOW[how]}\nτ = {tau:g}, η = {eta:g}" for how, tau, eta in places])
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    plt.close(figure)
-    return figure
+    paper, groups = f"paper: {short_name(GRIDS[4][0])}", studies(records)
+    styles = {paper: (PAPER, "D")}
+    data: Data = {key: [] for key in ("accuracy", "layers", "column", "evidence", "change", "low", "high", "seed")}
+    for metric in TITLES:
+        for how, table in (("whole", 4), ("last_layer", 3)):
+            base = paper_value(1, GRIDS[table][0], metric)
+            for column in COLUMNS:
+                value = paper_value(table, GRIDS[table][0], metric, *column)
+                assert value is not None and base is not None
+                place = (TITLES[metric], HOW[how], column_words(*column), paper, value - base)
+                _append(data, *place, value - base, value - base, math.nan)
+        for i, (label, study) in enumerate(zip(labels_of(groups), groups, strict=True)):
+            name = f"recorded here: {label}"
+            styles.setdefault(name, STUDIES[i % len(STUDIES)])
+            for (how, tau, eta), those in by_setting(study).items():
+                mean, where = change(those, metric), (TITLES[metric], HOW[how], column_words(tau, eta), name)
+                half = mean.half or 0
+                _append(data, *where, mean.value, mean.value - half, mean.value + half, math.nan)
+                for value in change_of_each(those, metric) if len(those) > 1 else []:
+                    _append(data, *where, math.nan, math.nan, math.nan, value)
+    figure = _figure(9.6, width=6.2)
+    plot = so.Plot(data, x="change", y="column", color="evidence", marker="evidence")
+    plot = plot.facet(row="accuracy", col="layers", order={"row": list(TITLES.values()), "col": list(HOW.values())})
+    plot = plot.share(x="col").add(so.Range(linewidth=1.8), so.Dodge(), xmin="low", xmax="high")
+    plot = plot.add(so.Dot(pointsize=6), so.Dodge()).add(so.Dot(pointsize=2.5, alpha=0.7), so.Dodge(), x="seed")
+    plot = plot.label(x="change, points", y="")
+    return _drawn(plot, figure, styles, zero=True)
 
 
 def plot_estimates(records: Sequence[Record], recorded: Sequence[Record]) -> Figure:
-    """Figure 7.1: for each network Upsilon of its training set (a bar) and of samples of it (points)."""
-    import matplotlib.pyplot as plt
-    import seaborn as sns
+    """Figure 7.1: for each network Upsilon of its training set (a line) and of samples of it (points)."""
+    import seaborn.objects as so
 
-    sns.set_theme(style="whitegrid", context="notebook")
-    columns = [(r, RECORDED, "recorded here", "o") for r in recorded]
-    columns += [(r, THIS_RUN, "this run", "s") for r in records]
-    figure, axis = plt.subplots(figsize=(max(5.0, 2 + 1.8 * len(columns)), 4.2), layout="constrained")
-    for i, (record, colour, source, marker) in enumerate(columns):
-        n = len(record["estimates"])
-        places = [i + 0.3 * (2 * k / max(1, n - 1) - 1) for k in range(n)]
-        axis.plot(places, record["estimates"], marker, color=colour, markersize=6, label=f"{source}: a sample")
-        whole, label = record["reference"], f"{source}: all images"
-        axis.plot([i - 0.4, i + 0.4], [whole, whole], ":", color=colour, linewidth=2.5, label=label)
-    names = [f"{short_name(r['network']['name'])}\n{r['data']['train']:,} images" for r, *_ in columns]
-    axis.set(ylabel="Υ", xlim=(-0.6, len(columns) - 0.4), ylim=(0, None))
-    axis.set_xticks(range(len(columns)), names)
-    by_label = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    figure.legend(by_label.values(), by_label.keys(), loc="outside lower center", ncols=2, frameon=False)
-    plt.close(figure)
-    return figure
+    styles: dict[str, tuple[str, str]] = {}
+    samples: Data = {key: [] for key in ("network", "evidence", "upsilon")}
+    whole: Data = {key: [] for key in samples}
+    for source, those in (("recorded here", recorded), ("this run", records)):
+        for record in those:
+            name = f"{short_name(record['network']['name'])}\n{record['data']['train']:,} images"
+            styles.setdefault(source, _style(source, 0))
+            _append(whole, name, source, record["reference"])
+            for estimate in record["estimates"]:
+                _append(samples, name, source, estimate)
+    figure = _figure(1.4 + 0.7 * len(set(whole["network"])))
+    plot = so.Plot(samples, x="upsilon", y="network", color="evidence", marker="evidence")
+    plot = plot.add(so.Dot(pointsize=6, alpha=0.6), so.Dodge(), so.Jitter(0.5, seed=0))
+    plot = plot.add(so.Dash(width=0.9, linewidth=2.5), so.Dodge(), data=whole)
+    plot = plot.label(x="Υ of samples (points), of all images (lines)", y="").limit(x=(0, None))
+    return _drawn(plot, figure, styles)
 
 
 def plot_along(what: str, records: Sequence[Record], recorded: Sequence[Record]) -> Figure:
     """Figure 7.2 ("w_2"), 7.3 ("w_inf") or 7.4 ("upsilon"): solid on test images, dashed on validation or training.
 
-    The recorded runs are a line of their mean over seeds in a band from the least to the greatest.
+    A panel for each network and training. A line is the mean over seeds, in a band from the least to the greatest.
     """
-    import matplotlib.pyplot as plt
-    import seaborn as sns
+    import seaborn.objects as so
     from matplotlib.ticker import MaxNLocator
 
-    sns.set_theme(style="whitegrid", context="notebook")
-    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    scale = 1 if what == "upsilon" else 100
-    for source, those, colour in (("recorded here", recorded, RECORDED), ("this run", records, THIS_RUN)):
-        for (key, part), line in zip(ALONG[what].items(), ("-", "--"), strict=True):
-            epochs = [[scale * row[key] for row in rows] for rows in zip(*map(along, those), strict=True)]
-            if not epochs:
-                continue
-            mean, label = [sum(v) / len(v) for v in epochs], f"{source}, {part} images"
-            axis.plot(mean, color=colour, linestyle=line, marker="o", markersize=5, label=label)
-            low, high = [min(v) for v in epochs], [max(v) for v in epochs]
-            axis.fill_between(range(len(epochs)), low, high, color=colour, alpha=0.12, linewidth=0)
-    axis.set(xlabel="epoch (0: before fine-tuning)", ylabel="Υ" if what == "upsilon" else "accuracy, per cent")
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
-    plt.close(figure)
+    data: Data = {key: [] for key in ("epoch", "value", "images", "evidence", "network")}
+    groups = studies([*recorded, *records])
+    styles: dict[str, tuple[str, str]] = {}
+    for label, those in zip(labels_of(groups), groups, strict=True):
+        for record in those:
+            source = "this run" if any(record is r for r in records) else "recorded here"
+            styles.setdefault(source, _style(source, 0))
+            for epoch, row in enumerate(along(record)):
+                for key, part in ALONG[what].items():
+                    _append(data, epoch, (1 if what == "upsilon" else 100) * row[key], part, source, label)
+    figure = _figure(1.3 + 2.3 * len(groups))
+    plot = so.Plot(data, x="epoch", y="value", color="evidence", linestyle="images", group="images").facet(
+        row="network"
+    )
+    plot = plot.share(y=False).add(so.Band(alpha=0.15), so.Est(errorbar=("pi", 100))).add(so.Line(), so.Agg())
+    plot = plot.scale(linestyle=so.Nominal(["-", "--"], order=list(ALONG[what].values())))
+    plot = plot.label(x="epoch (0: before fine-tuning)", y="Υ" if what == "upsilon" else "accuracy, per cent")
+    drawn = _drawn(plot, figure, styles, [f"{part} images" for part in ALONG[what].values()])
+    for axis in drawn.axes:
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return drawn
+
+
+def _append(data: Data, *values: Any) -> None:
+    for column, value in zip(data.values(), values, strict=True):
+        column.append(value)
+
+
+def _figure(height: float, width: float = WIDTH) -> Figure:
+    import matplotlib.pyplot as plt
+
+    figure = plt.figure(figsize=(width, height), layout="constrained")
+    plt.close(figure)  # the caller shows it, once
+    return figure
+
+
+def _drawn(
+    plot: Any, figure: Figure, styles: Mapping[str, tuple[str, str]], lines: Sequence[str] = (), zero: bool = False
+) -> Figure:
+    """Draw a plot on a figure, evidence in its colours and markers, and say below it which is which.
+
+    Args:
+        lines: what a solid line is, and what a dashed one.
+        zero: whether a line marks 0, and others part the rows.
+    """
+    import seaborn as sns
+    import seaborn.objects as so
+    from matplotlib.lines import Line2D
+
+    names = list(styles)
+    plot = plot.scale(color=so.Nominal([colour for colour, _ in styles.values()], order=names))
+    if not lines:
+        plot = plot.scale(marker=so.Nominal([marker for _, marker in styles.values()], order=names))
+    if not styles:
+        figure.text(0.5, 0.5, NOTHING, ha="center", va="center")
+        return figure
+    plot.theme(sns.axes_style("whitegrid") | sns.plotting_context("notebook", font_scale=0.9)).on(figure).plot()
+    figure.legends.clear()
+    for axis in figure.axes:
+        if zero:
+            axis.axvline(0, color="black", linewidth=1)
+            axis.grid(False, axis="y")
+            for between in range(len(axis.get_yticks()) - 1):
+                axis.axhline(between + 0.5, color="0.85", linewidth=0.8)
+    style: Any = "-" if lines else ""
+    shown = [
+        Line2D([], [], color=colour, linestyle=style, marker=None if lines else marker, label=name)
+        for name, (colour, marker) in styles.items()
+    ]
+    kinds: tuple[Any, ...] = ("-", "--")
+    shown += [Line2D([], [], color="black", linestyle=kind, label=n) for n, kind in zip(lines, kinds, strict=False)]
+    figure.legend(handles=shown, loc="outside lower center", ncols=2 if lines else 1, frameon=False)
     return figure

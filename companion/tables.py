@@ -311,7 +311,7 @@ def _attacks(record: Record) -> dict[str, Callable[[Record], Any]]:
         names = [name for name, attack in STRONGER.items() if attack.p == p]
         words = (STRONGER[name].words(record["config"]["steps"]) for name in names)
         found |= dict(zip(words, map(_left_by, names), strict=True))
-        found[f"{kind}, the strongest of these"] = functools.partial(_fewest_left, names=names)
+        found[f"{kind}, the strongest of these"] = functools.partial(fewest_left, names=names)
     if few := record["data"].get("autoattack"):
         found[f"W∞, AutoAttack, the first {few:,} images"] = _left_by("autoattack")
     return found
@@ -321,7 +321,8 @@ def _left_by(name: str) -> Callable[[Record], Any]:
     return functools.partial(bits, when=name, metric="accuracy")
 
 
-def _fewest_left(record: Record, names: Sequence[str]) -> Any:
+def fewest_left(record: Record, names: Sequence[str]) -> Any:
+    """Which images are right, (n,), under the attack of those named that leaves fewest."""
     return min((_left_by(name)(record) for name in names), key=sum)
 
 

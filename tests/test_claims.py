@@ -134,7 +134,7 @@ def test_a_seed_that_disagrees_makes_a_visible_mean_invisible():
 
 
 def test_verdicts_over_studies():
-    up, noise, down = finetuned(UP, epochs=3), finetuned(NOISE, epochs=4), finetuned(DOWN, epochs=5)
+    up, noise, down = finetuned(UP, epochs=5), finetuned(NOISE, epochs=4), finetuned(DOWN, epochs=3)
     assert found("whole-w2") == ("not yet measured", [])
     assert found("whole-w2", finetuned(UP, perturb="last_layer")) == ("not yet measured", [])
     assert found("whole-w2", up) == ("holds", ["holds"])
@@ -207,11 +207,11 @@ def test_a_study_differs_in_perturb_tau_eta_and_seed_alone():
     others = [finetuned(network="other"), finetuned(epochs=7), finetuned(consistency="kl")]
     assert len(studies([whole, *others])) == 4
     labels = [effect.study for effect in BY_KEY["whole-w2"].effects([whole, *others])]
-    assert labels == [
-        "`demo`, 1,000 images, 3 epochs",
-        "`other`, 1,000 images, 3 epochs",
+    assert labels == [  # more training first, then the stand-ins
         "`demo`, 1,000 images, 7 epochs",
+        "`demo`, 1,000 images, 3 epochs",
         "`demo`, 1,000 images, 3 epochs, `consistency=kl`",
+        "`other`, 1,000 images, 3 epochs",
     ]
 
 

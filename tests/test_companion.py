@@ -13,6 +13,7 @@ import urllib.request
 import numpy as np
 import pytest
 import torch
+from matplotlib.collections import PathCollection
 from PIL import Image
 
 from companion import agreement, evidence, files, intervals, networks, runs
@@ -465,7 +466,8 @@ def test_agreement_fails_where_the_numbers_differ(run, when):
 def test_figure_shows_each_number_once(run):
     records, _ = run
     figure = plot_changes(4, records, records)
-    drawn = sorted(x for axis in figure.axes for c in axis.containers for x in c.lines[0].get_xdata())
+    dots = [c for axis in figure.axes for c in axis.collections if isinstance(c, PathCollection)]
+    drawn = sorted(x for those in dots for x, _ in those.get_offsets())
     rows = grid_rows(4, records, records)
     wanted = sorted(cell[1].value for row in rows for cell in row["cells"].values())
     assert drawn == pytest.approx(wanted) and len(drawn) == 18

@@ -17,8 +17,9 @@ from companion import networks
 from companion.architectures import cnn_a
 from companion.data import load_data
 from companion.datasets import DATASETS, NORMS, is_own
-from companion.exports import check_export
+from companion.exports import check_export, export
 from companion.networks import PUBLISHED, check_fit, load_network, zoo
+from companion.records import read_records
 from companion.settings import ParameterError, Settings
 
 SIZES = {"train_images": 6, "val_images": 4, "test_images": 3}
@@ -133,6 +134,33 @@ def test_network_whose_weights_come_without_a_file_is_not_downloaded(tmp_path, m
         check_export("Standard_R50", tmp_path, "imagenet", "Linf")
 
 
+def exported_from(name, folder, dataset, norm, model):
+    """An export of the model, as if it had been fine-tuned from the network of that name."""
+    record = next(r for r in read_records() if r.network.name == "demo")
+    record = record.model_copy(update={"network": record.network.model_copy(update={"name": name})})
+    return export(model, record, folder, dataset, norm)
+
+
+def test_robustbench_takes_an_export_for_any_data_set_and_norm(placed, tmp_path):
+    from robustbench.utils import load_model
+
+    dataset, norm, name, model, _ = placed
+    with torch.no_grad():
+        next(model.parameters()).mul_(2)
+    path = exported_from(name, tmp_path / "exports", dataset, norm, model)
+    row, x = DATASETS[dataset], torch.rand(2, *DATASETS[dataset].shape)
+    ours = load_network(str(path), tmp_path)
+    theirs = load_model(name, model_dir=path, dataset=dataset, threat_model=norm)
+    with torch.no_grad():
+        for loaded in (ours.model, theirs):
+            torch.testing.assert_close(loaded(x), model(x))
+    assert (path / dataset / norm / f"{name}.pt").is_file()
+    assert ours.name == f"{name}-finetuned" and ours.source.startswith(f"{name}, fine-tuned by this project")
+    card = (path / "README.md").read_text(encoding="utf-8")
+    assert f'dataset="{dataset}", threat_model="{norm}"' in card and f"A classifier of {row.name}: " in card
+    assert f"{row.classes} logits" in card and ("in the l_2\nnorm" in card) is (norm == "L2")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Networks that others published as a plain file
 # ---------------------------------------------------------------------------------------------------------------------
@@ -170,6 +198,15 @@ def test_architecture_normalises_by_what_its_authors_did():
     plain = nn.Sequential(*model)
     with torch.no_grad():
         torch.testing.assert_close(model(x), plain((x - mean.view(3, 1, 1)) / std.view(3, 1, 1)))
+
+
+def test_published_network_is_exported_and_comes_back(published, tmp_path):
+    model = cnn_a().eval()
+    path = exported_from("cnn_a_adv4", tmp_path / "exports", "cifar10", "Linf", model)
+    network = load_network(str(path), tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(network.model.parameters(), model.parameters(), strict=True))
+    assert network.name == "cnn_a_adv4-finetuned" and (path / "cnn_a_adv4.safetensors").is_file()
+    assert "## Licence\n\nBSD-3-Clause, " in (path / "README.md").read_text(encoding="utf-8")
 
 
 def test_missing_or_other_published_file_is_named_with_its_address(published, tmp_path):
@@ -303,6 +340,14 @@ def test_own_file_may_import_what_lies_beside_it_and_starts_at_the_repository(wr
     (tmp_path / "beside.py").write_text("CLASSES = 5", encoding="utf-8")
     write("from beside import CLASSES\ndef f():\n    return nn.Linear(2, CLASSES)")
     assert load_network("mine.py:f", tmp_path).model.out_features == 5
+
+
+def test_what_a_record_says_of_an_own_file_can_be_in_a_record(tmp_path):
+    (tmp_path / "my [net] 그물.py").write_text(
+        "from torch import nn\ndef f(): return nn.Linear(2, 2)", encoding="utf-8"
+    )
+    network = load_network(f"{tmp_path}/my [net] 그물.py:f", tmp_path)
+    assert (network.name, network.source) == ("my__net__그물.f", "own network, my _net_ 그물.py:f")
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,11 @@ def copy(folder, to):
     return to
 
 
+def of_network(record, name):
+    """The record as if it were of another network."""
+    return record.model_copy(update={"network": record.network.model_copy(update={"name": name})})
+
+
 def load(folder):
     return load_network(str(folder), files.ROOT)
 
@@ -136,7 +141,7 @@ def tiny_zoo(monkeypatch):
 def test_robustbench_takes_the_export_as_its_own(exported, tiny_zoo, tmp_path, images, name):
     new_model, load_model = tiny_zoo
     model = new_model()
-    record = {**exported[1], "network": {**exported[1]["network"], "name": name, "source": "RobustBench"}}
+    record = of_network(exported[1], name)
     path = export(model, record, tmp_path)
     theirs = load_model(name, model_dir=path, dataset="cifar10", threat_model="Linf")
     with torch.no_grad():
@@ -166,10 +171,11 @@ def test_card_says_what_the_record_says(exported):
 def test_licences_are_those_of_robustbench():
     """Its LICENSE lists the networks that are not under the MIT licence."""
     (file,) = (f for f in metadata.files("robustbench") if f.name == "LICENSE")
-    pattern = r"^- (?:CIFAR-10\b)[^,]*, Linf[^,]*, (\w+)\*?: ([^;]*);"
+    pattern = r"^- CIFAR-\S+, \S+, (\w+)\*?: ([^;]*);"
     short = {
         "Apache License 2.0": "Apache-2.0",
         "Attribution-NonCommercial-ShareAlike 4.0 International": "CC-BY-NC-SA-4.0",
+        "BSD 3-Clause License": "BSD-3-Clause",
     }
     listed = re.findall(pattern, file.locate().read_text(encoding="utf-8"), re.MULTILINE)
     assert {name: short[licence] for name, licence in listed} == LICENCES
@@ -215,7 +221,7 @@ def test_path_without_an_export_is_named(name):
 
 def test_missing_weights_are_not_fetched_into_an_export(exported, tiny_zoo, tmp_path, monkeypatch):
     """An export of a network of RobustBench looks like a folder of its downloads, and those are other weights."""
-    record = {**exported[1], "network": {**exported[1]["network"], "name": ROBUSTBENCH}}
+    record = of_network(exported[1], ROBUSTBENCH)
     path = export(tiny_zoo[0](), record, tmp_path)
     (path / "cifar10" / "Linf" / f"{ROBUSTBENCH}.pt").unlink()
     monkeypatch.setattr("robustbench.utils.download_gdrive_new", pytest.fail)
