@@ -490,7 +490,9 @@ def test_objective_that_gives_no_number_to_lower(objective, value, words):
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("call_", [lambda batch, loss: batch.attack(THREAT, loss), lambda batch, loss: wpgd(MODEL, X, Y, THREAT, loss=loss)])
+@pytest.mark.parametrize(
+    "call_", [lambda batch, loss: batch.attack(THREAT, loss), lambda batch, loss: wpgd(MODEL, X, Y, THREAT, loss=loss)]
+)
 def test_objective_that_asks_for_a_loss_that_does_not_exist(call_):
     config = FinetuneConfig(objective=lambda batch: call_(batch, "cw"), epochs=1)
     with raises("loss must be one of ce, dlr, redlr", "'cw'"):
@@ -542,7 +544,12 @@ def test_a_remainder_of_one_image_is_named_before_training(fields):
 
 @pytest.mark.parametrize(
     "fields",
-    [{"batch_size": 3}, {"batch_size": 4}, {"batch_size": 5, "perturb": "last_layer"}, {"batch_size": 5, "update_mode": "eval"}],
+    [
+        {"batch_size": 3},
+        {"batch_size": 4},
+        {"batch_size": 5, "perturb": "last_layer"},
+        {"batch_size": 5, "update_mode": "eval"},
+    ],
 )
 def test_no_remainder_of_one_image_trains(fields):
     finetune(normalised(), (X, Y), None, FinetuneConfig(**({"steps": 1, "epochs": 1} | fields)))

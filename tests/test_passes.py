@@ -91,8 +91,8 @@ def constant(gradient, before):
 
 def test_along_a_rule_images_with_gradient_0_are_looked_at_again():
     """They may move: an image that stays where it is under the gradient is saved, one under a rule is not."""
-    seen, _, (model, x, y) = attacked("redlr", rule=constant)
-    assert [(len(x), wants) for x, wants in seen] == 4 * [(20, True)] + [(20, False)]
+    seen, _, (model, x, _) = attacked("redlr", rule=constant)
+    assert [(len(z), wants) for z, wants in seen] == 4 * [(20, True)] + [(20, False)]
     wrong = (predict(model, x) + 1) % 4
     attack = wpgd(model, x, wrong, THREAT, steps=4, rule=constant)
     assert (attack.x_adv > x).flatten(1).any(1).all()

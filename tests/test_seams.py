@@ -33,7 +33,8 @@ def examples_of(docstring):
     lines = docstring.splitlines()
     for i, line in enumerate(lines):
         if line.endswith("::"):
-            block = itertools.takewhile(lambda below: not below.strip() or indent(below) > indent(line), lines[i + 1 :])
+            ends = (k for k, below in enumerate(lines) if k > i and below.strip() and indent(below) <= indent(line))
+            block = lines[i + 1 : next(ends, len(lines))]
             yield textwrap.dedent("\n".join(block)).strip()
 
 
@@ -80,7 +81,7 @@ def defined(name):
 @threats
 @pytest.mark.parametrize("loss", ["ce", "redlr"])
 def test_the_gradient_as_a_rule_is_no_rule(threat, loss):
-    """Also where the savings for the gradient alone are off: they change no bit of what comes out."""
+    """The savings that it switches off change nothing that comes out."""
     model = network("mlp")
     x, y = images(20, model)
     plain = wpgd(model, x, y, threat, loss=loss, steps=4, step_ratio=2.5)
@@ -185,7 +186,9 @@ def test_out_of_memory_the_rule_is_given_the_same(monkeypatch):
 def test_the_margin_by_its_definition():
     generator = torch.Generator().manual_seed(0)
     logits, y = torch.randn(30, 5, generator=generator), torch.randint(5, (30,), generator=generator)
-    rivals = [max(v for k, v in enumerate(z) if k != label) for z, label in zip(logits.tolist(), y.tolist(), strict=True)]
+    rivals = [
+        max(v for k, v in enumerate(z) if k != label) for z, label in zip(logits.tolist(), y.tolist(), strict=True)
+    ]
     own = logits.gather(1, y[:, None])[:, 0]
     torch.testing.assert_close(defined("margin")(logits, y), torch.tensor(rivals) - own)
 
@@ -254,7 +257,10 @@ def test_the_objectives_of_the_core_are_functions_like_any_other(objective):
 
 
 def test_an_objective_is_given_its_minibatch_and_keeps_its_memory():
-    model, config = network("full"), FinetuneConfig(**(STEP | {"batch_size": 8, "epochs": 2}), objective=lambda b: use(b))
+    model, config = (
+        network("full"),
+        FinetuneConfig(**(STEP | {"batch_size": 8, "epochs": 2}), objective=lambda b: use(b)),
+    )
     x, y = images(20, model)
     sizes = []
 
