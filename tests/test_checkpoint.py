@@ -207,7 +207,7 @@ def test_a_file_that_may_not_grow_ends_the_run_in_one_line(server, tmp_path):
 FULL = OSError(28, "No space left on device"), WdatError, r"No space left on device.*make room"
 
 
-@pytest.mark.parametrize("error, shown, words", [FULL, (KeyboardInterrupt(), KeyboardInterrupt, "")])
+@pytest.mark.parametrize("error, shown, words", [FULL, (KeyboardInterrupt(), KeyboardInterrupt, None)])
 def test_a_checkpoint_that_is_not_written_to_its_end_leaves_the_last_one(
     error, shown, words, unstopped, tmp_path, monkeypatch
 ):

@@ -203,7 +203,7 @@ def test_an_error_inside_the_loss_the_rule_or_the_objective_is_shown_as_it_is():
     for use in (
         lambda: wpgd(MODEL, X, Y, THREAT, loss=breaks),
         lambda: wpgd(MODEL, X, Y, THREAT, rule=breaks),
-        lambda: call("wdat", model=network("conv"), objective=breaks, loss="ce"),
+        lambda: finetune(network("conv"), (X, Y), None, FinetuneConfig(objective=breaks)),
         lambda: call("wdat", model=network("conv"), loss=breaks),
     ):
         with pytest.raises(TypeError) as caught:
@@ -590,8 +590,8 @@ def test_perturb():
     for head in ("fc", "", 3, [1], True):
         with raises("head must name a linear or convolutional layer", re.escape(repr(head)), "'1'"):
             perturb_(convolutional, "last_layer", head=head)
-    for x in ("an image", 3, X.long(), X[0, 0, 0, 0], [X]):
-        with raises("x|images"):
+    for x in ("an image", 3, [X]):
+        with raises("x, an image"):
             perturb_(convolutional, "last_layer", x=x)
     with raises("needs a linear or convolutional layer"):
         perturb_(nn.Sequential(nn.Flatten(), nn.LayerNorm(18)), "last_layer", x=X)

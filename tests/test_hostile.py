@@ -834,8 +834,9 @@ def odd_to_perturb(model, how):
 @drawn
 @given(cases(options=CHANGES), st.sampled_from(word("how", "whole", "last_layer", "none")))
 def test_perturbed_weights_are_finite_or_the_error_names_what_is_wrong(case, how):
-    model, x, _ = case.make()
-    odds = [*case.odds, how, odd_to_perturb(model, how.value)]
+    model, *_ = case.make()
+    x = images(1, case.network, CLASSES, case.dtype, shape=case.shape)[0]
+    odds = [*case.options.values(), how, odd_to_perturb(model, how.value)]
     result = outcome(
         lambda: perturb_(model, how.value, x=x, **values(case.options)),
         odds,
@@ -1026,7 +1027,7 @@ def assert_training(training, objective):
     if history is None:
         return
     rows = history.epochs
-    score = f"w_{(STARTS[objective] | {'threat': Threat()} | fields)['threat'].p:g}"
+    score = f"w_{({'threat': Threat()} | STARTS[objective] | fields)['threat'].p:g}"
     assert [row["epoch"] for row in rows] == list(range(1, fields["epochs"] + 1))
     assert all(math.isfinite(value) for row in rows for value in row.values())
     scores = [0.0] * len(rows) if second is None else [row[score] for row in rows]
