@@ -19,9 +19,12 @@ from wdat_core import FinetuneConfig, Threat, WdatError, finetune
 
 
 def remembering(batch):
-    """An objective that pulls the logits towards their mean over the minibatches before, and draws random numbers."""
+    """An objective that pulls the logits towards their mean over the minibatches before, by a random number.
+
+    It remembers tensors of several shapes: the last minibatch of an epoch is smaller.
+    """
     means, draws = batch.memory.setdefault("means", []), batch.memory.setdefault("draws", [])
-    draws.append(torch.rand(2, generator=batch.generator))
+    draws.append(torch.rand(len(batch.x), generator=batch.generator))
     logits = batch.net(batch.attack(Threat(delta=0.05), "ce"))
     means.append(logits.detach().mean(0))
     del means[:-4]

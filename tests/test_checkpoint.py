@@ -14,8 +14,10 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from killable import RUNS, remembering, result, train
@@ -102,6 +104,33 @@ def test_the_run_goes_on_after_an_exception(exception, unstopped, tmp_path):
         train("whole", resume=tmp_path / "run", save_every=0, on_epoch=fails)
     assert len(contents(tmp_path / "run")["rows"]) == 1 and len(contents(tmp_path / "run")["losses"]) == 3
     assert_same(result(*train("whole", resume=tmp_path / "run")), unstopped("whole"))
+
+
+def test_numbers_of_the_caller_go_into_the_checkpoint_as_numbers(tmp_path):
+    """Whatever holds them: nothing but plain numbers is read from a checkpoint."""
+    kinds = {"numpy": np.float64(0.5), "integer": np.int64(2), "tensor": torch.tensor(0.25), "plain": 1}
+    for stop_after in (0, None):
+        run = train("whole", resume=tmp_path / "run", stop_after=stop_after, save_every=0, on_epoch=lambda *_: kinds)
+    rows = [{name: row[name] for name in kinds} for row in run[1].epochs]
+    assert rows == 3 * [{"numpy": 0.5, "integer": 2, "tensor": 0.25, "plain": 1}]
+    assert {type(value) for row in run[1].epochs for name, value in row.items() if name in kinds} == {float}
+    assert contents(tmp_path / "run")["rows"] == run[1].epochs
+
+
+class Weighted:
+    """An objective with a number of its own."""
+
+    def __call__(self, batch):
+        return 0.5 * batch.net(batch.x).square().mean()
+
+
+def test_an_objective_that_is_an_object_goes_on_in_another_process(tmp_path):
+    """It has another address there, which is no part of the run."""
+    x, y = images(10, network("full"))
+    for stop_after in (0, None):
+        config = small(objective=Weighted(), loss=partial(ce))
+        history = finetune(network("full"), (x, y), (x, y), config, resume=tmp_path / "run", stop_after=stop_after)
+    assert history.finished
 
 
 def test_a_checkpoint_a_minute_and_one_an_epoch(tmp_path, monkeypatch):
