@@ -8,49 +8,48 @@ and computes nothing, so that a child starts in milliseconds.
 import importlib
 import json
 import os
-import signal
 import sys
-import time
 from pathlib import Path
 
 import torch
-from tiny import INF, images, network
+from tiny import FROM_SCRATCH, images, network
+from torch.nn.functional import cross_entropy
 
-from wdat_core import FinetuneConfig, PretrainConfig, Threat, WdatError, finetune, pretrain
+from wdat_core import FinetuneConfig, Threat, WdatError, finetune
 
-OPTIONS = {"steps": 2, "epochs": 3, "batch_size": 5}
-DISTRIBUTIONAL, POINTWISE = Threat(delta=0.05), Threat(p=INF, delta=0.05)
 
-# Every kind of state that a run can have: momentum, a schedule, averages, dropout, batch statistics, random starts.
+def remembering(batch):
+    """An objective that pulls the logits towards their mean over the minibatches before, by a random number.
+
+    It remembers tensors of several shapes: the last minibatch of an epoch is smaller.
+    """
+    means, draws = batch.memory.setdefault("means", []), batch.memory.setdefault("draws", [])
+    draws.append(torch.rand(len(batch.x), generator=batch.generator))
+    logits = batch.net(batch.attack(Threat(delta=0.05), "ce"))
+    means.append(logits.detach().mean(0))
+    del means[:-4]
+    return cross_entropy(logits, batch.y) + draws[-1][0] * (logits - torch.stack(means).mean(0)).square().mean()
+
+
+OPTIONS = {"threat": Threat(delta=0.05), "steps": 2, "epochs": 3, "batch_size": 5}
+
+# Every kind of state that a run can have: momentum, a schedule, averages, dropout, batch statistics, random starts and
+# what an objective remembers.
 RUNS = {
-    "whole": FinetuneConfig(threat=DISTRIBUTIONAL, **OPTIONS, eta=0.3, momentum=0.9, schedule="cosine"),
-    "last layer": FinetuneConfig(threat=DISTRIBUTIONAL, **OPTIONS, perturb="last_layer", tau=0.1),
-    "batch": FinetuneConfig(threat=DISTRIBUTIONAL, **OPTIONS, upsilon_from="batch", random_start=0.5, gamma=1.0),
-    "train mode": FinetuneConfig(threat=DISTRIBUTIONAL, **OPTIONS, attack_mode="train", first_upsilon="full"),
-    "trades": PretrainConfig(threat=POINTWISE, **OPTIONS, average=0.8),
+    "whole": FinetuneConfig(**OPTIONS, eta=0.3, momentum=0.9, schedule="cosine"),
+    "last layer": FinetuneConfig(**OPTIONS, perturb="last_layer", tau=0.1),
+    "batch": FinetuneConfig(**OPTIONS, upsilon_from="batch", random_start=0.5, gamma=1.0),
+    "train mode": FinetuneConfig(**OPTIONS, attack_mode="train", first_upsilon="full"),
+    "trades": FinetuneConfig(**(OPTIONS | FROM_SCRATCH), objective="trades", average=0.8),
+    "remembering": FinetuneConfig(**OPTIONS, objective=remembering),
 }
 
 
-class Slow(torch.nn.Module):
-    """A network that takes its time, so that a signal comes within a minibatch."""
-
-    def __init__(self, inner, seconds):
-        super().__init__()
-        self.inner, self.seconds = inner, seconds
-
-    def forward(self, x):
-        time.sleep(self.seconds)
-        return self.inner(x)
-
-
-def train(name, resume=None, slow=0.0, **options):
+def train(name, resume=None, **options):
     """The network and the history of a run, which is the same whenever and however often it is called."""
-    config = RUNS[name]
     model = network("full")
     data, val = images(14, model), images(9, model, seed=1)
-    model = Slow(model, slow)
-    run = pretrain if isinstance(config, PretrainConfig) else finetune
-    return model, run(model, data, val, config, resume=resume, **options)
+    return model, finetune(model, data, val, RUNS[name], resume=resume, **options)
 
 
 def result(model, history):
@@ -61,7 +60,6 @@ def result(model, history):
 
 def main():
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests run in the background
     importlib.import_module("torch._dynamo")  # an optimiser would, in every child anew, for seconds
     for line in sys.stdin:
         order = json.loads(line)
@@ -82,8 +80,6 @@ def main():
         except WdatError as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
             code = 3
-        except KeyboardInterrupt:
-            code = 130
         os._exit(code)
 
 

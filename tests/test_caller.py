@@ -5,18 +5,15 @@ import random
 
 import pytest
 import torch
-from tiny import images, network, predict, seeded
+from tiny import configuration, images, network, predict, seeded
 from torch import nn
 
 from wdat_core import (
-    FinetuneConfig,
-    PretrainConfig,
     Threat,
     ce,
     evaluate,
     finetune,
     perturb_,
-    pretrain,
     project,
     sensitivity,
     wpgd,
@@ -29,6 +26,7 @@ THREAT = Threat(delta=0.05)
 USES = {
     "wpgd": lambda model, x, y: wpgd(model, x, y, THREAT, steps=3, batch_size=4).x_adv,
     "wpgd from a random start": lambda model, x, y: wpgd(model, x, y, THREAT, steps=3, random_start=0.5).x_adv,
+    "wpgd along a rule": lambda model, x, y: wpgd(model, x, y, THREAT, steps=3, rule=torch.add).x_adv,
     "wpgd_budget": lambda model, x, y: wpgd_budget(model, x, y, THREAT, upsilon=1.0, steps=3, batch_size=4).x_adv,
     "sensitivity": lambda model, x, y: sensitivity(model, x, y, THREAT, batch_size=4),
     "evaluate": lambda model, x, y: evaluate(model, x, y, delta=0.05, steps=3, batch_size=4).correct["w_2"],
@@ -222,23 +220,18 @@ def test_attack_runs_in_eval_mode(use):
     assert equal(use(mixed_model(), x, y), expected)
 
 
-def run_training(train):
-    def run(model, x, y):
-        if train is finetune:
-            config = FinetuneConfig(epochs=1, batch_size=5, steps=2, attack_mode="train", random_start=0.5)
-        else:
-            config = PretrainConfig(epochs=1, batch_size=5, steps=2)
-        train(model, (x, y), (x, y), config)
-
-    return run
+def training(objective, **fields):
+    config = configuration(objective, epochs=1, batch_size=5, steps=2, **fields)
+    return lambda model, x, y: finetune(model, (x, y), (x, y), config)
 
 
 # Every function that draws random numbers.
 RANDOM = {
-    "finetune": run_training(finetune),
-    "pretrain": run_training(pretrain),
+    "finetune": training("wdat", attack_mode="train", random_start=0.5),
+    "trades": training("trades"),
+    "pgd": training("pgd"),
     "perturb_ whole": lambda model, x, y: perturb_(model, "whole"),
-    "perturb_ last_layer": lambda model, x, y: perturb_(model, "last_layer"),
+    "perturb_ last_layer": lambda model, x, y: perturb_(model, "last_layer", x=x),
 }
 
 

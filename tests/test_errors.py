@@ -5,19 +5,17 @@ import re
 
 import pytest
 import torch
-from tiny import INF, Centre, images, network, predict
+from tiny import FROM_SCRATCH, INF, Centre, configuration, images, network, predict
 from torch import nn
 
 from wdat_core import (
     FinetuneConfig,
-    PretrainConfig,
     Threat,
     WdatError,
     ce,
     evaluate,
     finetune,
     perturb_,
-    pretrain,
     sensitivity,
     wpgd,
     wpgd_budget,
@@ -39,14 +37,16 @@ def call(name, model=MODEL, x=X, y=Y, **options):
         return evaluate(model, x, y, **options)
     if name == "wpgd_budget":
         return wpgd_budget(model, x, y, THREAT, **({"upsilon": 1.0} | options))
-    if name in ("finetune", "pretrain"):
-        config = {"finetune": FinetuneConfig, "pretrain": PretrainConfig}[name](epochs=1, steps=1, augment=False)
-        return {"finetune": finetune, "pretrain": pretrain}[name](model, (x, y), None, config)
+    if name in TRAININGS:
+        config = configuration(name, epochs=1, steps=1, augment=False, **options)
+        return finetune(model, (x, y), None, config)
     return {"wpgd": wpgd, "sensitivity": sensitivity}[name](model, x, y, THREAT, **options)
 
 
 ATTACKS = ("wpgd", "wpgd_budget", "sensitivity", "evaluate")
-everywhere = pytest.mark.parametrize("name", (*ATTACKS, "finetune", "pretrain"))
+TRAININGS = ("wdat", "trades")
+everywhere = pytest.mark.parametrize("name", (*ATTACKS, *TRAININGS))
+trainings = pytest.mark.parametrize("objective", TRAININGS)
 attacks = pytest.mark.parametrize("name", ATTACKS)
 
 
@@ -109,12 +109,12 @@ def test_labels(name, case):
         call(name, y=y)
 
 
-@pytest.mark.parametrize("train, config", [(finetune, FinetuneConfig()), (pretrain, PretrainConfig())])
-def test_validation_images_are_checked_before_training(train, config):
+@trainings
+def test_validation_images_are_checked_before_training(objective):
     model = network("conv")
     before = [parameter.clone() for parameter in model.parameters()]
     with raises(r"images must lie in \[0, 1\]"):
-        train(model, (X, Y), (2 * X, Y), config)
+        finetune(model, (X, Y), (2 * X, Y), configuration(objective))
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
@@ -155,8 +155,6 @@ BAD_MODELS = {
     "one dimension": (Lambda(lambda z: z[:, 0]), (*SHAPE_WORDS, r"\(1,\)")),
     "sum over the batch": (Lambda(lambda z: z.sum(0)), (*SHAPE_WORDS, r"\(4,\)")),
     "two rows an image": (Lambda(lambda z: z.repeat(2, 1)), (*SHAPE_WORDS, r"\(2, 4\)")),
-    "channels": (network("conv", shape=(3, 3, 3)), ("model", "images of shape", r"\(2, 3, 3\)", "3 channels")),
-    "size": (network("conv", shape=(2, 4, 4)), ("model", "images of shape", r"\(2, 3, 3\)")),
     "float32": (network("conv", dtype=torch.float32), ("model is torch.float32", "images are torch.float64")),
     "device": (network("conv").to("meta"), ("model is on meta", "images are on cpu")),
     "a buffer on another device": (
@@ -172,6 +170,45 @@ def test_model(name, case):
     model, words = BAD_MODELS[case]
     with raises(*words):
         call(name, model=model)
+
+
+@everywhere
+@pytest.mark.parametrize("kind", [RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError])
+def test_an_error_inside_the_model_is_shown_as_it_is(name, kind):
+    """Its own type, words and traceback; not as something that is wrong with the images."""
+    error = kind("mine")
+
+    def breaks(logits):
+        raise error
+
+    with pytest.raises(kind) as caught:
+        call(name, model=Lambda(breaks))
+    assert caught.value is error and error.__cause__ is None and error.__context__ is None
+    assert caught.traceback[-1].name == "breaks"
+
+
+@everywhere
+def test_images_that_a_layer_of_the_model_refuses(name):
+    with pytest.raises(RuntimeError, match="to have 3 channels, but got 2 channels") as caught:
+        call(name, model=network("conv", shape=(3, 3, 3)))
+    assert not isinstance(caught.value, WdatError)
+
+
+def test_an_error_inside_the_loss_the_rule_or_the_objective_is_shown_as_it_is():
+    error = TypeError("mine")
+
+    def breaks(*_):
+        raise error
+
+    for use in (
+        lambda: wpgd(MODEL, X, Y, THREAT, loss=breaks),
+        lambda: wpgd(MODEL, X, Y, THREAT, rule=breaks),
+        lambda: finetune(network("conv"), (X, Y), None, FinetuneConfig(objective=breaks)),
+        lambda: call("wdat", model=network("conv"), loss=breaks),
+    ):
+        with pytest.raises(TypeError) as caught:
+            use()
+        assert caught.value is error and caught.traceback[-1].name == "breaks"
 
 
 def test_model_of_another_precision_than_float32_images():
@@ -237,10 +274,21 @@ def test_two_classes_are_too_few_for_dlr(name, loss):
     call(name, model=model, y=Y % 2, loss="ce")
 
 
-@pytest.mark.parametrize("name", ["evaluate", "finetune"])
-def test_two_classes_are_too_few_for_what_uses_redlr(name):
-    with raises("3 classes", "2"):
-        call(name, model=network("linear", classes=2), y=Y % 2)
+@pytest.mark.parametrize("name", ["evaluate", *TRAININGS])
+def test_two_classes_take_another_loss_than_the_default(name):
+    """The error names an argument that exists: with it a network with two classes is evaluated and trained."""
+    model = network("linear", classes=2)
+    before = [parameter.clone() for parameter in model.parameters()]
+    with raises("3 classes", "has 2", "use loss='ce'"):
+        call(name, model=model, y=Y % 2, loss="redlr")
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    result = call(name, model=model, y=Y % 2, loss="ce")
+    if name == "evaluate":
+        expected = wpgd(model, X, Y % 2, Threat(), loss="ce")
+        assert result.w_2 == expected.accuracy and torch.equal(result.correct["w_2"], expected.correct)
+    else:
+        assert math.isfinite(result.epochs[0]["loss"])
+        assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -361,13 +409,28 @@ def test_threat_that_is_none(function, threat):
 
 
 BAD_FINETUNE = [
-    ({"perturb": "all"}, ("perturb must be one of whole, last_layer", "'all'")),
+    ({"objective": "madry"}, ("objective must be one of wdat, trades, pgd", "'madry'")),
+    ({"objective": 3}, ("objective must be one of wdat, trades, pgd or a function", "3")),
+    ({"objective": "trades"}, ('objective="trades" is pointwise', "threat=Threat(p=math.inf)")),
+    ({"objective": "pgd", "threat": Threat(p=3)}, ('objective="pgd" is pointwise', "threat=Threat(p=math.inf)")),
+    ({"nesterov": True}, ("nesterov needs a momentum above 0",)),
+    ({"nesterov": 1, "momentum": 0.9}, ("nesterov must be True or False", "1")),
+    ({"average": 1}, ("average must be a number at least 0 and below 1",)),
+    ({"warm_up": 0}, ("warm_up must be a number above 0 and below 1",)),
+    ({"warm_up": 1}, ("warm_up must be a number above 0 and below 1",)),
+    ({"precision": "float16"}, ("precision must be one of float32, bfloat16", "'float16'")),
+    ({"upsilon_from": "all"}, ("upsilon_from must be one of sample, batch", "'all'")),
+    ({"compiled": "yes"}, ("compiled must be True or False", "'yes'")),
+    ({"loss": "cw"}, ("loss must be one of ce, dlr, redlr", "'cw'")),
+    ({"loss": None}, ("loss must be one of ce, dlr, redlr or a function", "None")),
+    ({"perturb": "all"}, ("perturb must be one of whole, last_layer, none", "'all'")),
     ({"consistency": "mse"}, ("consistency must be one of ce_detached, ce, kl", "'mse'")),
     ({"attack_label": "false"}, ("attack_label must be one of true, predicted", "'false'")),
     ({"attack_mode": True}, ("attack_mode must be one of eval, train", "True")),
     ({"update_mode": ""}, ("update_mode must be one of train, eval", "''")),
     ({"reinit": "he"}, ("reinit must be one of default, xavier", "'he'")),
-    ({"schedule": "step"}, ("schedule must be one of constant, cosine", "'step'")),
+    ({"head": 3}, ("head must be the name of a layer", "3")),
+    ({"schedule": "step"}, ("schedule must be one of constant, cosine, one_cycle", "'step'")),
     ({"first_upsilon": 0}, ("first_upsilon must be one of sample, full", "0")),
     ({"threat": 8 / 255}, ("threat must be a Threat", "0.03")),
     ({"tau": 0}, ("tau must be a number above 0",)),
@@ -387,6 +450,7 @@ BAD_FINETUNE = [
     ({"random_start": 1.1}, ("random_start must be a number at least 0 and at most 1", "1.1")),
     ({"steps": 0}, ("steps must be a whole number",)),
     ({"step_ratio": 0}, ("step_ratio must be a number above 0",)),
+    ({"step_ratio": math.nan}, ("step_ratio must be a number above 0", "nan")),
     ({"epochs": 0}, ("epochs must be a whole number at least 1", "0")),
     ({"epochs": 2.0}, ("epochs must be a whole number", "2.0")),
     ({"batch_size": 0}, ("batch_size must be a whole number at least 1", "0")),
@@ -394,7 +458,9 @@ BAD_FINETUNE = [
     ({"seed": -1}, ("seed must be a whole number at least 0", "-1")),
     ({"seed": 2**63}, ("seed must be a whole number", "below")),
     ({"seed": None}, ("seed must be a whole number", "None")),
+    ({"batch_size": 2.5}, ("batch_size must be a whole number", "2.5")),
     ({"augment": 1}, ("augment must be True or False", "1")),
+    ({"augment": "yes"}, ("augment must be True or False", "'yes'")),
 ]
 
 
@@ -404,38 +470,110 @@ def test_finetune_config(fields, words):
         FinetuneConfig(**fields)
 
 
-BAD_PRETRAIN = [
-    ({"threat": Threat()}, ("threat must be a Threat with p = inf",)),
-    ({"threat": 8 / 255}, ("threat must be a Threat",)),
-    ({"precision": "float16"}, ("precision must be one of float32, bfloat16", "'float16'")),
-    ({"rate": 0}, ("rate must be a number above 0",)),
-    ({"beta": -1}, ("beta must be a number at least 0", "-1")),
-    ({"weight_decay": -1}, ("weight_decay must be a number at least 0", "-1")),
-    ({"momentum": 1.0}, ("momentum must be a number at least 0 and below 1",)),
-    ({"average": 1}, ("average must be a number at least 0 and below 1",)),
-    ({"warm_up": 0}, ("warm_up must be a number above 0 and below 1",)),
-    ({"warm_up": 1}, ("warm_up must be a number above 0 and below 1",)),
-    ({"steps": 0}, ("steps must be a whole number",)),
-    ({"step_ratio": math.nan}, ("step_ratio must be a number above 0",)),
-    ({"epochs": 0}, ("epochs must be a whole number",)),
-    ({"batch_size": 2.5}, ("batch_size must be a whole number", "2.5")),
-    ({"seed": 1.0}, ("seed must be a whole number", "1.0")),
-    ({"augment": "yes"}, ("augment must be True or False", "'yes'")),
-]
+@trainings
+@pytest.mark.parametrize(
+    "value, words",
+    [
+        (lambda logits: logits, r"scalar tensor, not \(6, 4\)"),
+        (lambda logits: logits.mean(0), r"scalar tensor, not \(4,\)"),
+        (lambda logits: logits.sum().item(), "scalar tensor, not float"),
+        (lambda logits: None, "scalar tensor, not NoneType"),
+        (lambda logits: logits.sum().detach(), "no parameter that is to be trained"),
+    ],
+)
+def test_objective_that_gives_no_number_to_lower(objective, value, words):
+    model = network("conv")
+    before = [parameter.clone() for parameter in model.parameters()]
+    fields = FROM_SCRATCH | {"objective": lambda batch: value(batch.net(batch.x)), "epochs": 1}
+    with raises("the objective", words):
+        finetune(model, (X, Y), None, FinetuneConfig(**fields))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("fields, words", BAD_PRETRAIN, ids=str)
-def test_pretrain_config(fields, words):
-    with raises(*map(re.escape, words)):
-        PretrainConfig(**fields)
+@pytest.mark.parametrize(
+    "call_", [lambda batch, loss: batch.attack(THREAT, loss), lambda batch, loss: wpgd(MODEL, X, Y, THREAT, loss=loss)]
+)
+def test_objective_that_asks_for_a_loss_that_does_not_exist(call_):
+    config = FinetuneConfig(objective=lambda batch: call_(batch, "cw"), epochs=1)
+    with raises("loss must be one of ce, dlr, redlr", "'cw'"):
+        finetune(network("conv"), (X, Y), None, config)
 
 
-@pytest.mark.parametrize("train", [finetune, pretrain])
-def test_augmentation_needs_images_with_height_and_width(train):
+BAD_RULES = {
+    "of the images": lambda g, before: g.flatten(1).sum(1),
+    "of the first": lambda g, before: g[:1],
+    "tuple": lambda g, before: (g, before),
+    "None": lambda g, before: None,
+}
+
+
+@pytest.mark.parametrize("case", BAD_RULES)
+def test_rule_that_gives_no_vector(case):
+    with raises(r"the rule must return a tensor of shape \(6, 2, 3, 3\), not"):
+        wpgd(MODEL, X, Y, THREAT, rule=BAD_RULES[case])
+
+
+@pytest.mark.parametrize("rule", ["momentum", 3, True])
+def test_rule_that_is_no_function(rule):
+    with raises("rule must be a function", re.escape(repr(rule))):
+        wpgd(MODEL, X, Y, THREAT, rule=rule)
+
+
+@not_finite
+def test_rule_that_is_not_finite(value):
+    with raises("NaN or infinite"):
+        wpgd(MODEL, X, Y, THREAT, rule=lambda g, before: g * value)
+
+
+def normalised():
+    """BatchNorm of one value a channel, which in train mode takes no batch of one."""
+    return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(18), nn.Linear(18, 4)).double()
+
+
+@pytest.mark.parametrize("fields", [{"batch_size": 5}, {"batch_size": 1}, {"batch_size": 5, "objective": "trades"}])
+def test_a_remainder_of_one_image_is_named_before_training(fields):
+    model, seen = normalised(), []
+    model.register_forward_hook(lambda module, *_: seen.append(module.training))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    config = configuration(**({"objective": "wdat", "steps": 1, "epochs": 1} | fields))
+    with raises("BatchNorm1d cannot train on a batch of one image", "choose a batch_size"):
+        finetune(model, (X, Y), None, config)
+    assert not any(seen)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"batch_size": 3},
+        {"batch_size": 4},
+        {"batch_size": 5, "perturb": "last_layer"},
+        {"batch_size": 5, "update_mode": "eval"},
+    ],
+)
+def test_no_remainder_of_one_image_trains(fields):
+    finetune(normalised(), (X, Y), None, FinetuneConfig(**({"steps": 1, "epochs": 1} | fields)))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"batch_size": 3},  # the sample of Upsilon is one image
+        {"batch_size": 3, "sample": 0.7},  # it is four
+        {"batch_size": 5, "sample": 1.0, "update_mode": "eval"},
+    ],
+)
+def test_one_image_that_is_attacked_in_train_mode_is_named_before_training(fields):
+    config = FinetuneConfig(steps=1, epochs=1, attack_mode="train", **fields)
+    with raises("BatchNorm1d", "one image"):
+        finetune(normalised(), (X, Y), None, config)
+
+
+@trainings
+def test_augmentation_needs_images_with_height_and_width(objective):
     model = nn.Sequential(nn.Unflatten(1, (2, 3, 3)), network("conv"))
-    config = {finetune: FinetuneConfig, pretrain: PretrainConfig}[train](epochs=1, steps=1)
     with raises("augment"):
-        train(model, (X.flatten(1), Y), None, config)
+        finetune(model, (X.flatten(1), Y), None, configuration(objective, epochs=1, steps=1))
 
 
 def test_perturb():
@@ -447,8 +585,16 @@ def test_perturb():
         with raises("noise must be a number at least 0"):
             perturb_(network(), "whole", noise=noise)
     convolutional = nn.Sequential(Centre(), nn.Conv2d(2, 4, 3), nn.Flatten())
-    with raises("last_layer", r"nn\.Linear", "whole"):
+    with raises("which layer gives the logits", "head", "x, an image", "'1'"):
         perturb_(convolutional, "last_layer")
+    for head in ("fc", "", 3, [1], True):
+        with raises("head must name a linear or convolutional layer", re.escape(repr(head)), "'1'"):
+            perturb_(convolutional, "last_layer", head=head)
+    for x in ("an image", 3, [X]):
+        with raises("x, an image"):
+            perturb_(convolutional, "last_layer", x=x)
+    with raises("needs a linear or convolutional layer"):
+        perturb_(nn.Sequential(nn.Flatten(), nn.LayerNorm(18)), "last_layer", x=X)
     assert len(perturb_(convolutional, "whole")) == 2
 
 
@@ -489,12 +635,12 @@ def test_no_model_meets_an_empty_batch():
     assert attack.accuracy == 0 and torch.equal(attack.x_adv, x)
 
 
-@pytest.mark.parametrize("train", [finetune, pretrain])
-def test_training_starts_also_where_no_image_is_classified_correctly(train):
+@trainings
+def test_training_starts_also_where_no_image_is_classified_correctly(objective):
     model = network("conv")
     wrong = (predict(model, X) + 1) % 4
-    config = {finetune: FinetuneConfig, pretrain: PretrainConfig}[train](epochs=2, steps=2, batch_size=4)
-    history = train(model, (X, wrong), (X, wrong), config)
+    config = configuration(objective, epochs=2, steps=2, batch_size=4)
+    history = finetune(model, (X, wrong), (X, wrong), config)
     assert all(math.isfinite(row["loss"]) for row in history.epochs)
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 

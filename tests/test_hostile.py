@@ -25,19 +25,17 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import INF, images, network
+from tiny import INF, STARTS, images, network
 from torch import nn
 
 from wdat_core import (
     FinetuneConfig,
-    PretrainConfig,
     Threat,
     WdatError,
     ce,
     evaluate,
     finetune,
     perturb_,
-    pretrain,
     project,
     sensitivity,
     wpgd,
@@ -138,9 +136,19 @@ OPTIONS = {
     "compiled": flag("compiled"),
     "progress": flag("progress", show),
 }
-STARTS = {
+PLACES = {
     "random_start": fraction("random_start", (0, 5e-324, 0.5, 1)),
     "seed": parameter("seed", (0, 2**63 - 1), wrong=(2**63, 1.0, True, None, HUGE)),
+}
+RULES = {
+    "rule": (
+        *(fine(rule) for rule in (None, torch.add, lambda g, before: torch.zeros_like(g), lambda g, before: g.sign())),
+        fine(lambda g, before: g.clone().mul_(-1)),
+        risky(lambda g, before: g.double(), "rule"),
+        risky(lambda g, before: 1e30 * g, "gradient"),
+        bad(lambda g, before: NAN * g, "gradient"),
+        *(bad(value, "rule") for value in (lambda g, before: g[:0], lambda g, before: (g,), True, *JUNK)),
+    )
 }
 THREATS = {"p": order("p"), "r": order("r"), "delta": RADII}
 UPSILON = {"upsilon": positive("upsilon", (5e-324, 1e-30, 1e-3, 1, 1e30, 1e300))}
@@ -328,7 +336,6 @@ WRAPPERS = {
     "a vector": bad(lambda net, x: net(x)[:, 0], "model"),
     "a dict": bad(lambda net, x: {"logits": net(x)}, "model"),
     "nothing": bad(lambda net, x: None, "model"),
-    "breaks": bad(lambda net, x: net(x) @ net(x), "model"),
 }
 
 
@@ -670,13 +677,13 @@ def assert_wpgd_budget(case):
 
 
 @drawn
-@given(cases("loss", "threat", options=OPTIONS | STARTS))
+@given(cases("loss", "threat", options=OPTIONS | PLACES | RULES))
 def test_wpgd_keeps_its_promises_or_names_what_is_wrong(case):
     assert_wpgd(case)
 
 
 @drawn
-@given(extremes(OPTIONS | STARTS))
+@given(extremes(OPTIONS | PLACES | RULES))
 def test_no_number_is_too_extreme_for_wpgd(case):
     assert_wpgd(case)
 
@@ -702,8 +709,14 @@ def test_sensitivity_is_a_finite_number_or_names_what_is_wrong(case):
     assert upsilon is None or (isinstance(upsilon, float) and 0 <= upsilon < INF)
 
 
+TRAINING_LOSSES = (
+    *(odd for odd in ATTACK_LOSSES.values() if not callable(odd.value)),
+    *map(fine, (ce, in_place_margin)),
+)
+
+
 @drawn
-@given(cases(options=without(OPTIONS, "step_ratio") | {"delta": RADII}))
+@given(cases(options=without(OPTIONS, "step_ratio") | {"delta": RADII, "loss": TRAINING_LOSSES}))
 def test_evaluate_keeps_its_promises_or_names_what_is_wrong(case):
     model, x, y = case.make()
     scores = outcome(lambda: evaluate(model, x, y, **case.keywords), case.odds, model, x, y)
@@ -790,7 +803,7 @@ def test_projection_is_idempotent_inside_the_ball_and_names_what_is_wrong(move, 
             assert torch.equal(once, x_adv)
 
 
-@pytest.mark.parametrize("threat", [None, 0.03, "W_2", PretrainConfig()], ids=str)
+@pytest.mark.parametrize("threat", [None, 0.03, "W_2", FinetuneConfig()], ids=str)
 def test_projection_names_a_threat_that_is_none(threat):
     with pytest.raises(WdatError, match="threat"):
         project(torch.ones(2, 3), torch.ones(2, 3), threat)
@@ -803,6 +816,7 @@ def test_projection_names_a_threat_that_is_none(threat):
 CHANGES = {
     "noise": (*at_least_0("noise", (5e-324, 0.1, 1e3)), risky(1e300, "noise")),
     "reinit": word("reinit", "default", "xavier"),
+    "head": (risky(None, "head", "layer"), *(risky(value, "head", "layer") for value in ("2", "4", "inner.2", *JUNK))),
     "generator": (fine(None), *(bad(value, "generator") for value in (0, 1, True, *JUNK, np.random.default_rng(0)))),
 }
 
@@ -811,20 +825,24 @@ def odd_to_perturb(model, how):
     """What is strange about the model itself, to `perturb_`."""
     if not isinstance(model, nn.Module):
         return bad(None, "model")
-    linear = any(isinstance(module, nn.Linear) for module in model.modules())
-    if isinstance(how, str) and how == "last_layer" and not linear:
-        return bad(None, "Linear")
+    if isinstance(how, str) and how == "last_layer":
+        return risky(None, "head", "layer")
     # Whole numbers among the parameters may be left alone or refused.
     return PLAIN if all(p.is_floating_point() for p in model.parameters()) else risky(None, "parameter")
 
 
 @drawn
-@given(cases(options=CHANGES), st.sampled_from(word("how", "whole", "last_layer")))
+@given(cases(options=CHANGES), st.sampled_from(word("how", "whole", "last_layer", "none")))
 def test_perturbed_weights_are_finite_or_the_error_names_what_is_wrong(case, how):
     model, *_ = case.make()
-    odds = [how, odd_to_perturb(model, how.value), *case.options.values()]
+    x = images(1, case.network, CLASSES, case.dtype, shape=case.shape)[0]
+    odds = [*case.options.values(), how, odd_to_perturb(model, how.value)]
     result = outcome(
-        lambda: perturb_(model, how.value, **values(case.options)), odds, model, may_change=lambda error: error is None
+        lambda: perturb_(model, how.value, x=x, **values(case.options)),
+        odds,
+        model,
+        x,
+        may_change=lambda error: error is None,
     )
     if result is not None:
         assert {id(parameter) for parameter in result} <= {id(parameter) for parameter in model.parameters()}
@@ -845,22 +863,49 @@ def strange_threats(*good):
     return parameter("threat", good, wrong=(None, 0.03, THREATS))
 
 
+def pairing(batch):
+    logits, logits_adv = batch.net(batch.x), batch.net(batch.attack(Threat(delta=0.1), "ce"))
+    return F.cross_entropy(logits_adv, batch.y) + F.mse_loss(logits_adv, logits)
+
+
+def of_the_logits(function):
+    return lambda batch: function(batch.net(batch.x))
+
+
+OBJECTIVES = (
+    *(fine(objective) for objective in ("wdat", pairing, of_the_logits(lambda z: z.square().mean()))),
+    *(risky(objective, "objective", "threat") for objective in ("trades", "pgd")),
+    *(
+        bad(of_the_logits(f), "objective")
+        for f in (unchanged, torch.Tensor.argmax, lambda z: z.sum().item(), lambda z: z.mean(0))
+    ),
+    *(bad(value, "objective") for value in ("", "WDAT", None, True, 0, *JUNK)),
+)
 BOTH = {
     "beta": (*at_least_0("beta", (5e-324, 6)), *diverging("beta", (1e6, 1e300))),
     "steps": OPTIONS["steps"],
     "step_ratio": OPTIONS["step_ratio"],
     "epochs": whole("epochs", (1, 2)),
     "batch_size": OPTIONS["batch_size"],
-    "momentum": fraction("momentum", (0, 0.5), wrong=(1,)),
+    "loss": TRAINING_LOSSES,
+    "momentum": (*fraction("momentum", (0.5,), wrong=(1,)), risky(0, "momentum")),
+    "nesterov": (*flag("nesterov"), risky(True, "momentum")),
     "weight_decay": (*at_least_0("weight_decay", (1e-4,)), *diverging("weight_decay", (1e6, 1e300))),
+    "schedule": word("schedule", "constant", "cosine", "one_cycle"),
+    "warm_up": fraction("warm_up", (5e-324, 0.5, 1 - 1e-9), wrong=(0, 1)),
+    "average": fraction("average", (0, 5e-324, 0.9), wrong=(1,)),
     "augment": (*flag("augment"), risky(True, "augment")),
     "precision": OPTIONS["precision"],
     "compiled": OPTIONS["compiled"],
-    "seed": STARTS["seed"],
-}
-FINETUNE = BOTH | {
-    "perturb": word("perturb", "whole", "last_layer"),
+    "seed": PLACES["seed"],
+    "perturb": (*word("perturb", "whole", "none"), risky("last_layer", "head", "layer")),
     "tau": (*positive("tau", (5e-324, 1e-3)), *diverging("tau", (1, 1e6, 1e30, 1e300))),
+    "noise": (*CHANGES["noise"], *diverging("noise", (1e6,))),
+    "reinit": CHANGES["reinit"],
+    "head": (fine(None), *(risky(value, "head") for value in ("2", "")), *(bad(value, "head") for value in NO_TEXT)),
+}
+ALGORITHM_1 = BOTH | {
+    "objective": OBJECTIVES,
     "eta": fraction("eta", (5e-324, 0.5, 1), wrong=(0,)),
     "gamma": (*at_least_0("gamma", (5e-324, 1)), *diverging("gamma", (1e300,))),
     "threat": strange_threats(Threat(1 + 1e-9), Threat(1.5, 2, 1e-12), Threat(INF, 2, 1e6), Threat(3, 1.001, 0.1)),
@@ -870,22 +915,19 @@ FINETUNE = BOTH | {
     "attack_label": word("attack_label", "true", "predicted"),
     "attack_mode": (fine("eval"), *word("attack_mode", "train")),
     "update_mode": (fine("eval"), *word("update_mode", "train")),
-    "random_start": STARTS["random_start"],
-    "noise": (*CHANGES["noise"], *diverging("noise", (1e6,))),
-    "reinit": CHANGES["reinit"],
-    "schedule": word("schedule", "constant", "cosine"),
+    "random_start": PLACES["random_start"],
     "first_upsilon": word("first_upsilon", "sample", "full"),
 }
-PRETRAIN = BOTH | {
-    "rate": (*positive("rate", (5e-324, 1e-3)), *diverging("rate", (1, 1e6, 1e30, 1e300))),
+POINTWISE = BOTH | {
     "threat": strange_threats(Threat(INF, 2, 1e6), Threat(INF, 1 + 1e-9, 1e-12), Threat(INF, 1.5, 0.1)),
-    "warm_up": fraction("warm_up", (5e-324, 0.5, 1 - 1e-9), wrong=(0, 1)),
-    "average": fraction("average", (0, 5e-324, 0.9), wrong=(1,)),
 }
 CALLS = {
     "on_epoch": (
         *(fine(function) for function in (None, lambda epoch, model: None, lambda epoch, model: {"half": 0.5})),
-        *(bad(value, "on_epoch") for value in (lambda epoch, model: 0.5, True, *JUNK)),
+        *(
+            bad(value, "on_epoch")
+            for value in (lambda epoch, model: 0.5, lambda epoch, model: {"clean": 1}, True, *JUNK)
+        ),
     ),
     "progress": OPTIONS["progress"],
     "resume": (
@@ -893,9 +935,9 @@ CALLS = {
         *(bad(value, "resume") for value in (True, 3, "", "/", "a\0b", *NO_TEXT)),
     ),
     "save_every": at_least_0("save_every", (5e-324, 60)),
+    "eval_batch_size": whole("eval_batch_size", (1, 2, 1000, 2**70)),
     "stop_after": (fine(None), *(bad(value, "stop_after") for value in (0, 1, INF, HUGE, True, *JUNK))),
 }
-FINETUNE_CALLS = CALLS | {"eval_batch_size": whole("eval_batch_size", (1, 2, 1000, 2**70))}
 SETS = {
     "a list": fine(lambda x, y: [x, y]),
     "images alone": bad(lambda x, y: y if x is None else x, "train", "val", "images", "labels"),
@@ -906,11 +948,10 @@ SETS = {
     "nothing": bad(lambda x, y: None, "train"),
 }
 TRAINED = {  # models that only training finds strange
-    "no parameters": bad(None, "parameter", "Linear"),
-    "unused weights": bad(None, "parameter", "Linear"),
+    "no parameters": bad(None, "parameter", "layer"),
+    "unused weights": bad(None, "parameter", "layer"),
     "integer parameter": risky(None, "parameter"),
     "BatchNorm": risky(None, "batch_size"),
-    "convolution": risky(None, "Linear"),
     "huge": risky(None, "rate"),
     "NaN for some": risky(None, "rate"),
 }
@@ -946,7 +987,7 @@ class Training:
 
 
 @st.composite
-def trainings(draw, options, calls):
+def trainings(draw, options):
     """Trainings in which anything may be strange, but for the other set."""
     part = draw(st.sampled_from(("train", "val")))
     return Training(
@@ -954,7 +995,7 @@ def trainings(draw, options, calls):
         part=part,
         pair=draw(st.sampled_from(("", *without(SETS, *(["nothing"] if part == "val" else []))))),
         validated=draw(st.booleans()),
-        calls=draw(st.just({}) | some(calls, 1)),
+        calls=draw(st.just({}) | some(CALLS, 1)),
     )
 
 
@@ -966,73 +1007,75 @@ def long_trainings(draw, options):
     return Training(case, part="train", pair="", validated=draw(st.booleans()), calls={})
 
 
-def assert_training(training, train, make_config, score):
-    """`train` ends in a History that keeps its promises, which is returned, or in an error that was due."""
+def assert_training(training, objective):
+    """A run ends in a History that keeps its promises, or in an error that was due."""
     model, things, first, second = training.sets()
-    fields = {"epochs": 1, "steps": 2, "batch_size": 3, "augment": False} | values(training.case.options)
+    fields = {"objective": objective, "epochs": 1, "steps": 2, "batch_size": 3, "augment": False}
+    fields |= values(training.case.options)
     history = outcome(
-        lambda: train(model, first, second, make_config(**fields), **values(training.calls)),
+        lambda: finetune(
+            model, first, second, FinetuneConfig(**(STARTS[objective] | fields)), **values(training.calls)
+        ),
         training.odds,
         model,
         *things,
         # Some models and some numbers are found out only by training with them.
-        may_change=lambda error: error is None or training.case.model or re.search("finite|must return", str(error)),
+        may_change=lambda error: (
+            error is None or training.case.model or re.search("finite|must return|objective", str(error))
+        ),
     )
     if history is None:
-        return None
+        return
     rows = history.epochs
+    score = f"w_{({'threat': Threat()} | STARTS[objective] | fields)['threat'].p:g}"
     assert [row["epoch"] for row in rows] == list(range(1, fields["epochs"] + 1))
     assert all(math.isfinite(value) for row in rows for value in row.values())
     scores = [0.0] * len(rows) if second is None else [row[score] for row in rows]
     assert history.best == (len(rows) if second is None else 1 + scores.index(max(scores)))
+    minibatches = fields["epochs"] * math.ceil(len(first[0]) / fields["batch_size"])
+    assert len(history.upsilon) == (minibatches if fields["objective"] == "wdat" else 0)
+    assert all(0 <= upsilon < INF for upsilon in history.upsilon)
     assert_finite_weights(model)
-    return history, len(first[0]), fields
 
 
 def assert_finite_weights(model):
     assert all(tensor.isfinite().all() for tensor in model.state_dict().values() if not tensor.is_meta)
 
 
-def assert_finetune(training):
-    done = assert_training(training, finetune, FinetuneConfig, "w_2")
-    if done:
-        history, n, fields = done
-        assert len(history.upsilon) == fields["epochs"] * math.ceil(n / fields["batch_size"])
-        assert all(0 <= upsilon < INF for upsilon in history.upsilon)
-
-
-def assert_pretrain(training):
-    done = assert_training(training, pretrain, PretrainConfig, "w_inf")
-    assert done is None or done[0].upsilon == []
-
-
 @drawn
-@given(trainings(FINETUNE, FINETUNE_CALLS))
+@given(trainings(ALGORITHM_1))
 def test_finetune_keeps_its_promises_or_names_what_is_wrong(training):
-    assert_finetune(training)
+    assert_training(training, "wdat")
 
 
 @drawn
-@given(long_trainings(FINETUNE))
+@given(long_trainings(ALGORITHM_1))
 def test_no_number_is_too_extreme_for_finetune(training):
-    assert_finetune(training)
+    assert_training(training, "wdat")
 
 
-@drawn
-@given(trainings(PRETRAIN, CALLS))
-def test_pretrain_keeps_its_promises_or_names_what_is_wrong(training):
-    assert_pretrain(training)
+@pytest.mark.parametrize("objective", ["trades", "pgd"])
+def test_pretraining_keeps_its_promises_or_names_what_is_wrong(objective):
+    @settings(drawn, max_examples=EXAMPLES // 2)
+    @given(trainings(POINTWISE))
+    def check(training):
+        assert_training(training, objective)
+
+    check()
 
 
-@drawn
-@given(long_trainings(PRETRAIN))
-def test_no_number_is_too_extreme_for_pretrain(training):
-    assert_pretrain(training)
+@pytest.mark.parametrize("objective", ["trades", "pgd"])
+def test_no_number_is_too_extreme_for_pretraining(objective):
+    @settings(drawn, max_examples=EXAMPLES // 2)
+    @given(long_trainings(POINTWISE))
+    def check(training):
+        assert_training(training, objective)
+
+    check()
 
 
-@pytest.mark.parametrize("train, kind", [(finetune, FinetuneConfig), (pretrain, PretrainConfig)])
-def test_training_names_a_config_of_another_kind(train, kind):
+def test_training_names_a_config_of_another_kind():
     model = network("mlp")
-    for config in (None, {}, Threat(), kind, {FinetuneConfig: PretrainConfig, PretrainConfig: FinetuneConfig}[kind]()):
+    for config in (None, {}, Threat(), FinetuneConfig):
         with pytest.raises(WdatError, match=r"\bconfig\b"):
-            train(model, images(4, model), None, config)
+            finetune(model, images(4, model), None, config)

@@ -7,20 +7,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import INF, images, lengths, mean, network, predict, reference_wpgd
+from tiny import INF, configuration, images, lengths, mean, network, predict, reference_wpgd
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wdat_core import (
     FinetuneConfig,
-    PretrainConfig,
     Threat,
     WdatError,
     _passes,
     ce,
     evaluate,
     finetune,
-    pretrain,
     redlr,
     sensitivity,
     wpgd,
@@ -86,6 +84,34 @@ def test_no_image_is_looked_at_again_where_all_are_misclassified():
     assert [len(z) for z, _ in log.seen] == [1, 10]
 
 
+def constant(gradient, before):
+    """A rule that moves every image, whatever its gradient."""
+    return torch.ones_like(gradient)
+
+
+def test_along_a_rule_images_with_gradient_0_are_looked_at_again():
+    """They may move: an image that stays where it is under the gradient is saved, one under a rule is not."""
+    seen, _, (model, x, _) = attacked("redlr", rule=constant)
+    assert [(len(z), wants) for z, wants in seen] == 4 * [(20, True)] + [(20, False)]
+    wrong = (predict(model, x) + 1) % 4
+    attack = wpgd(model, x, wrong, THREAT, steps=4, rule=constant)
+    assert (attack.x_adv > x).flatten(1).any(1).all()
+    assert attack.distance == pytest.approx(mean(lengths(attack.x_adv - x, INF), 2).item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("mode, again", [("train", 5), ("eval", 1)])
+def test_in_train_mode_images_with_gradient_0_are_looked_at_again(mode, again):
+    """What the network says of an image depends on the others there: only in eval mode is it known."""
+    model = network("mlp")
+    x, _ = images(8, model)
+    log, wrong = Log(model), (predict(model, x) + 1) % 4
+    options = {"epochs": 1, "batch_size": 8, "sample": 0.5, "augment": False, "noise": 0.0}
+    config = FinetuneConfig(threat=THREAT, steps=5, **options, attack_mode=mode)
+    finetune(log, (x, wrong), None, config)
+    attack = [(len(z), wants) for z, wants in log.seen if wants and len(z) == 8]
+    assert len(attack) == again  # the last iterate is not looked at in training
+
+
 @pytest.mark.parametrize("batch_size", [1, 7, 20, 512])
 @pytest.mark.parametrize("loss", ["ce", "redlr"])
 def test_never_more_images_at_once_than_the_batch_size(loss, batch_size):
@@ -111,6 +137,15 @@ def test_batches_hold_each_image_and_are_even(n, size, rows, fixed):
         assert sum(sizes) == len(wanted) and max(sizes, default=0) <= size
     if rows and not fixed:
         assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("rows", [None, 9])
+def test_in_train_mode_no_image_comes_twice(rows):
+    """Copies that fill up a batch for a compiled network would change its statistics."""
+    x = torch.arange(10)
+    passes = replace(_passes(nn.Identity(), x, 4, "float32", True), whole=True)
+    parts = [x[part] for part in passes.batches(x, None if rows is None else x[:rows])]
+    assert torch.equal(torch.cat(parts), x[:rows])
 
 
 class Reads(TorchDispatchMode):
@@ -233,6 +268,18 @@ def test_a_compiled_network_gives_the_same():
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
+def test_a_compiled_network_in_train_mode_is_attacked_as_a_plain_one(monkeypatch):
+    """The remainder of a sample is not filled up: batch statistics would be others. Compiling is left out here."""
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
+    models, histories = [network("full", dtype=torch.float32) for _ in range(2)], []
+    x, y = images(30, network("full"))
+    for model, compiled in zip(models, (False, True), strict=True):
+        config = FinetuneConfig(threat=THREAT, steps=2, epochs=1, batch_size=8, sample=0.4, attack_mode="train")
+        histories.append(finetune(model, (x.float(), y), None, replace(config, compiled=compiled)))
+    assert histories[0].upsilon == histories[1].upsilon
+    assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
+
+
 @compiler
 def test_what_cannot_be_compiled_is_named(monkeypatch):
     model, x, y = single()
@@ -258,7 +305,7 @@ def test_images_on_the_host_come_to_the_model_a_batch_at_a_time(loss, compiled):
     torch.testing.assert_close(there.x_adv, here.x_adv.cpu(), rtol=0, atol=1e-9)
     config = FinetuneConfig(threat=THREAT, steps=2, epochs=1, batch_size=10)
     finetune(model, (x, y), (x, y), config)
-    pretrain(model, (x, y), (x, y), PretrainConfig(epochs=1, batch_size=10, steps=2))
+    finetune(model, (x, y), (x, y), configuration("trades", epochs=1, batch_size=10, steps=2))
 
 
 # ---------------------------------------------------------------------------------------------------------- training

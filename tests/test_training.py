@@ -1,19 +1,19 @@
-"""Algorithm 1 and the pre-training, on networks and data that train in a blink."""
+"""Algorithm 1 and the other objectives, on networks and data that train in a blink."""
 
 import copy
 import itertools
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import INF, SHAPE, images, network, predict, reference_step, seeded
+from tiny import INF, PIXELS, SHAPE, configuration, images, network, predict, reference_step, seeded
 from torch import nn
 
 from wdat_core import (
     FinetuneConfig,
-    PretrainConfig,
     Threat,
     WdatError,
     _consistency,
@@ -22,37 +22,32 @@ from wdat_core import (
     ce,
     finetune,
     perturb_,
-    pretrain,
     redlr,
     sensitivity,
     wpgd,
 )
 
 THREAT = Threat(delta=0.05)
+POINTWISE = Threat(p=INF, delta=0.05)
+LAST = {"perturb": "last_layer"}
+X = torch.full((1, *SHAPE), 0.5, dtype=torch.float64)  # an image to find the last layer with
 
 
-def quick(**fields):
-    """Two epochs of three minibatches on 12 images, with the paper's rules otherwise."""
-    defaults = {"threat": THREAT, "steps": 2, "epochs": 2, "batch_size": 5, "sample": 0.3}
-    return FinetuneConfig(**(defaults | fields))
+def quick(objective="wdat", **fields):
+    """Two epochs of three minibatches on 12 images, otherwise as the objective is trained."""
+    threat = THREAT if objective == "wdat" else POINTWISE
+    defaults = {"threat": threat, "steps": 2, "epochs": 2, "batch_size": 5, "sample": 0.3}
+    return configuration(objective, **(defaults | fields))
 
 
-def quick_pretrain(**fields):
-    defaults = {"threat": Threat(p=INF, delta=0.05), "steps": 2, "epochs": 2, "batch_size": 5}
-    return PretrainConfig(**(defaults | fields))
+both = pytest.mark.parametrize("objective", ["wdat", "trades"])
 
 
-QUICK = {finetune: quick, pretrain: quick_pretrain}
-TRAIN = [finetune, pretrain]
-both = pytest.mark.parametrize("train", TRAIN, ids=lambda train: train.__name__)
-
-
-def trained(train=finetune, kind="full", val=False, on_epoch=None, model=None, **fields):
+def trained(objective="wdat", kind="full", val=False, on_epoch=None, model=None, **fields):
     """A model trained on 12 images, and its history."""
     model = network(kind) if model is None else model
-    config = QUICK[train](**fields)
     validation = data(9, kind, seed=1) if val else None
-    return model, train(model, data(12, kind), validation, config, on_epoch=on_epoch)
+    return model, finetune(model, data(12, kind), validation, quick(objective, **fields), on_epoch=on_epoch)
 
 
 def data(n, kind="full", seed=0):
@@ -74,8 +69,8 @@ def same(a, b):
 
 
 @both
-def test_the_seed_decides_the_weights_bit_for_bit(train):
-    one, two, other = (state(trained(train, val=True, seed=seed)[0]) for seed in (3, 3, 4))
+def test_the_seed_decides_the_weights_bit_for_bit(objective):
+    one, two, other = (state(trained(objective, val=True, seed=seed)[0]) for seed in (3, 3, 4))
     assert all(same(one, two).values())
     assert not any(value for name, value in same(one, other).items() if name.endswith("weight"))
 
@@ -107,7 +102,7 @@ def test_whole_changes_everything():
 
 @both
 @pytest.mark.parametrize("fails", [False, True])
-def test_mode_flags_and_gradients_come_back(train, fails):
+def test_mode_flags_and_gradients_come_back(objective, fails):
     model = network("full").train()
     model[2].eval()
     model[1].bias.requires_grad_(False)
@@ -122,9 +117,9 @@ def test_mode_flags_and_gradients_come_back(train, fails):
     flags = [parameter.requires_grad for parameter in model.parameters()]
     if fails:
         with pytest.raises(ZeroDivisionError):
-            trained(train, model=model, on_epoch=fail)
+            trained(objective, model=model, on_epoch=fail)
     else:
-        trained(train, model=model)
+        trained(objective, model=model)
     assert [module.training for module in model.modules()] == modes
     assert [parameter.requires_grad for parameter in model.parameters()] == flags
     assert model[6].weight.grad is gradient and torch.equal(gradient, kept)
@@ -132,41 +127,41 @@ def test_mode_flags_and_gradients_come_back(train, fails):
 
 
 @both
-def test_frozen_flags_do_not_keep_parameters_from_training(train):
+def test_frozen_flags_do_not_keep_parameters_from_training(objective):
     """What is trained is what Algorithm 1 says, whatever the caller's flags, which come back."""
     model = network("full").requires_grad_(False)
     before = state(model)
-    trained(train, model=model)
+    trained(objective, model=model)
     assert not any(value for name, value in same(before, state(model)).items() if "weight" in name)
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 @both
-def test_data_are_not_changed(train):
+def test_data_are_not_changed(objective):
     model = network("full")
     pairs = data(12), data(9, seed=1)
     before = [tensor.clone() for pair in pairs for tensor in pair]
-    train(model, *pairs, QUICK[train]())
+    finetune(model, *pairs, quick(objective))
     assert all(torch.equal(a, b) for a, b in zip(before, [t for pair in pairs for t in pair], strict=True))
 
 
 @both
-def test_images_that_require_a_gradient_get_none(train):
-    expected = state(trained(train)[0])
+def test_images_that_require_a_gradient_get_none(objective):
+    expected = state(trained(objective)[0])
     model, (x, y) = network("full"), data(12)
     x.requires_grad_()
-    train(model, (x, y), None, QUICK[train]())
+    finetune(model, (x, y), None, quick(objective))
     assert x.requires_grad and x.grad is None
     assert all(same(expected, state(model)).values())
 
 
 @both
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_trains_where_the_caller_has_gradients_off(train, mode):
-    expected = state(trained(train)[0])
+def test_trains_where_the_caller_has_gradients_off(objective, mode):
+    expected = state(trained(objective)[0])
     model = network("full")
     with mode():
-        trained(train, model=model)
+        trained(objective, model=model)
     assert all(same(expected, state(model)).values())
 
 
@@ -194,7 +189,7 @@ def test_whole_adds_noise_of_the_given_relative_size(noise):
 def test_last_layer_is_drawn_anew(reinit, bias):
     model = nn.Sequential(nn.Linear(200, 100), nn.ReLU(), nn.Linear(100, 50, bias=bias))
     before = state(model)
-    returned = perturb_(model, "last_layer", reinit=reinit)
+    returned = perturb_(model, "last_layer", reinit=reinit, x=torch.rand(1, 200))
     assert [id(p) for p in returned] == [id(p) for p in model[2].parameters()]
     changed = {name for name, value in same(before, state(model)).items() if not value}
     assert changed == {"2.weight", "2.bias"} if bias else {"2.weight"}
@@ -204,11 +199,78 @@ def test_last_layer_is_drawn_anew(reinit, bias):
         assert model[2].bias.abs().max() <= (0 if reinit == "xavier" else 1 / math.sqrt(100))
 
 
+class Gated(nn.Module):
+    """A convolution gives the logits; a gate, with a linear layer as wide, is registered after it."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+        self.gate = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 4))
+
+    def forward(self, x):
+        features = self.body(x).relu().mean((2, 3))
+        return self.head((features * self.gate(features).sigmoid())[:, :, None, None]).flatten(1)
+
+
+class Summed(nn.Module):
+    """Two linear layers, the sum of which gives the logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(PIXELS, 4), nn.Linear(PIXELS, 4)
+
+    def forward(self, x):
+        return self.one(x.flatten(1)) + self.two(x.flatten(1))
+
+
+class Tempered(nn.Module):
+    """The logits are no layer's output; one linear layer is as wide."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.body = nn.Linear(8, 4), nn.Linear(PIXELS, 8)
+
+    def forward(self, x):
+        return self.head(self.body(x.flatten(1)).relu()) / 2
+
+
+@pytest.mark.parametrize(
+    "kind, fields, layer",
+    [
+        (Gated, {}, "head"),
+        (Gated, {"head": "gate.2"}, "gate.2"),
+        (Tempered, {}, "head"),
+        (Summed, {"head": "one"}, "one"),
+    ],
+)
+def test_the_last_layer_is_the_one_that_gives_the_logits(kind, fields, layer):
+    """And not the one that is registered last."""
+    with seeded(0):
+        model = kind().double()
+    before = state(model)
+    returned = perturb_(model, "last_layer", x=X, **fields)
+    assert {id(parameter) for parameter in returned} == {id(p) for p in model.get_submodule(layer).parameters()}
+    names = {f"{layer}.weight", f"{layer}.bias"}
+    assert {name for name, value in same(before, state(model)).items() if not value} == names
+    before = state(model)
+    finetune(model, data(12), None, quick(perturb="last_layer", **fields))
+    assert {name for name, value in same(before, state(model)).items() if not value} == names
+
+
+@pytest.mark.parametrize("train", [lambda m: perturb_(m, "last_layer", x=X), lambda m: trained(model=m, **LAST)])
+def test_a_last_layer_that_cannot_be_told_is_asked_for(train):
+    model = Summed().double()
+    before = state(model)
+    with pytest.raises(WdatError, match=r"give head, its name; 'one', 'two'"):
+        train(model)
+    assert all(same(before, state(model)).values())
+
+
 @pytest.mark.parametrize("how", ["whole", "last_layer"])
 def test_perturbation_is_decided_by_the_generator(how):
     models = [network("mlp") for _ in range(4)]
     for model, seed in zip(models, (None, 0, 0, 1), strict=True):
-        perturb_(model, how, generator=None if seed is None else torch.Generator().manual_seed(seed))
+        perturb_(model, how, x=X, generator=None if seed is None else torch.Generator().manual_seed(seed))
     default, zero, again, one = map(state, models)
     assert all(same(default, zero).values()) and all(same(zero, again).values())
     assert not all(same(zero, one).values())
@@ -229,6 +291,11 @@ def written_consistency(reading, clean, attacked):
     return F.cross_entropy(attacked, target) - F.cross_entropy(clean, target)
 
 
+@torch.no_grad()
+def labels_of(config, model, x, y):
+    return y if config.attack_label == "true" else model(x).argmax(1)
+
+
 def by_hand(model, x, y, config):
     """Algorithm 1 on full batches, without augmentation or noise; the values of Upsilon."""
     model.train()
@@ -236,14 +303,15 @@ def by_hand(model, x, y, config):
     for _ in range(config.epochs):
         model.eval()
         threat = config.threat
-        own = sensitivity(model, x, y, threat)
+        labels = labels_of(config, model, x, y)
+        own = sensitivity(model, x, labels, threat)
         upsilon = own if not upsilons else (1 - config.eta) * upsilons[-1] + config.eta * own
         upsilons.append(upsilon)
         delta = threat.delta * (own / upsilon) ** (threat.q - 1)
         x_adv, x_point = x, x
         for _ in range(config.steps):
             arguments = (redlr, config.step_ratio * delta / config.steps, delta)
-            x_adv, _ = reference_step(model, x, x_adv, y, threat.p, threat.r, *arguments)
+            x_adv, _ = reference_step(model, x, x_adv, labels, threat.p, threat.r, *arguments)
             arguments = (ce, config.step_ratio * threat.delta / config.steps, threat.delta)
             x_point, _ = reference_step(model, x, x_point, y, INF, threat.r, *arguments)
         model.train(config.update_mode == "train")
@@ -272,6 +340,7 @@ def by_hand(model, x, y, config):
         {"eta": 1.0, "update_mode": "eval"},
         {"threat": Threat(1.5, 2.0, 0.2), "step_ratio": 2.5},
         {"threat": Threat(3.0, INF, 0.05)},
+        {"attack_label": "predicted"},
     ],
     ids=str,
 )
@@ -323,6 +392,33 @@ def test_first_upsilon_of_the_full_training_set():
     assert trained(noise=0.0)[1].upsilon[0] != pytest.approx(history.upsilon[0], rel=1e-3)
 
 
+def test_both_sensitivities_of_a_radius_are_of_the_same_labels():
+    """(5.5) is their quotient: 1 where the batch is the sample, whichever labels the attack is given."""
+    x, y = data(12)
+    guess = predict(network("full"), x)
+    fields = {"sample": 1.0, "batch_size": 12, "epochs": 1, "noise": 0.0, "augment": False}
+    for attack_label, labels in (("true", y), ("predicted", guess)):
+        (upsilon,) = trained(**fields, attack_label=attack_label)[1].upsilon
+        assert upsilon == pytest.approx(sensitivity(network("full"), x, labels, THREAT), rel=1e-12, abs=0)
+    assert sensitivity(network("full"), x, y, THREAT) < 0.95 * upsilon
+
+
+@pytest.mark.parametrize("random_start", [0.0, 1.0])
+def test_the_batch_is_measured_where_its_attack_starts_and_the_sample_where_it_is(random_start):
+    """As the ledger says: Upsilon-hat is that of the images, Upsilon_B of the start."""
+    x, y = data(20, "smooth")
+    model = Recorder(network("smooth"))
+    fields = {"sample": 1.0, "batch_size": 20, "epochs": 1, "noise": 0.0, "augment": False, "tau": 1e-30}
+    config = quick(**fields, random_start=random_start)
+    (upsilon,) = finetune(model, (x, y), None, config).upsilon
+    assert upsilon == pytest.approx(sensitivity(network("smooth"), x, y, THREAT), rel=1e-12, abs=0)
+    start, sample, *_ = (seen for training, seen in model.shown if not training and len(seen) == 20)
+    order = torch.cdist(start.flatten(1), x.flatten(1)).argmin(1)
+    distances = (start - x[order]).flatten(1).abs().amax(1)
+    assert distances.max().item() == pytest.approx(random_start * THREAT.delta, abs=1e-12)
+    assert torch.cdist(sample.flatten(1), x.flatten(1)).amin(1).max() == 0
+
+
 def test_the_three_readings_of_the_consistency_term():
     """ce = kl + entropy of softmax(f(x)); ce_detached is ce in value, and cross-entropy of fixed soft labels."""
     generator = torch.Generator().manual_seed(0)
@@ -367,41 +463,80 @@ class Recorder(nn.Module):
         return self.inner(x)
 
 
+def first_minibatch(objective, x, y, **fields):
+    """The network before and after one step on all the images, and their order in it.
+
+    Also all that it saw in the update, and in the attack.
+    """
+    before = network("smooth")
+    model = Recorder(copy.deepcopy(before))
+    config = quick(objective, epochs=12, batch_size=20, momentum=0.0, nesterov=False, augment=False, **fields)
+    states = []
+    finetune(model, (x, y), None, config, on_epoch=lambda _, m: states.append(state(m.inner)) or {})
+    update, attack = (
+        [seen for training, seen in model.shown if training == mode and len(seen) == 20] for mode in (True, False)
+    )
+    order = torch.cdist(update[0].flatten(1), x.flatten(1)).argmin(1)
+    assert order.unique().numel() == 20
+    return config, before, states[0], order, update, attack
+
+
+def assert_stepped(model, after, config):
+    """`after` is the model's state one step of SGD along its gradients later."""
+    for name, parameter in model.named_parameters():
+        step = config.tau / 25 * (parameter.grad + config.weight_decay * parameter)  # the cycle starts at 1/25
+        torch.testing.assert_close(after[name], parameter - step, rtol=0, atol=1e-12)
+
+
+def attacked_from(start, model, x, y, config, loss):
+    x_adv, threat = start, config.threat
+    for _ in range(config.steps):
+        alpha = config.step_ratio * threat.delta / config.steps
+        x_adv, _ = reference_step(model, x, x_adv, y, threat.p, threat.r, loss, alpha, threat.delta)
+    return x_adv
+
+
 def test_trades_by_hand():
     """x' from PGD on the KL divergence, started at x plus a little noise; then SGD on CE + beta KL(f(x) || f(x'))."""
     x, y = data(20, "smooth")
-    expected = network("smooth")
-    model = Recorder(copy.deepcopy(expected))
-    states = []
-    fields = {"steps": 4, "beta": 3.0, "rate": 0.5, "momentum": 0.0, "weight_decay": 0.1, "augment": False}
-    config = quick_pretrain(epochs=12, batch_size=20, **fields)
-    pretrain(model, (x, y), None, config, on_epoch=lambda _, m: states.append(state(m.inner)) or {})
-    (clean, attacked, *_), (_, start, *_) = (
-        [seen for training, seen in model.shown if training == mode and len(seen) == 20] for mode in (True, False)
-    )
-    order = (clean[:, None] == x[None]).flatten(2).all(2).long().argmax(1)
-    assert torch.equal(clean, x[order]) and order.unique().numel() == 20
+    found = first_minibatch("trades", x, y, steps=4, beta=3.0, tau=0.5, weight_decay=0.1)
+    config, model, after, order, (clean, attacked, *_), (_, start, *_) = found
+    assert torch.equal(clean, x[order])
     noise = start - clean
     assert noise.std().item() == pytest.approx(1e-3, rel=0.1) and noise.abs().max() < 5e-3
 
-    target = expected(clean).detach()
+    target = model(clean).detach()
 
     def kl(logits, _):
         return (target.softmax(1) * (target.log_softmax(1) - logits.log_softmax(1))).sum(1)
 
-    x_adv = start
-    for _ in range(config.steps):
-        alpha = config.step_ratio * config.threat.delta / config.steps
-        x_adv, _ = reference_step(expected, clean, x_adv, y[order], INF, INF, kl, alpha, config.threat.delta)
-    torch.testing.assert_close(attacked, x_adv, rtol=0, atol=1e-12)
+    expected = attacked_from(start, model, clean, y[order], config, kl)
+    torch.testing.assert_close(attacked, expected, rtol=0, atol=1e-12)
 
-    logits, logits_adv = expected(clean), expected(attacked)
+    logits, logits_adv = model(clean), model(attacked)
     divergence = written_consistency("kl", logits, logits_adv)
     assert divergence > 0.01
     (F.cross_entropy(logits, y[order]) + config.beta * divergence).backward()
-    for name, parameter in expected.named_parameters():
-        step = config.rate / 25 * (parameter.grad + config.weight_decay * parameter)  # the cycle starts at 1/25
-        torch.testing.assert_close(states[0][name], parameter - step, rtol=0, atol=1e-12)
+    assert_stepped(model, after, config)
+
+
+@pytest.mark.parametrize("r", [INF, 2.0])
+def test_pgd_by_hand(r):
+    """x' from PGD on CE, started at random in the ball (Madry et al., 2018); then SGD on CE(f(x'), y)."""
+    x, y = images(20, network("smooth"), low=0.3, high=0.7)
+    found = first_minibatch("pgd", x, y, threat=Threat(INF, r, 0.05), steps=4, tau=0.5)
+    config, model, after, order, (attacked, *_), (start, *_) = found
+    move = (start - x[order]) / 0.05
+    if r == INF:  # uniform on [-1, 1]: no quantile of the 360 pixels is off by more than chance would have in 1 of 100
+        assert move.abs().flatten(1).amax(1).max() < 1
+        quantiles = (torch.arange(360) + 0.5) / 180 - 1
+        assert (move.flatten().sort().values - quantiles).abs().max() < 2 * 1.63 / 360**0.5
+    else:
+        torch.testing.assert_close(move.flatten(1).norm(dim=1), torch.ones(20, dtype=move.dtype))
+    expected = attacked_from(start, model, x[order], y[order], config, ce)
+    torch.testing.assert_close(attacked, expected, rtol=0, atol=1e-12)
+    F.cross_entropy(model(attacked), y[order]).backward()
+    assert_stepped(model, after, config)
 
 
 OTHER = {
@@ -414,7 +549,9 @@ OTHER = {
     "augment": [False],
     "momentum": [0.9],
     "weight_decay": [0.01],
-    "schedule": ["cosine"],
+    "schedule": ["cosine", "one_cycle"],
+    "average": [0.5],
+    "loss": ["ce", "dlr"],
     "first_upsilon": ["full"],
     "gamma": [1.0],
 }
@@ -426,6 +563,14 @@ def test_every_open_point_runs_and_matters(name, value):
     plain, other = trained(**fields)[0], trained(**fields, **{name: value})[0]
     assert not same(state(plain), state(other))["6.weight"]
     assert all(tensor.isfinite().all() for tensor in other.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    "fields, name, value", [({"momentum": 0.9}, "nesterov", True), ({"schedule": "one_cycle"}, "warm_up", 0.9)]
+)
+def test_what_goes_with_another_field_runs_and_matters(fields, name, value):
+    plain, other = trained(**fields)[0], trained(**fields, **{name: value})[0]
+    assert not same(state(plain), state(other))["6.weight"]
 
 
 def test_every_way_to_draw_the_last_layer_runs_and_matters():
@@ -461,9 +606,9 @@ def test_random_start_is_its_fraction_of_delta_away():
 
 
 @both
-def test_history_has_a_row_an_epoch_and_upsilon_a_minibatch(train):
-    score = {finetune: "w_2", pretrain: "w_inf"}[train]
-    _, history = trained(train, val=True, epochs=3, on_epoch=lambda epoch, _: {"square": epoch**2})
+def test_history_has_a_row_an_epoch_and_upsilon_a_minibatch(objective):
+    score = {"wdat": "w_2", "trades": "w_inf"}[objective]
+    _, history = trained(objective, val=True, epochs=3, on_epoch=lambda epoch, _: {"square": epoch**2})
     assert [row["epoch"] for row in history.epochs] == [1, 2, 3]
     assert [row["square"] for row in history.epochs] == [1, 4, 9]
     for row in history.epochs:
@@ -471,14 +616,36 @@ def test_history_has_a_row_an_epoch_and_upsilon_a_minibatch(train):
         assert 0 <= row[score] <= row["clean"] <= 1
     seconds = [row["seconds"] for row in history.epochs]
     assert seconds[0] > 0 and seconds == sorted(seconds)
-    assert len(history.upsilon) == (3 * 3 if train is finetune else 0)
+    assert len(history.upsilon) == (3 * 3 if objective == "wdat" else 0)
     assert all(upsilon > 0 for upsilon in history.upsilon)
 
 
+@pytest.mark.parametrize("p, name", [(2, "w_2"), (4.0, "w_4"), (1.5, "w_1.5"), (INF, "w_inf")])
+def test_the_score_has_the_name_of_its_threat(p, name):
+    """The pointwise control of Algorithm 1 is selected on W_inf accuracy, and says so."""
+    model, history = trained(val=True, threat=Threat(p=p, delta=0.05), epochs=1)
+    (row,) = history.epochs
+    assert set(row) == {"epoch", "loss", "seconds", "clean", name}
+    assert row[name] == wpgd(model, *data(9, seed=1), Threat(p=p, delta=0.05), steps=2).accuracy
+
+
+@pytest.mark.parametrize("val", [True, False])
+@pytest.mark.parametrize("name", ["w_2", "clean", "loss", "epoch", "seconds"])
+def test_on_epoch_cannot_stand_in_for_what_is_measured(name, val):
+    """Nor can accuracy on other images choose the epoch."""
+    with pytest.raises(WdatError, match=rf"on_epoch must not return '{name}'.*rename yours"):
+        trained(val=val, on_epoch=lambda epoch, model: {name: float(epoch), "mine": 0.5})
+
+
+def test_on_epoch_may_call_another_threat_by_its_name():
+    _, history = trained(val=True, on_epoch=lambda epoch, model: {"w_inf": 1.0 / epoch})
+    assert [row["w_inf"] for row in history.epochs] == [1.0, 0.5]
+
+
 @both
-def test_without_validation_the_last_epoch_stays(train):
+def test_without_validation_the_last_epoch_stays(objective):
     states = []
-    model, history = trained(train, epochs=3, on_epoch=lambda _, m: states.append(state(m)) or {})
+    model, history = trained(objective, epochs=3, on_epoch=lambda _, m: states.append(state(m)) or {})
     assert history.best == 3
     assert all(same(states[-1], state(model)).values())
     assert not all(same(states[-2], state(model)).values())
@@ -486,7 +653,7 @@ def test_without_validation_the_last_epoch_stays(train):
 
 
 @both
-def test_the_best_epoch_on_validation_stays(train):
+def test_the_best_epoch_on_validation_stays(objective):
     """Trained on wrong labels, so that later epochs are worse: the model ends with the weights of the best one."""
     model = network("full")
     x, _ = images(40, model)
@@ -494,45 +661,38 @@ def test_the_best_epoch_on_validation_stays(train):
     val = val[0], predict(model, val[0])
     wrong = (predict(model, x) + 1) % 4
     states, scores = [], []
-    attack = {
-        finetune: lambda m: wpgd(m, *val, THREAT, steps=2, step_ratio=2.5),
-        pretrain: lambda m: wpgd(m, *val, Threat(p=INF, delta=0.05), loss="ce"),
-    }[train]
+    config = quick(objective, tau=0.05, warm_up=0.1, epochs=5, batch_size=20, step_ratio=2.5, augment=False)
 
     def on_epoch(epoch, m):
         states.append(state(m))
-        scores.append(attack(m).accuracy)
+        scores.append(wpgd(m, *val, config.threat, loss=config.loss, steps=2, step_ratio=2.5).accuracy)
         return {}
 
-    fields = {finetune: {"tau": 0.05}, pretrain: {"rate": 0.05, "warm_up": 0.1}}[train]
-    config = QUICK[train](epochs=5, batch_size=20, step_ratio=2.5, augment=False, **fields)
-    history = train(model, (x, wrong), val, config, on_epoch=on_epoch)
+    history = finetune(model, (x, wrong), val, config, on_epoch=on_epoch)
     best = scores.index(max(scores))
     assert scores[-1] < scores[best] - 0.1
-    assert [row[{finetune: "w_2", pretrain: "w_inf"}[train]] for row in history.epochs] == scores
+    assert [row[{"wdat": "w_2", "trades": "w_inf"}[objective]] for row in history.epochs] == scores
     assert history.best == best + 1
     assert all(same(states[best], state(model)).values())
 
 
 @both
-def test_the_earliest_of_equally_good_epochs_stays(train):
+def test_the_earliest_of_equally_good_epochs_stays(objective):
     """A rate too small to change anything that validation sees."""
-    fields = {finetune: {"tau": 1e-30}, pretrain: {"rate": 1e-30}}[train]
-    _, history = trained(train, kind="mlp", val=True, epochs=3, **fields)
+    _, history = trained(objective, kind="mlp", val=True, epochs=3, tau=1e-30)
     assert history.best == 1
 
 
 @both
 @pytest.mark.parametrize("rate", [1e10, 1e30])
 @pytest.mark.parametrize("batch_size", [4, 12])
-def test_a_rate_far_too_large_is_named(train, rate, batch_size):
+def test_a_rate_far_too_large_is_named(objective, rate, batch_size):
     """The message names the epoch, the minibatch and the learning rate."""
-    name = {finetune: "tau", pretrain: "rate"}[train]
     model = network("conv", dtype=torch.float32)
     x, y = images(12, model, dtype=torch.float32)
-    config = QUICK[train](**{name: rate}, epochs=6, batch_size=batch_size)
+    config = quick(objective, tau=rate, epochs=6, batch_size=batch_size)
     with pytest.raises(WdatError) as error:
-        train(model, (x, y), (x, y), config)
+        finetune(model, (x, y), (x, y), config)
     assert re.search(r"epoch \d", str(error.value))
     assert re.search(r"minibatch \d", str(error.value))
     assert re.search(r"rate [\d.e+]+", str(error.value))
@@ -575,18 +735,18 @@ def scores(model, data):
 
 @pytest.fixture(scope="module")
 def standard():
-    return pretrained(beta=0.0, rate=0.1)
+    return pretrained(beta=0.0, tau=0.1)
 
 
 @pytest.fixture(scope="module")
 def robust():
-    return pretrained(beta=6.0, rate=0.05)
+    return pretrained(beta=6.0, tau=0.05)
 
 
 def pretrained(**fields):
     model = plain_network()
-    options = PROBLEM | {"threat": Threat(p=INF, delta=0.06), "epochs": 8, "step_ratio": 1.0}
-    pretrain(model, easy_problem(512, 1), None, PretrainConfig(**(options | fields)))
+    options = PROBLEM | {"threat": Threat(p=INF, delta=0.06), "epochs": 8}
+    finetune(model, easy_problem(512, 1), None, configuration("trades", **(options | fields)))
     return model
 
 
@@ -612,7 +772,7 @@ def test_finetuning_the_whole_network_raises_accuracy_under_the_distributional_a
 def test_finetuning_the_last_layer_finds_it_again(robust):
     """Robust features below a last layer drawn anew: training that layer alone brings the accuracy back."""
     model, test = copy.deepcopy(robust), easy_problem(512, 2)
-    perturb_(model, "last_layer")
+    perturb_(model, "last_layer", x=test[0])
     assert scores(model, test)[2] < 0.5
     config = FinetuneConfig(**PROBLEM, perturb="last_layer", tau=0.03, epochs=6)
     finetune(model, easy_problem(512, 1), easy_problem(256, 3), config)
@@ -622,17 +782,18 @@ def test_finetuning_the_last_layer_finds_it_again(robust):
 def test_averaged_weights_differ_and_are_what_is_validated():
     model, average = plain_network(), []
     data, val = easy_problem(128, 1), easy_problem(128, 3)
-    config = PretrainConfig(**(PROBLEM | {"threat": Threat(p=INF, delta=0.06), "epochs": 3, "average": 0.9}))
+    fields = PROBLEM | {"threat": Threat(p=INF, delta=0.06), "epochs": 3, "step_ratio": 2.5}
+    config = configuration("trades", **fields, average=0.9)
 
     def on_epoch(epoch, shown):
         average.append(state(shown))
-        return {"again": wpgd(shown, *val, config.threat, loss="ce").accuracy}
+        return {"again": wpgd(shown, *val, config.threat, loss="ce", steps=5, step_ratio=2.5).accuracy}
 
-    history = pretrain(model, data, val, config, on_epoch=on_epoch)
+    history = finetune(model, data, val, config, on_epoch=on_epoch)
     assert [row["again"] for row in history.epochs] == [row["w_inf"] for row in history.epochs]
     assert all(same(average[history.best - 1], state(model)).values())
     plain = plain_network()
-    pretrain(plain, data, val, PretrainConfig(**(PROBLEM | {"threat": config.threat, "epochs": 3})))
+    finetune(plain, data, val, replace(config, average=0.0))
     assert not any(same(state(plain), state(model)).values())
 
 
@@ -642,7 +803,7 @@ def test_average_of_the_weights_by_hand():
     for average in (0.0, 0.7):
         seen = states.setdefault(average, [])
         options = {"epochs": 6, "batch_size": 12, "average": average}
-        trained(pretrain, on_epoch=lambda _, m, seen=seen: seen.append(state(m)) or {}, **options)
+        trained("trades", on_epoch=lambda _, m, seen=seen: seen.append(state(m)) or {}, **options)
     expected = states[0.0][0]
     for weights, got in zip(states[0.0], states[0.7], strict=True):
         expected = {name: 0.7 * expected[name] + 0.3 * weights[name] for name in weights}
@@ -654,7 +815,7 @@ def test_average_of_the_weights_by_hand():
 @pytest.mark.parametrize("epochs", [1, 2, 3, 4, 9])
 def test_pretraining_of_any_length_runs(epochs, warm_up):
     """The one-cycle schedule has corners where its warm-up ends at its first step."""
-    _, history = trained(pretrain, kind="mlp", epochs=epochs, batch_size=12, warm_up=warm_up)
+    _, history = trained("trades", kind="mlp", epochs=epochs, batch_size=12, warm_up=warm_up)
     assert len(history.epochs) == epochs
 
 
@@ -662,7 +823,7 @@ def test_pretraining_in_bfloat16_stays_close_to_float32():
     x, y = data(12, "conv")
     models = [network("conv", dtype=torch.float32) for _ in range(2)]
     for model, precision in zip(models, ("float32", "bfloat16"), strict=True):
-        pretrain(model, (x.float(), y), None, quick_pretrain(precision=precision, rate=0.01))
+        finetune(model, (x.float(), y), None, quick("trades", precision=precision, tau=0.01))
     assert not same(*map(state, models))["1.weight"]
     for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
         assert b.dtype == torch.float32
@@ -670,10 +831,10 @@ def test_pretraining_in_bfloat16_stays_close_to_float32():
 
 
 @both
-def test_progress_tells_how_far_it_is_and_clears_the_line(train):
+def test_progress_tells_how_far_it_is_and_clears_the_line(objective):
     lines = []
     model = network("conv")
-    train(model, data(12, "conv"), None, QUICK[train](), progress=lines.append)
+    finetune(model, data(12, "conv"), None, quick(objective), progress=lines.append)
     assert any(re.fullmatch(r"epoch 1/2: 0/3", line) for line in lines)
     assert any(line.startswith("epoch 2/2") for line in lines)
     assert lines[-1] == ""

@@ -1,4 +1,4 @@
-"""Tiny networks, images and labels for the tests, and W-PGD once more, as plainly as it can be written."""
+"""Tiny networks, images, labels and runs for the tests, and W-PGD once more, as plainly as it can be written."""
 
 import contextlib
 import math
@@ -6,9 +6,29 @@ import math
 import torch
 from torch import nn
 
+from wdat_core import FinetuneConfig, Threat
+
 INF = math.inf
 SHAPE = (2, 3, 3)  # of an image, unless a test says otherwise
 PIXELS = math.prod(SHAPE)
+
+# What a run from scratch is given beside its objective.
+FROM_SCRATCH = {
+    "perturb": "none",
+    "threat": Threat(p=INF, delta=0.05),
+    "loss": "ce",
+    "tau": 0.1,
+    "momentum": 0.9,
+    "nesterov": True,
+    "weight_decay": 5e-4,
+    "schedule": "one_cycle",
+}
+STARTS = {"wdat": {}, "trades": FROM_SCRATCH, "pgd": FROM_SCRATCH}
+
+
+def configuration(objective, **fields):
+    """How the objective of that name is trained, but for the fields given: from scratch, except for Algorithm 1."""
+    return FinetuneConfig(**(STARTS[objective] | {"objective": objective} | fields))
 
 
 class Centre(nn.Module):
