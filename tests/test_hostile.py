@@ -827,7 +827,7 @@ def odd_to_perturb(model, how):
     if not isinstance(model, nn.Module):
         return bad(None, "model")
     if isinstance(how, str) and how == "last_layer":
-        return risky(None, "head", "layer")
+        return risky(None, "head", "layer", "model")
     # Whole numbers among the parameters may be left alone or refused.
     return PLAIN if all(p.is_floating_point() for p in model.parameters()) else risky(None, "parameter")
 
