@@ -27,7 +27,7 @@ SETTINGS = Settings().resolved()
 
 
 def settings(data, **changes):
-    return replace(SETTINGS, data=str(data), **{**SIZES, **changes})
+    return SETTINGS.model_copy(update={"data": str(data), **SIZES, **changes})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
