@@ -341,11 +341,12 @@ def _in_words(error: Any) -> str:
         "bool_type": "True or False",
         "finite_number": "a finite number",
         "literal_error": context.get("expected"),
-        "greater_than": f"above {context.get('gt', 0):g}",
-        "greater_than_equal": f"at least {context.get('ge', 0):g}",
-        "less_than": f"below {context.get('lt', 0):g}",
-        "less_than_equal": f"at most {context.get('le', 0):g}",
+        "greater_than": f"above {context.get('gt')}",
+        "greater_than_equal": f"at least {context.get('ge')}",
+        "less_than": f"below {context.get('lt')}",
+        "less_than_equal": f"at most {context.get('le')}",
     }[error["type"]]
+    wanted = wanted.removesuffix(".0")
     return f"{name} must be {'a number, a text, True or False' if name == 'value' else wanted}, not {value!r}"
 
 

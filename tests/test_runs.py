@@ -231,8 +231,8 @@ def test_settings_can_be_changed_in_a_live_notebook():
     [
         ({"tau": None}, "tau must be a number, not None"),
         ({"stop_after": 60, "fresh": True}, "would never end"),
-        ({"delta": 8}, "delta must be above 0 and at most 1, not 8"),
-        ({"seed": 2**70}, "seed must be at least 0 and at most"),
+        ({"delta": 8}, "delta must be at most 1 in Linf, not 8"),
+        ({"seed": 2**70}, "seed must be below 9223372036854775808, not "),
         ({"export": "exports"}, "unknown parameter 'export'"),
     ],
 )
