@@ -262,11 +262,11 @@ def _column(on: Bench, config: FinetuneConfig, before: EvaluateRecord, line: str
     tuned = copy.deepcopy(on.model)
     run = [begun, on.at_once, follow, core_digest(), device_name(on.device), versions()]
     kept = files.RUNS / f"{digest(repr(run).encode())[:16]}.checkpoint"
-    record = measured(begun, on, line, lambda: _trained(on, config, before, tuned, kept, follow))
+    record: Any = measured(begun, on, line, lambda: _trained(on, config, before, tuned, kept, follow))
     if settings.export is not None:
         print(f"exported to {export(tuned, record, settings.export, settings.dataset, settings.norm)}")
     kept.unlink(missing_ok=True)
-    return record  # type: ignore[return-value]
+    return record
 
 
 def _trained(
