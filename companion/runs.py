@@ -229,6 +229,7 @@ def finetune_grid(
     on = bench(settings)
     if settings.export is not None:
         check_export(on.network.name, settings.export, settings.dataset, settings.norm)
+    _ = on.data.train, on.data.val  # images that are missing are named before an attack of hours
     before = _attacked(on, "test", notebook)
     records = []
     for tau, eta in settings.grid():
