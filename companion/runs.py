@@ -60,6 +60,11 @@ def _attacked(on: Bench, part: str, notebook: str) -> Any:
         correct = _scores(on, images, show)
         if part == "test":
             check_clean(on.network, _mean(correct["clean"]), len(images[1]))
+        if not correct["clean"].any():
+            raise ParameterError(
+                f"{on.network.name} classifies none of the {len(images[1])} {part} images correctly, so nothing is left"
+                f" to attack: are their labels those that it was trained with? ({on.data.source})"
+            )
         upsilon = on.sensitivity(images)
         budget = wdat_core.wpgd_budget(
             on.model,

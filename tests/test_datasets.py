@@ -555,6 +555,15 @@ def test_network_that_does_not_fit_is_named_before_any_attack(write, folder_of_r
         attack_each([Settings(data=write(IMAGES.replace("% 4", "+ 7")), **TINY).resolved()], "test", notebook="table1")
 
 
+def test_network_that_is_never_right_is_named(write, tmp_path, folder_of_runs):
+    (tmp_path / "net.py").write_text(f"import torch\nfrom torch import nn\n{NETWORK}", encoding="utf-8")
+    value = f"{tmp_path / 'net.py'}:f"
+    wrong = "def f():\n    x = torch.rand(5, 3, 4, 4)\n    return {'test': (x, (net.f()(x).argmax(1) + 1) % 4)}"
+    parameters = {"network": value, "data": write(f"import net\n{wrong}"), **TINY}
+    with pytest.raises(ParameterError, match=r"net.f classifies none of the 3 test images correctly"):
+        attack_each([Settings(**parameters).resolved()], "test", notebook="table1")
+
+
 def test_missing_training_images_are_named_before_any_attack(write, folder_of_runs, monkeypatch):
     monkeypatch.setattr("wdat_core.wpgd", lambda *_, **__: pytest.fail("attacked"))
     one = "def f(): return {'test': (torch.rand(5, 3, 32, 32), torch.arange(5))}"
