@@ -89,7 +89,7 @@ def bench(settings: Settings) -> Bench:
     core_digest()  # of the code that runs, should the file be edited meanwhile
     device = pick_device(settings.device)
     network = load_network(str(settings.network), from_root(settings.models), settings.dataset, settings.norm)
-    data = load_data(settings, device, settings.dataset)
+    data = load_data(settings, device)
     check_fit(network, data)
     network.model.to(device)
     with torch.no_grad():

@@ -60,6 +60,11 @@ def _attacked(on: Bench, part: str, notebook: str) -> Any:
         correct = _scores(on, images, show)
         if part == "test":
             check_clean(on.network, _mean(correct["clean"]), len(images[1]))
+        if not correct["clean"].any():
+            raise ParameterError(
+                f"{on.network.name} classifies none of the {len(images[1])} {part} images correctly, so nothing is left"
+                f" to attack: are their labels those that it was trained with? ({on.data.source})"
+            )
         upsilon = on.sensitivity(images)
         budget = wdat_core.wpgd_budget(
             on.model,
@@ -229,6 +234,7 @@ def finetune_grid(
     on = bench(settings)
     if settings.export is not None:
         check_export(on.network.name, settings.export, settings.dataset, settings.norm)
+    _ = on.data.train, on.data.val  # images that are missing are named before an attack of hours
     before = _attacked(on, "test", notebook)
     records = []
     for tau, eta in settings.grid():
@@ -262,11 +268,11 @@ def _column(on: Bench, config: FinetuneConfig, before: EvaluateRecord, line: str
     tuned = copy.deepcopy(on.model)
     run = [begun, on.at_once, follow, core_digest(), device_name(on.device), versions()]
     kept = files.RUNS / f"{digest(repr(run).encode())[:16]}.checkpoint"
-    record = measured(begun, on, line, lambda: _trained(on, config, before, tuned, kept, follow))
+    record: Any = measured(begun, on, line, lambda: _trained(on, config, before, tuned, kept, follow))
     if settings.export is not None:
         print(f"exported to {export(tuned, record, settings.export, settings.dataset, settings.norm)}")
     kept.unlink(missing_ok=True)
-    return record  # type: ignore[return-value]
+    return record
 
 
 def _trained(

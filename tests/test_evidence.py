@@ -35,7 +35,7 @@ def test_norms_inside_the_kernels_change_no_logit(name, monkeypatch):
         model(x)  # in train mode: statistics that are not 0 and 1
     model.eval()
     folded = model(x)
-    monkeypatch.setattr(networks, "_normed", lambda conv, norm, x: norm(conv(x)))
+    monkeypatch.setattr(architectures, "_normed", lambda conv, norm, x: norm(conv(x)))
     assert torch.allclose(folded, model(x), atol=1e-5)
     assert folded.std() > 0.01
     assert not torch.allclose(folded, model.train()(x), atol=1e-3)  # the batch's own statistics
