@@ -365,8 +365,8 @@ def edited(tmp_path, monkeypatch):
     """Lets wdat_core find another source where its own is."""
 
     def edit(source):
-        (tmp_path / "core.py").write_text(source, encoding="utf-8")
-        monkeypatch.setattr(wdat_core, "__file__", str(tmp_path / "core.py"))
+        (tmp_path / "core.py").write_bytes(source.encode())
+        monkeypatch.setattr(code_digest, "__defaults__", (tmp_path / "core.py",))
 
     return edit
 

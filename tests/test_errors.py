@@ -513,10 +513,11 @@ def test_rule_that_gives_no_vector(case):
         wpgd(MODEL, X, Y, THREAT, rule=BAD_RULES[case])
 
 
-@pytest.mark.parametrize("rule", ["momentum", 3, True])
-def test_rule_that_is_no_function(rule):
-    with raises("rule must be a function", re.escape(repr(rule))):
-        wpgd(MODEL, X, Y, THREAT, rule=rule)
+@pytest.mark.parametrize("name", ["rule", "progress"])
+@pytest.mark.parametrize("value", ["momentum", 3, True])
+def test_what_is_no_function(name, value):
+    with raises(f"{name} must be a function", re.escape(repr(value))):
+        wpgd(MODEL, X, Y, THREAT, **{name: value})
 
 
 @not_finite

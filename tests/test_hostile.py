@@ -123,8 +123,9 @@ def flag(name, *good):
     return parameter(name, (False, *good), wrong=(None, 0, 1, "yes"))
 
 
-def show(text):
+def show(items):
     """Progress that nobody sees."""
+    yield from items
 
 
 RADII = positive("delta", (5e-324, 1e-12, 0.03, 1, np.float64(0.1), 1e6))
@@ -134,7 +135,7 @@ OPTIONS = {
     "batch_size": whole("batch_size", (1, 2, 3, 1000, 2**70)),
     "precision": word("precision", "float32", "bfloat16"),
     "compiled": flag("compiled"),
-    "progress": flag("progress", show),
+    "progress": parameter("progress", (None, iter, show), wrong=(True, False, 0)),
 }
 PLACES = {
     "random_start": fraction("random_start", (0, 5e-324, 0.5, 1)),

@@ -148,6 +148,21 @@ def test_in_train_mode_no_image_comes_twice(rows):
     assert torch.equal(torch.cat(parts), x[:rows])
 
 
+def test_progress_wraps_the_steps_or_the_batches_of_an_attack():
+    model, shown = network("mlp"), []
+    x, y = images(20, model)
+
+    def show(items):
+        shown.append(len(items))
+        return items
+
+    plain, wrapped = (wpgd(model, x, y, THREAT, steps=4, progress=progress).x_adv for progress in (None, show))
+    assert torch.equal(plain, wrapped)
+    wpgd_budget(model, x, y, THREAT, upsilon=1.0, steps=4, batch_size=8, progress=show)
+    evaluate(model, x, y, steps=3, progress=show)
+    assert shown == [4, 3, 3, 3]
+
+
 class Reads(TorchDispatchMode):
     """Counts what makes the host wait for the device: reading a number, or how many rows there are."""
 
