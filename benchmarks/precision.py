@@ -18,10 +18,11 @@ import torch
 
 from companion import files
 from companion.data import load_data
+from companion.machine import pick_device
 from companion.networks import load_network
 from companion.records import SCHEMA, core_digest, provenance, subject, write_record
-from companion.runs import pick_device, progress
 from companion.settings import Settings
+from companion.terminal import progress
 from wdat_core import Threat, wpgd
 
 WAYS: dict[str, dict[str, Any]] = {

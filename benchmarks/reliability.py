@@ -17,8 +17,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from companion import files
+from companion.machine import pick_device
 from companion.records import SCHEMA, core_digest, provenance, write_record
-from companion.runs import pick_device
 
 FILES = ("checkpoint", "downloads", "errors", "export", "hostile", "passes", "records", "security")
 

@@ -49,9 +49,9 @@ from benchmarks.baselines import (
 from benchmarks.precision import WAYS
 from benchmarks.races import EXTENT, SPEED, TIME, Contestant, Lap, Race, Row, compare, contest, row_of, timed
 from companion import files
+from companion.machine import pick_device
 from companion.performance import missing, verdict
 from companion.records import SCHEMA, core_digest, device_name, versions, write_record
-from companion.runs import pick_device
 from companion.settings import ParameterError
 from wdat_core import FinetuneConfig, Threat, finetune
 

@@ -21,9 +21,9 @@ import torch
 import wdat_core
 from companion import files
 from companion.data import load_data
+from companion.machine import pick_device
 from companion.networks import load_network
 from companion.records import SCHEMA, core_digest, plain, provenance, subject, write_record
-from companion.runs import pick_device
 from companion.settings import Settings
 from wdat_core import FinetuneConfig, finetune, sensitivity
 

@@ -67,7 +67,7 @@ class Data:
         return known.hexdigest()
 
 
-def load_data(settings: Settings, device: torch.device | str = "cpu", dataset: str = "cifar10") -> Data:
+def load_data(settings: Settings, device: torch.device | str = "cpu") -> Data:
     """The images that the settings name, on a device.
 
     `settings.data` is "embedded" (CIFAR-10 alone), a folder, or path/file.py:function. The training images of CIFAR-10
@@ -83,11 +83,9 @@ def load_data(settings: Settings, device: torch.device | str = "cpu", dataset: s
         ParameterError: the images are not there and cannot be put there, a file is damaged, there are fewer than asked
             for, or the user's function does not return what it has to.
     """
-    row, sizes = DATASETS[dataset], {part: getattr(settings, f"{part}_images") for part in PARTS}
+    row, sizes = DATASETS[settings.dataset], {part: getattr(settings, f"{part}_images") for part in PARTS}
     if is_own(str(settings.data)):
         return _own(str(settings.data), sizes, device)
-    if settings.data == "embedded" and row.name != "CIFAR-10":
-        raise ParameterError(f"the embedded images are of CIFAR-10: give the folder of {row.name} as data")
     folder = from_root(str(settings.data))
 
     def read(part: str) -> Images:

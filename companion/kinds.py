@@ -3,116 +3,34 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 import math
 import re
 import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    PlainValidator,
-    StringConstraints,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from companion.settings import METRICS, STRONGER
-from wdat_core import FinetuneConfig, Threat, WdatError
+from companion.values import (
+    TEXT,
+    Amount,
+    Bits,
+    ConfigField,
+    Count,
+    Fraction,
+    Label,
+    Scores,
+    Seed,
+    Sha256,
+    Text,
+    ThreatField,
+    Whole,
+    finetune_config,
+    unpack,
+)
+from wdat_core import Threat
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-SCHEMA = 1
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Values
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def plain(value: Any) -> Any:
-    """A configuration as JSON can hold it: infinity as a text."""
-    if isinstance(value, dict):
-        return {k: plain(v) for k, v in value.items()}
-    return "inf" if value == math.inf else value
-
-
-def pack(correct: Tensor) -> str:
-    """Bools (n,) as text, eight to a byte."""
-    import numpy as np
-
-    return base64.b64encode(np.packbits(correct.cpu().numpy()).tobytes()).decode()
-
-
-def unpack(text: str, n: int) -> Any:
-    """What `pack` packed, as a numpy array of n floats 0 or 1."""
-    import numpy as np
-
-    return np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8), count=n).astype(float)
-
-
-def images_of(record: Any, when: str) -> int:
-    """How many images the accuracies "before" and "after", or those of a part of the data, are of."""
-    if isinstance(record, dict):  # TEMPORARY, as above
-        return record["data"].get(when, record["data"].get("test"))
-    return getattr(record.data, when, None) or record.data.test or 0
-
-
-def _within(low: float, high: float) -> PlainValidator:
-    """A number in a range, left as it is: 1 does not become 1.0, and True is no number."""
-
-    def check(value: Any) -> Any:
-        if type(value) not in (int, float) or not low <= value <= high:
-            raise PydanticCustomError("range", "not in the range")
-        return value
-
-    return PlainValidator(check)
-
-
-def _threat(value: Any) -> Threat:
-    if isinstance(value, Threat):
-        return value
-    return _of_the_core(Threat, {k: math.inf if v == "inf" else v for k, v in _table("the threat", value).items()})
-
-
-def _finetune_config(value: Any) -> FinetuneConfig:
-    """A configuration that wdat_core would run; a field that came later than the record has its default."""
-    if isinstance(value, FinetuneConfig):
-        return value
-    fields = _table("it", value)
-    return _of_the_core(FinetuneConfig, fields | ({"threat": _threat(fields["threat"])} if "threat" in fields else {}))
-
-
-def _table(what: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"{what} cannot be {value!r:.100}")
-    return value
-
-
-def _of_the_core(kind: Callable[..., Any], fields: dict[str, Any]) -> Any:
-    try:
-        return kind(**fields)
-    except (TypeError, WdatError) as error:  # an unknown field, or an impossible value
-        raise ValueError(str(error)) from error
-
-
-_AS_JSON = PlainSerializer(lambda value: plain(dataclasses.asdict(value)))
-Text = Annotated[str, StringConstraints(pattern=r"^[^<>\[\]|`\n]+$")]  # shown within Markdown: nothing may be markup
-Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-Count = Annotated[int, Field(ge=1, lt=10**9)]
-Whole = Annotated[int, Field(ge=0, lt=10**9)]
-Label = Annotated[int, Field(ge=0, lt=1000)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Fraction = Annotated[float, _within(0, 1)]
-Amount = Annotated[float, _within(0, sys.float_info.max)]
-ThreatField = Annotated[Threat, PlainValidator(_threat), _AS_JSON]
-ConfigField = Annotated[FinetuneConfig, PlainValidator(_finetune_config), _AS_JSON]
-Scores = dict[str, dict[str, Fraction]]  # of images ("before", "after", "test", ...), under an attack ("w_2", ...)
-Bits = dict[str, dict[str, str]]  # which of these images are classified correctly, as `pack` has it
+SCHEMA: Final = 1
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Parts
@@ -147,6 +65,7 @@ class AttackConfig(Part):
     steps: Count
     precision: Text = "float32"
     compiled: bool = False
+    loss: Text = "redlr"  # of the distributional attack
 
 
 class EvaluateConfig(Part):
@@ -155,6 +74,7 @@ class EvaluateConfig(Part):
     batch_size: Count
     precision: Text = "float32"
     compiled: bool = False
+    loss: Text = "redlr"  # of the distributional attack
 
 
 class SensitivityConfig(Part):
@@ -164,6 +84,7 @@ class SensitivityConfig(Part):
     seed: Seed
     precision: Text = "float32"
     compiled: bool = False
+    loss: Text = "redlr"  # of the distributional attack
 
 
 class PrecisionConfig(Part):
@@ -193,6 +114,11 @@ class FormerPretrainConfig(Part):
     seed: Seed
 
 
+class ReliabilityConfig(Part):
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Whole]
+
+
 class BenchmarkConfig(Part):
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, bool | int | float | Text | list[Text]]
@@ -212,6 +138,13 @@ class History(Part):
 def accuracy_name(threat: Threat) -> str:
     """The name in a history of the accuracy under a threat: "w_2", "w_inf", "w_4"."""
     return f"w_{threat.p:g}"
+
+
+def images_of(record: Any, when: str) -> int:
+    """How many images the accuracies "before" and "after", or those of a part of the data, are of."""
+    if isinstance(record, dict):  # TEMPORARY, as above
+        return record["data"].get(when, record["data"].get("test"))
+    return getattr(record.data, when, None) or record.data.test or 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -236,7 +169,7 @@ class Record(Begun):
     versions: dict[str, Text]
     core: Sha256
     created: Annotated[str, StringConstraints(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00$")]
-    command: Annotated[str, StringConstraints(pattern=r"^(papermill|python) [^<>\[\]|`\n]+$")]
+    command: Annotated[str, StringConstraints(pattern=f"^(papermill|python) {TEXT}$")]
     seconds: dict[str, Amount]
 
     needs: ClassVar[tuple[str, ...]] = ()  # what the tables in it must hold, as "data.train"
@@ -365,7 +298,7 @@ class PretrainRecord(Trained):
     def _one_of_two_trainers(cls, value: dict[str, Any]) -> dict[str, Any]:
         config = value.get("config")
         if isinstance(config, dict):
-            made = FormerPretrainConfig.model_validate if "rate" in config else _finetune_config
+            made = FormerPretrainConfig.model_validate if "rate" in config else finetune_config
             return {**value, "config": made(config)}
         return value
 
@@ -446,7 +379,7 @@ class UpsilonRecord(OfNetwork):
 
 class ReliabilityRecord(Record):
     kind: Literal["reliability"]
-    config: dict[str, Whole]
+    config: ReliabilityConfig
     figures: dict[str, Whole]
 
     needs = ("figures.tests", "seconds.total")

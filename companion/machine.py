@@ -1,4 +1,4 @@
-"""On what a record is made: the device, the versions of the libraries, the code."""
+"""The machine: its devices, and what a record says of it, of the libraries and of the code."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import platform
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from companion.files import one_line
+from companion.settings import ParameterError
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +25,24 @@ def made_on(device: torch.device, command: str) -> dict[str, Any]:
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": command,
     }
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; "auto" is the first GPU, or the CPU.
+
+    Raises:
+        ParameterError: this machine has no such device.
+    """
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # the meta device has no values
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ParameterError(f"this machine has no device {name!r}: use auto or cpu ({one_line(error)})") from error
+    return device
 
 
 def device_name(device: torch.device) -> str:

@@ -14,10 +14,11 @@ from pydantic import ValidationError
 
 from companion import files
 from companion.files import digest, one_line, write_whole
-from companion.kinds import KINDS, SCHEMA, FinetuneRecord, Record, images_of, pack, plain, unpack  # noqa: F401
+from companion.kinds import KINDS, SCHEMA, Begun, FinetuneRecord, Record, images_of  # noqa: F401
 from companion.machine import core_digest, device_name, versions  # noqa: F401
 from companion.machine import made_on as provenance  # noqa: F401  TEMPORARY, as the other names that are not used here
 from companion.settings import ParameterError
+from companion.values import pack, plain, unpack  # noqa: F401
 from wdat_core import FinetuneConfig
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def write_record(record: Record | Mapping[str, Any], folder: Path) -> Path:
     return path
 
 
-def record_name(record: Any) -> str:
+def record_name(record: Begun) -> str:
     """The name of a record's file: what it is of, and which protocol it followed."""
     return f"{record_stem(record)}-{protocol(record)[:8]}.json"
 
@@ -137,7 +138,7 @@ def record_stem(record: Any) -> str:
     return "-".join(filter(None, what))
 
 
-def protocol(record: Any) -> str:
+def protocol(record: Begun | dict[str, Any]) -> str:
     """A digest of everything that decides a record's numbers but for tau, eta, the seed and rounding.
 
     A field that came with a later version counts only where it is not as before, so that older records stay comparable.
@@ -149,21 +150,30 @@ def protocol(record: Any) -> str:
         what = [record["kind"], record.get("network"), record.get("data"), config]
         return digest(json.dumps(what, sort_keys=True).encode())
     config = {k: v for k, v in _config_of(record).items() if k not in ("tau", "eta", "seed")}
-    later = LATER if isinstance(record.config, FinetuneConfig) else {"precision": "float32", "compiled": False}
-    config = {k: v for k, v in config.items() if v != later.get(k, ...)}
+    config = {k: v for k, v in config.items() if v != _later(record.config).get(k, ...)}
     parts = (part and part.model_dump(exclude_unset=True) for part in (record.network, record.data))
     return digest(json.dumps([record.kind, *parts, config], sort_keys=True).encode())
 
 
-def _config_of(record: Any) -> dict[str, Any]:
-    """A record's configuration as it is stored."""
-    return record.model_dump(include={"config"}, exclude_unset=True)["config"]
+def _later(config: Any) -> dict[str, Any]:
+    """The fields of a configuration that the first records did not have, with what was meant then."""
+    if isinstance(config, FinetuneConfig):
+        return LATER
+    return {name: field.default for name, field in type(config).model_fields.items() if not field.is_required()}
+
+
+def _config_of(record: Begun) -> dict[str, Any]:
+    """A configuration as it is stored."""
+    config = record.config
+    if isinstance(config, FinetuneConfig):
+        return plain(dataclasses.asdict(config))
+    return config.model_dump(exclude_unset=True)
 
 
 @overload
 def read_records(folder: Path = ...) -> list[FinetuneRecord]: ...
 @overload
-def read_records(folder: Path = ..., *, kind: str) -> list[Any]: ...
+def read_records(folder: Path = ..., kind: str = ...) -> list[Any]: ...
 def read_records(folder: Path | None = None, kind: str = "finetune") -> list[Any]:
     """The records of one kind in a folder, results/ by default. A damaged, partial or foreign file is named on stderr
     and skipped."""

@@ -1,16 +1,19 @@
 """From a notebook's parameters to one frozen, checked configuration.
 
-This module imports the standard library alone: parameters are checked before torch is loaded."""
+Nothing here imports torch: parameters are checked before it is loaded."""
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import math
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from companion.datasets import DATASETS, EMBEDDED, is_own
 
 METRICS = {"clean": "Clean", "w_inf": "W∞", "w_2": "W₂"}
 PAPER_NETWORKS: dict[str, dict[str, Any]] = {
@@ -85,7 +88,7 @@ STRONGER = {  # the first of each kind is that of the tables; 50 steps of ratio 
 
 
 class ParameterError(ValueError):
-    """Something the user of a notebook can put right; a notebook shows the message, what and how, and no traceback."""
+    """Something that the user can put right. A notebook shows the message and no traceback."""
 
     def _render_traceback_(self) -> list[str]:
         return [f"{type(self).__name__}: {self}"]
@@ -115,42 +118,90 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class Settings:
-    """The parameters of all notebooks.
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(gt=0)]
 
-    None takes the preset's value where it has one; for tau and eta both of the paper's; for the others, none.
+
+class Settings(BaseModel):
+    """The parameters of all notebooks. Types are strict: True is no number, and "2" is no number.
+
+    None takes the preset's or the data set's value where there is one; for tau and eta both of the paper's; for the
+    others, none: see `resolved`.
+
+    Raises:
+        ParameterError: a parameter is not known, has a wrong type, or an impossible value.
     """
 
-    preset: str = "demo"
-    tau: float | None = None
-    eta: float | None = None
-    network: str | None = None
-    data: str | None = None
-    train_images: int | None = None
-    val_images: int | None = None
-    test_images: int | None = None
-    epochs: int | None = None
-    batch_size: int | None = None
-    delta: float = 8 / 255
-    beta: float = 6.0
-    steps: int = 20
-    consistency: str = "ce_detached"
-    upsilon_from: str = "sample"
-    precision: str = "float32"
-    compiled: bool = False
-    seed: int = 0
-    device: str = "auto"
-    models: str = "models"
-    stop_after: float | None = None
-    export: str | None = None
-    fresh: bool = False
-    point: str = "noise"
-    value: Any = 0.05
-    autoattack: int = 0
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+    preset: Literal["demo", "paper"] = Field(
+        "demo",
+        description='"demo": a stand-in and embedded images, minutes on a laptop; "paper": its Section 6, a GPU',
+    )
+    tau: Positive | None = Field(None, description="learning rate, > 0; None: 0.1 and 0.01")
+    eta: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="update rate of Upsilon, in (0, 1]; None: 0.1 and 1"
+    )
+    network: str | None = Field(
+        None,
+        description="a stand-in, any of RobustBench, an export, or path/file.py:function of your own; None: by preset",
+    )
+    dataset: Literal["cifar10", "cifar100", "imagenet"] = Field(
+        "cifar10", description='what the images are: "cifar10", "cifar100" or "imagenet"'
+    )
+    data: str | None = Field(
+        None, description='"embedded", a folder of images, or path/file.py:function of your own; None: the preset\'s'
+    )
+    train_images: Count | None = Field(
+        None, description="how many images to train on; None: the preset's, as for the next four"
+    )
+    val_images: Count | None = Field(None, description="how many validation images choose the epoch that is kept")
+    test_images: Count | None = Field(None, description="how many test images the accuracies are measured on")
+    epochs: Count | None = Field(None, description="passes over the training images")
+    batch_size: Count | None = Field(None, description="images of a minibatch")
+    norm: Literal["Linf", "L2"] = Field("Linf", description='norm of the attack\'s pixels: "Linf" or "L2"')
+    delta: Positive | None = Field(
+        None,
+        description="radius of the attack, in [0, 1] pixel units; None: the data set's, 8/255 for CIFAR-10 in Linf",
+    )
+    beta: Annotated[float, Field(ge=0)] = Field(6.0, description="weight of the distributional term, eq. 5.1")
+    steps: Count = Field(20, description="of every attack")
+    consistency: Literal["ce_detached", "ce", "kl"] = Field(
+        "ce_detached", description='reading of CE(f(x), f(x\')): "ce_detached", "ce" or "kl"'
+    )
+    upsilon_from: Literal["sample", "batch"] = Field(
+        "sample",
+        description='"sample": the paper\'s 10 %; "batch": the minibatches\' own gradients, which cost nothing',
+    )
+    precision: Literal["float32", "bfloat16"] = Field("float32", description='"bfloat16": autocast of the network')
+    compiled: bool = Field(False, description="True: torch.compile")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        0, description="of the perturbation, the minibatches, the samples and the augmentation"
+    )
+    device: str = Field("auto", description='"auto", "cpu", "cuda", "cuda:1", ...')
+    models: str = Field("models", description="folder of RobustBench's weights")
+    stop_after: Positive | None = Field(
+        None, description="seconds of fine-tuning after which a column is kept for the next call; None: no limit"
+    )
+    export: str | None = Field(
+        None, description="folder for each column's fine-tuned network, with its record and a model card; None: none"
+    )
+    fresh: bool = Field(False, description="True: compute also what runs/ already holds")
+    point: str = Field("noise", description='which: a field of FinetuneConfig, as the ledger names it, or "attacker"')
+    value: bool | float | str = Field(0.05, description="what it is instead of its default")
+    autoattack: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="how many of the test images AutoAttack is run on, which takes far longer than all the others",
+    )
+
+    def __init__(self, **given: Any) -> None:
+        try:
+            super().__init__(**given)
+        except ValidationError as error:
+            raise ParameterError(_in_words(error.errors()[0])) from None
 
     @classmethod
-    def from_notebook(cls, namespace: dict[str, Any], notebook: str) -> Settings:
+    def from_notebook(cls, namespace: dict[str, Any], notebook: str) -> Self:
         """The settings that the variables of a notebook's namespace give, checked, with the preset filled in.
 
         Args:
@@ -171,138 +222,155 @@ class Settings:
             if name in known:
                 given[name] = value
             elif not again:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f": did you mean {near[0]!r}?" if near else "."
-                raise ParameterError(f"unknown parameter {name!r}{hint} Known are {', '.join(known)}")
+                raise ParameterError(_unknown(name, known))
         namespace["_parameters_were_checked"] = True
         if given.get("preset") == "paper" and given.get("network") is None and notebook in PAPER_SUBJECTS:
             given["network"] = PAPER_SUBJECTS[notebook]
         settings = cls(**given).resolved()
-        if does in ONE_COLUMN:
-            for name in ("tau", "eta"):
-                _check(name, getattr(settings, name), float)
+        for name in ("tau", "eta") if does in ONE_COLUMN else ():
+            if getattr(settings, name) is None:
+                raise ParameterError(f"{name} must be a number, not None")
         if settings.fresh and settings.stop_after is not None:
             raise ParameterError("fresh=True with stop_after would never end: each call starts from the beginning")
         return settings
 
     @classmethod
-    def each_from_notebook(cls, namespace: dict[str, Any], notebook: str) -> list[Settings]:
+    def each_from_notebook(cls, namespace: dict[str, Any], notebook: str) -> list[Self]:
         """As `from_notebook`, for a notebook about several networks: one for each, or for the one that is given."""
         settings = cls.from_notebook(namespace, notebook)
         if namespace.get("network") is not None:
             return [settings]
         every = PAPER_NETWORKS if settings.preset == "paper" else STAND_INS
-        return [dataclasses.replace(settings, network=name) for name in every]
+        return [settings.model_copy(update={"network": name}) for name in every]
 
-    def resolved(self) -> Settings:
-        """Checked, and with the preset's values where there was None."""
-        _check("preset", self.preset, str, choices=tuple(PRESETS))
-        preset = {k: v for k, v in PRESETS[self.preset].items() if getattr(self, k) is None}
-        settings = dataclasses.replace(self, **preset)
-        settings._check()
+    def resolved(self) -> Self:
+        """With the preset's and the data set's values where there was None, and checked against each other.
+
+        Raises:
+            ParameterError: there are fewer images than asked for, or `value` is none of `point`.
+        """
+        usual = {k: v for k, v in PRESETS[self.preset].items() if getattr(self, k) is None}
+        if self.delta is None:
+            usual["delta"] = self._usual_delta()
+        elif self.norm == "Linf" and self.delta > 1:
+            raise ParameterError(f"delta must be at most 1 in Linf, not {self.delta!r}: pixels are in [0, 1]")
+        settings = self.model_copy(update=usual)
+        most = settings._most_images()
+        if self.test_images is None and self.dataset == "imagenet":  # it has fewer than a preset takes
+            fewer = min(settings.test_images or 0, DATASETS["imagenet"].test)
+            settings = settings.model_copy(update={"test_images": fewer})
+        settings._check_images(most)
+        settings._check_point()
         return settings
 
-    def _check(self) -> None:
-        for name in ("network", "data", "device", "models"):
-            _check(name, getattr(self, name), str)
-        if self.export is not None:
-            _check("export", self.export, str)
-        if self.stop_after is not None:
-            _check("stop_after", self.stop_after, float, above=0)
-        if self.tau is not None:
-            _check("tau", self.tau, float, above=0)
-        if self.eta is not None:
-            _check("eta", self.eta, float, above=0, at_most=1)
-        _check("delta", self.delta, float, above=0, at_most=1)
-        _check("beta", self.beta, float, above=-math.ulp(0))
-        for name in ("train_images", "val_images", "test_images", "epochs", "batch_size", "steps"):
-            _check(name, getattr(self, name), int, above=0)
-        _check("seed", self.seed, int, above=-1, at_most=2**63 - 1)
-        _check("consistency", self.consistency, str, choices=("ce_detached", "ce", "kl"))
-        _check("upsilon_from", self.upsilon_from, str, choices=("sample", "batch"))
-        _check("precision", self.precision, str, choices=("float32", "bfloat16"))
-        _check("autoattack", self.autoattack, int, above=-1)
-        self._check_point()
-        for name in ("compiled", "fresh"):
-            if not isinstance(getattr(self, name), bool):
-                raise ParameterError(f"{name} must be True or False, not {getattr(self, name)!r}")
-        most = (
-            {"train_images": 4000, "val_images": 1000, "test_images": 1000}
-            if self.data == "embedded"
-            else {"test_images": 10_000}
-        )
-        for name, limit in most.items():
-            if getattr(self, name) > limit:
+    @property
+    def r(self) -> float:
+        """The norm of the pixels as a number: inf or 2."""
+        return math.inf if self.norm == "Linf" else 2.0
+
+    def _usual_delta(self) -> float:
+        row = DATASETS[self.dataset]
+        if self.norm not in row.delta:
+            raise ParameterError(f"delta must be given: there is no usual radius for {row.name} in {self.norm}")
+        return row.delta[self.norm]
+
+    def _most_images(self) -> dict[str, int]:
+        """How many images of each part there are, where that is known."""
+        row = DATASETS[self.dataset]
+        if self.data == "embedded" and row.robustbench != "cifar10":
+            raise ParameterError(f"the embedded images are of CIFAR-10: give the folder of {row.name} as data")
+        if is_own(str(self.data)):
+            return {}
+        if self.data == "embedded":
+            return {f"{part}_images": n for part, n in EMBEDDED.items()}
+        return {"test_images": row.test}
+
+    def _check_images(self, most: dict[str, int]) -> None:
+        row = DATASETS[self.dataset]
+        for name, n in most.items():
+            if getattr(self, name) > n:
                 raise ParameterError(
-                    f"{name} is {getattr(self, name)}, and the {self.data!r} data has {limit}:"
-                    " ask for fewer, or give the folder of CIFAR-10 as data"
+                    f"{name} is {getattr(self, name)}, and the {self.data!r} data has {n}: ask for fewer"
+                    + ", or give the folder of CIFAR-10 as data" * (self.data == "embedded")
                 )
-        if self.data != "embedded" and self.train_images + self.val_images > 50_000:  # type: ignore[operator]
+        both = (self.train_images or 0) + (self.val_images or 0)
+        if self.data != "embedded" and not is_own(str(self.data)) and row.train and both > row.train:
             raise ParameterError(
                 f"train_images is {self.train_images}, {self.val_images} images are kept for validation (val_images),"
-                " and CIFAR-10 has 50000 training images for both together: ask for fewer"
+                f" and {row.name} has {row.train} training images for both together: ask for fewer"
             )
 
     def _check_point(self) -> None:
+        """The value is one that `wdat_core.FinetuneConfig` takes for the point."""
         points: dict[str, tuple[Any, ...]] = OPEN_POINTS | CONTROLS
-        _check("point", self.point, str, choices=tuple(points))
-        usual = points[self.point][0]
-        if isinstance(usual, str):
-            _check("value", self.value, str, choices=points[self.point])
-        elif isinstance(usual, bool):
-            if not isinstance(self.value, bool):
-                raise ParameterError(f"value must be True or False for {self.point}, not {self.value!r}")
+        if self.point not in points:
+            raise ParameterError(f"point must be one of {', '.join(points)}, not {self.point!r}")
+        choices, value = points[self.point], self.value
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if isinstance(choices[0], bool):
+            fits, wanted = isinstance(value, bool), f"True or False for {self.point}"
+        elif isinstance(choices[0], str):
+            fits, wanted = value in choices, f"one of {', '.join(choices)}"
+        elif self.point == "momentum":
+            fits, wanted = number and 0 <= value < 1, "a number, at least 0 and below 1"  # type: ignore[operator]
+        elif self.point == "random_start":
+            fits, wanted = number and 0 <= value <= 1, "a number, at least 0 and at most 1"  # type: ignore[operator]
         else:
-            limit = {"random_start": 1.0, "momentum": math.nextafter(1, 0)}.get(self.point, math.inf)
-            _check("value", self.value, float, above=-math.ulp(0), at_most=limit)
+            fits, wanted = number and value >= 0, "a number, at least 0"  # type: ignore[operator]
+        if not fits:
+            raise ParameterError(f"value must be {wanted}, not {value!r}")
 
     def grid(self) -> list[tuple[float, float]]:
         """The (tau, eta) of each column, in the paper's order."""
         taus = (0.1, 0.01) if self.tau is None else (self.tau,)
         etas = (0.1, 1.0) if self.eta is None else (self.eta,)
-        return [(float(tau), float(eta)) for eta in etas for tau in taus]
+        return [(tau, eta) for eta in etas for tau in taus]
 
 
-_ALL = [f.name for f in dataclasses.fields(Settings) if f.name not in ("point", "value", "autoattack")]
-_ATTACK = [
-    "preset",
-    "network",
-    "data",
-    "test_images",
-    "delta",
-    "steps",
-    "precision",
-    "compiled",
-    "device",
-    "models",
-    "fresh",
-]
+def _in_words(error: Any) -> str:
+    """One of pydantic's errors as one sentence."""
+    name, value = str(error["loc"][0]), error["input"]
+    if error["type"] == "extra_forbidden":
+        return _unknown(name, list(Settings.model_fields))
+    context = error.get("ctx", {})
+    wanted = {
+        "float_type": "a number",
+        "int_type": "a whole number",
+        "int_from_float": "a whole number",
+        "string_type": "a text",
+        "bool_type": "True or False",
+        "finite_number": "a finite number",
+        "literal_error": context.get("expected"),
+        "greater_than": f"above {context.get('gt')}",
+        "greater_than_equal": f"at least {context.get('ge')}",
+        "less_than": f"below {context.get('lt')}",
+        "less_than_equal": f"at most {context.get('le')}",
+    }[error["type"]]
+    wanted = wanted.removesuffix(".0")
+    return f"{name} must be {'a number, a text, True or False' if name == 'value' else wanted}, not {value!r}"
+
+
+def _unknown(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f": did you mean {near[0]!r}?" if near else "."
+    return f"unknown parameter {name!r}{hint} Known are {', '.join(known)}"
+
+
+_ALL = [name for name in Settings.model_fields if name not in ("point", "value", "autoattack")]
+_WHERE = ["precision", "compiled", "device", "models", "fresh"]
+_ATTACK = ["preset", "network", "dataset", "data", "test_images", "norm", "delta", "steps", *_WHERE]
 PARAMETERS = {  # of the notebooks, by what they do
     "fine-tune": _ALL,
     "fine-tune both ways": [name for name in _ALL if name not in ("tau", "eta", "export")],
     "follow": [name for name in _ALL if name != "export"],
     "change a point": ["point", "value", *(name for name in _ALL if name not in ("consistency", "export"))],
     "attack": _ATTACK,
-    "attack harder": [*_ATTACK[:4], "autoattack", *_ATTACK[4:]],
+    "attack harder": [*_ATTACK[:5], "autoattack", *_ATTACK[5:]],
     "show attacks": _ATTACK[:-1],
     "bring your own": ["tau", "epochs", "delta", "steps", "seed"],
-    "attack in batches": [*_ATTACK[:3], "train_images", "test_images", "batch_size", *_ATTACK[4:]],
-    "estimate": [
-        "preset",
-        "network",
-        "data",
-        "train_images",
-        "delta",
-        "precision",
-        "compiled",
-        "seed",
-        "device",
-        "models",
-        "fresh",
-    ],
+    "attack in batches": [*_ATTACK[:4], "train_images", "test_images", "batch_size", *_ATTACK[5:]],
+    "estimate": [*_ATTACK[:4], "train_images", "norm", "delta", *_WHERE[:2], "seed", *_WHERE[2:]],
 }
-
-
 NOTEBOOKS = {  # what each does
     "table1": "attack",
     "table2": "attack in batches",
@@ -318,22 +386,3 @@ NOTEBOOKS = {  # what each does
 ONE_COLUMN = ("follow", "change a point")  # of a grid, so that tau and eta have to be given
 # Whose network each takes in the preset "paper", where it is one; of Chen and Lee the paper prints no grid.
 PAPER_SUBJECTS = {f"table{n}": network for n, (network, _) in GRIDS.items()} | {"table5": "Chen2024Data_WRN_34_10"}
-
-
-def _check(
-    name: str,
-    value: Any,
-    kind: Any,
-    *,
-    above: float = -math.inf,
-    at_most: float = math.inf,
-    choices: Sequence[str] = (),
-) -> None:
-    word = {int: "a whole number", float: "a number", str: "a text"}[kind]
-    if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
-        raise ParameterError(f"{name} must be {word}, not {value!r}")
-    if choices and value not in choices:
-        raise ParameterError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
-    if kind is not str and not (above < value <= at_most and math.isfinite(value)):
-        low = "at least 0" if above < 0 else f"above {above:g}"
-        raise ParameterError(f"{name} must be {low}{f' and at most {at_most:g}' * (at_most < math.inf)}, not {value!r}")

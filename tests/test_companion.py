@@ -9,22 +9,27 @@ import sys
 import types
 import urllib.error
 import urllib.request
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 from matplotlib.collections import PathCollection
 from PIL import Image
+from pydantic import ValidationError
 
-from companion import agreement, evidence, files, intervals, networks, runs
+from companion import agreement, evidence, files, intervals, networks
+from companion.bench import check_clean, command
 from companion.data import cifar, embedded, floats, load_data
+from companion.datasets import DATASETS, NORMS
 from companion.evidence import columns_of, paper_value
 from companion.intervals import Estimate, accuracy, change
+from companion.machine import pick_device
 from companion.origins import describe
 from companion.plots import plot_changes
 from companion.promises import promises, promises_table
 from companion.records import LATER, make_record, pack, read_records, recorded_like, unpack, write_record
-from companion.runs import finetune_grid, pick_device
+from companion.runs import finetune_grid
 from companion.settings import GRIDS, METRICS, PAPER_NETWORKS, PRESETS, STRONGER, ParameterError, Settings
 from companion.tables import compare, grid_rows, grid_table
 from wdat_core import Scores
@@ -54,6 +59,25 @@ def test_preset_fills_in_what_is_not_given():
     assert (settings.train_images, settings.val_images, settings.test_images) == (40_000, 10_000, 10_000)
 
 
+def test_data_set_and_norm_give_the_usual_radius():
+    assert from_notebook().delta == 8 / 255 and from_notebook().r == math.inf
+    assert from_notebook(norm="L2").delta == 0.5 and from_notebook(norm="L2").r == 2
+    assert from_notebook(norm="L2", delta=3).delta == 3
+    assert from_notebook(dataset="cifar100", data="data").delta == 8 / 255
+    assert from_notebook(dataset="imagenet", data="data", preset="paper").delta == 4 / 255
+    assert from_notebook(dataset="imagenet", data="data", preset="paper").test_images == 5000
+
+
+def test_data_sets_and_norms_are_those_of_the_rows():
+    assert get_args(Settings.model_fields["dataset"].annotation) == tuple(DATASETS)
+    assert get_args(Settings.model_fields["norm"].annotation) == NORMS
+
+
+def test_settings_cannot_be_changed():
+    with pytest.raises(ValidationError, match="frozen"):
+        from_notebook().tau = 1.0
+
+
 def test_grid_is_all_of_the_paper_or_the_one_asked_for():
     assert from_notebook().grid() == [(0.1, 0.1), (0.01, 0.1), (0.1, 1.0), (0.01, 1.0)]
     assert from_notebook(tau=0.01).grid() == [(0.01, 0.1), (0.01, 1.0)]
@@ -66,25 +90,33 @@ def test_grid_is_all_of_the_paper_or_the_one_asked_for():
         ({"tua": 0.01}, "unknown parameter 'tua': did you mean 'tau'"),
         ({"tau": "0.01"}, "tau must be a number, not '0.01'"),
         ({"tau": 0}, "tau must be above 0"),
-        ({"tau": math.nan}, "tau must be above 0"),
-        ({"eta": 1.5}, "eta must be above 0 and at most 1"),
+        ({"tau": math.nan}, "tau must be a finite number, not nan"),
+        ({"eta": 1.5}, "eta must be at most 1, not 1.5"),
         ({"eta": 0}, "eta must be above 0"),
         ({"delta": 0}, "delta must be above 0"),
-        ({"delta": math.inf}, "delta must be above 0"),
+        ({"delta": math.inf}, "delta must be a finite number"),
         ({"beta": -1}, "beta must be at least 0"),
         ({"steps": 0}, "steps must be above 0"),
         ({"steps": 2.5}, "steps must be a whole number"),
         ({"epochs": True}, "epochs must be a whole number"),
         ({"seed": -1}, "seed must be at least 0"),
-        ({"preset": "papr"}, "preset must be one of demo, paper"),
-        ({"consistency": "mse"}, "consistency must be one of"),
-        ({"precision": "float16"}, "precision must be one of float32, bfloat16"),
+        ({"preset": "papr"}, "preset must be 'demo' or 'paper', not 'papr'"),
+        ({"consistency": "mse"}, "consistency must be 'ce_detached', 'ce' or 'kl'"),
+        ({"precision": "float16"}, "precision must be 'float32' or 'bfloat16'"),
         ({"compiled": 1}, "compiled must be True or False, not 1"),
-        ({"upsilon_from": "full"}, "upsilon_from must be one of sample, batch"),
+        ({"upsilon_from": "full"}, "upsilon_from must be 'sample' or 'batch'"),
         ({"network": 7}, "network must be a text"),
         ({"export": True}, "export must be a text"),
         ({"test_images": 1001}, "test_images is 1001, and the 'embedded' data has 1000"),
         ({"preset": "paper", "train_images": 45_000}, "CIFAR-10 has 50000"),
+        ({"tau": True}, "tau must be a number, not True"),
+        ({"tau": None, "beta": None}, "beta must be a number, not None"),
+        ({"delta": 8}, r"delta must be at most 1 in Linf, not 8.0: pixels are in \[0, 1\]"),
+        ({"dataset": "mnist"}, "dataset must be 'cifar10', 'cifar100' or 'imagenet', not 'mnist'"),
+        ({"norm": "l2"}, "norm must be 'Linf' or 'L2', not 'l2'"),
+        ({"dataset": "cifar100"}, "the embedded images are of CIFAR-10: give the folder of CIFAR-100 as data"),
+        ({"dataset": "cifar100", "data": "data", "norm": "L2"}, "delta must be given: .* CIFAR-100 in L2"),
+        ({"dataset": "imagenet", "data": "data", "test_images": 5001}, "the 'data' data has 5000: ask for fewer"),
     ],
 )
 def test_bad_parameter_is_named(parameters, message):
@@ -275,15 +307,15 @@ def test_downloaded_web_page_leaves_nothing(tiny_zoo, tmp_path, monkeypatch):
 
 def test_clean_accuracy_far_from_the_published_one_is_refused():
     network = types.SimpleNamespace(name="Zhang2019Theoretically")
-    runs._check_clean(network, 0.8492, 10_000)
-    runs._check_clean(network, 0.82, 1000)
+    check_clean(network, 0.8492, 10_000)
+    check_clean(network, 0.82, 1000)
     for clean, images in ((0.83, 10_000), (0.1, 1000)):
         with pytest.raises(ParameterError, match=r"84.92 % is published"):
-            runs._check_clean(network, clean, images)
+            check_clean(network, clean, images)
 
 
 def test_missing_device_is_named():
-    with pytest.raises(ParameterError, match="device 'cuda:99' is not to be had here"):
+    with pytest.raises(ParameterError, match="this machine has no device 'cuda:99': use auto or cpu"):
         pick_device("cuda:99")
 
 
@@ -423,7 +455,7 @@ def test_scores_are_compared_on_the_same_images():
 
 def test_command_repeats_the_column_exactly():
     settings = from_notebook(delta=4 / 255, eta=1, seed=3, export="anywhere")
-    assert runs.command(settings, "table4", tau=0.01, eta=1.0) == (
+    assert command(settings, "table4", tau=0.01, eta=1.0) == (
         f"papermill notebooks/table4.ipynb out.ipynb -p tau 0.01 -p eta 1 -p delta {4 / 255!r} -p seed 3"
     )
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 from collections import OrderedDict
 from dataclasses import replace
@@ -13,13 +14,14 @@ import torch
 from PIL import Image
 from torch import nn
 
-from companion import networks
+from companion import files, networks
 from companion.architectures import cnn_a
 from companion.data import load_data
 from companion.datasets import DATASETS, NORMS, is_own
 from companion.exports import check_export, export
 from companion.networks import PUBLISHED, check_fit, load_network, zoo
 from companion.records import read_records
+from companion.runs import attack_each, finetune_grid
 from companion.settings import ParameterError, Settings
 
 SIZES = {"train_images": 6, "val_images": 4, "test_images": 3}
@@ -27,7 +29,7 @@ SETTINGS = Settings().resolved()
 
 
 def settings(data, **changes):
-    return replace(SETTINGS, data=str(data), **{**SIZES, **changes})
+    return SETTINGS.model_copy(update={"data": str(data), **SIZES, **changes})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -251,34 +253,34 @@ def test_imagenet_is_what_robustbench_gives_its_networks(validation):
     from robustbench.data import PREPROCESSINGS
 
     folder, names = validation
-    data = load_data(settings(folder), dataset="imagenet")
+    data = load_data(settings(folder, dataset="imagenet"))
     x, y = data.test
     theirs = torch.stack([PREPROCESSINGS["Res256Crop224"](Image.open(folder / n).convert("RGB")) for n in names])
     assert torch.equal(x, theirs) and x.shape == (3, 3, 224, 224)
     classes = json.loads(listed("imagenet_class_to_id_map.json"))
     assert y.tolist() == [classes[name.split("/")[0]] for name in names]
     assert (data.source, data.shape, data.classes) == ("ImageNet", (3, 224, 224), 1000)
-    assert data.digest("test") == load_data(settings(folder), dataset="imagenet").digest("test")
+    assert data.digest("test") == load_data(settings(folder, dataset="imagenet")).digest("test")
 
 
 def test_what_imagenet_lacks_is_named(validation, tmp_path):
     folder, _ = validation
     with pytest.raises(ParameterError, match=r"JPEG is missing or damaged .*or ask for fewer test_images"):
-        _ = load_data(settings(folder, test_images=4), dataset="imagenet").test
+        _ = load_data(settings(folder, test_images=4, dataset="imagenet")).test
     with pytest.raises(ParameterError, match="of ImageNet this project has test images only"):
-        _ = load_data(settings(folder), dataset="imagenet").train
+        _ = load_data(settings(folder, dataset="imagenet")).train
     with pytest.raises(
         ParameterError, match=r"no folder .*missing: give as data the folder of ImageNet's validation images"
     ):
-        _ = load_data(settings(tmp_path / "missing"), dataset="imagenet").test
+        _ = load_data(settings(tmp_path / "missing", dataset="imagenet")).test
     with pytest.raises(ParameterError, match=r"embedded images are of CIFAR-10: give the folder of ImageNet as data"):
-        load_data(settings("embedded"), dataset="imagenet")
+        Settings(dataset="imagenet").resolved()
 
 
 def test_imagenet_network_takes_imagenet_images(placed, validation, tmp_path):
     dataset, norm, name, _, _ = placed
     check = lambda: check_fit(  # noqa: E731
-        load_network(name, tmp_path, dataset, norm), load_data(settings(validation[0]), dataset="imagenet")
+        load_network(name, tmp_path, dataset, norm), load_data(settings(validation[0], dataset="imagenet"))
     )
     if dataset == "imagenet":
         check()
@@ -334,8 +336,6 @@ def test_own_network(write, tmp_path):
 
 
 def test_own_file_may_import_what_lies_beside_it_and_starts_at_the_repository(write, tmp_path, monkeypatch):
-    from companion import files
-
     monkeypatch.setattr(files, "ROOT", tmp_path)
     (tmp_path / "beside.py").write_text("CLASSES = 5", encoding="utf-8")
     write("from beside import CLASSES\ndef f():\n    return nn.Linear(2, CLASSES)")
@@ -501,3 +501,71 @@ def test_all_classes_of_a_data_set_are_needed(write, tmp_path):
     network = load_network(write("def f(): return nn.Sequential(nn.Flatten(), nn.Linear(3072, 100))"), tmp_path)
     with pytest.raises(ParameterError, match=r"mine.f tells 100 classes apart, .*CIFAR-10 images: .*10 classes"):
         check_fit(network, load_data(SETTINGS))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From parameters to a record
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder_of_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "RUNS", tmp_path / "runs")
+
+
+TINY = {"batch_size": 2, "steps": 2, **SIZES}
+
+
+def test_own_network_on_own_images_from_parameters_to_a_record(write, tmp_path, folder_of_runs):
+    (tmp_path / "net.py").write_text(f"import torch\nfrom torch import nn\n{NETWORK}", encoding="utf-8")
+    parameters = {"network": f"{tmp_path / 'net.py'}:f", "data": write(IMAGES), "delta": 0.1, **TINY}
+    (record,) = attack_each([Settings(**parameters).resolved()], "test", notebook="table1")
+    network, data = load_network(parameters["network"], tmp_path), load_data(Settings(**parameters).resolved())
+    assert (record.network.name, record.network.digest) == ("net.f", network.digest)
+    assert (record.data.source, record.data.test) == ("own images, mine.py:f", 3)
+    with torch.no_grad():
+        clean = (network.model(data.test[0]).argmax(1) == data.test[1]).float().mean().item()
+    assert record.metrics["test"]["clean"] == pytest.approx(clean) and record.metrics["test"]["w_2"] <= clean
+    assert "-p network net.py:f" in record.command and "-p data mine.py:f" in record.command
+    assert str(tmp_path) not in json.dumps(record.stored())
+    (tuned,) = finetune_grid(Settings(**parameters, tau=0.1, eta=1, epochs=1).resolved(), "whole", notebook="table4")
+    assert tuned.network.digest == network.digest and len(tuned.history.epochs) == 1
+
+
+def test_any_data_set_and_norm_from_parameters_to_a_record(placed, validation, tmp_path, folder_of_runs, monkeypatch):
+    dataset, norm, name, _, path = placed
+    row, made = DATASETS[dataset], (torch.randint(256, (9, 3, 32, 32)).byte(), torch.arange(9))
+    monkeypatch.setattr("companion.data.cifar", lambda *_, **__: made)
+    parameters = {"network": name, "dataset": dataset, "norm": norm, "models": str(tmp_path), **TINY}
+    chosen = Settings(data=str(validation[0]), **parameters).resolved()
+    state = torch.load(path, weights_only=True)
+    list(state.values())[-1][load_data(chosen).test[1][0]] += 100  # the bias of a class: one image is classified right
+    torch.save(state, path)
+    (record,) = attack_each([chosen], "test", notebook="table1")
+    assert record.network.source == f"RobustBench, {row.name}, {norm}" and record.data.source == row.name
+    assert (record.config.threat.r, record.config.threat.delta) == (2 if norm == "L2" else math.inf, row.delta[norm])
+    assert record.metrics["test"]["clean"] == pytest.approx(1 / 3)
+    assert ("-p norm L2" in record.command) is (norm == "L2")
+    assert (f"-p dataset {dataset}" in record.command) is (dataset != "cifar10")
+
+
+def test_network_that_does_not_fit_is_named_before_any_attack(write, folder_of_runs, monkeypatch):
+    monkeypatch.setattr("wdat_core.wpgd", lambda *_, **__: pytest.fail("attacked"))
+    with pytest.raises(ParameterError, match="demo tells 10 classes apart, which is not what the data has"):
+        attack_each([Settings(data=write(IMAGES.replace("% 4", "+ 7")), **TINY).resolved()], "test", notebook="table1")
+
+
+def test_network_that_is_never_right_is_named(write, tmp_path, folder_of_runs):
+    (tmp_path / "net.py").write_text(f"import torch\nfrom torch import nn\n{NETWORK}", encoding="utf-8")
+    value = f"{tmp_path / 'net.py'}:f"
+    wrong = "def f():\n    x = torch.rand(5, 3, 4, 4)\n    return {'test': (x, (net.f()(x).argmax(1) + 1) % 4)}"
+    parameters = {"network": value, "data": write(f"import net\n{wrong}"), **TINY}
+    with pytest.raises(ParameterError, match=r"net.f classifies none of the 3 test images correctly"):
+        attack_each([Settings(**parameters).resolved()], "test", notebook="table1")
+
+
+def test_missing_training_images_are_named_before_any_attack(write, folder_of_runs, monkeypatch):
+    monkeypatch.setattr("wdat_core.wpgd", lambda *_, **__: pytest.fail("attacked"))
+    one = "def f(): return {'test': (torch.rand(5, 3, 32, 32), torch.arange(5))}"
+    with pytest.raises(ParameterError, match="returned no 'train' images"):
+        finetune_grid(Settings(data=write(one), tau=0.1, eta=1, **TINY).resolved(), "whole", notebook="table4")

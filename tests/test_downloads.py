@@ -244,8 +244,8 @@ def test_half_an_archive_placed_by_hand_is_replaced_by_a_download(small, server,
 
 def test_parts_are_those_of_the_data_set(small, server, tmp_path):
     """Training and validation images are disjoint, and come from the training images."""
-    settings = Settings(data=str(tmp_path), train_images=15, val_images=5, test_images=3).resolved()
-    loaded = data.load_data(settings, dataset=small.dataset)
+    given = {"dataset": small.dataset, "data": str(tmp_path)}
+    loaded = data.load_data(Settings(**given, train_images=15, val_images=5, test_images=3).resolved())
     x, _ = small.load(tmp_path)
     rows = [tuple(image.flatten().tolist()) for part in (loaded.train, loaded.val) for image in (255 * part[0]).round()]
     assert sorted(rows) == sorted(tuple(image.flatten().tolist()) for image in x.float())

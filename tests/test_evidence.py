@@ -35,7 +35,7 @@ def test_norms_inside_the_kernels_change_no_logit(name, monkeypatch):
         model(x)  # in train mode: statistics that are not 0 and 1
     model.eval()
     folded = model(x)
-    monkeypatch.setattr(networks, "_normed", lambda conv, norm, x: norm(conv(x)))
+    monkeypatch.setattr(architectures, "_normed", lambda conv, norm, x: norm(conv(x)))
     assert torch.allclose(folded, model(x), atol=1e-5)
     assert folded.std() > 0.01
     assert not torch.allclose(folded, model.train()(x), atol=1e-3)  # the batch's own statistics
@@ -298,9 +298,9 @@ def test_open_points_are_fields_with_these_defaults():
     [
         ("nois", 0.1, "point must be one of consistency, "),
         ("attacker", "none", "value must be one of distributional, pointwise, not 'none'"),
-        ("noise", "much", "value must be a number, not 'much'"),
-        ("noise", -0.1, "value must be at least 0"),
-        ("momentum", 1, "value must be at least 0 and at most 1, not 1"),
+        ("noise", "much", "value must be a number, at least 0, not 'much'"),
+        ("noise", -0.1, "value must be a number, at least 0, not -0.1"),
+        ("momentum", 1, "value must be a number, at least 0 and below 1, not 1"),
         ("reinit", "zeros", "value must be one of default, xavier"),
         ("augment", 1, "value must be True or False for augment, not 1"),
     ],
@@ -318,13 +318,15 @@ def test_a_point_is_changed_and_nothing_else(harder):
     assert "-p point augment -p value False" in with_it["command"]
     assert (files.RUNS / record_name(with_it)).exists()
     usual, control = runs.change_point(
-        dataclasses.replace(settings, point="attacker", value="pointwise"), notebook="open_points"
+        settings.model_copy(update={"point": "attacker", "value": "pointwise"}), notebook="open_points"
     )
     assert record_name(usual) == record_name(without)  # what a control leaves as it is, is no run of its own
     differ = {k for k in without["config"] if without["config"][k] != control["config"][k]}
     assert differ == {"threat"} and control["config"]["threat"]["p"] == "inf"
     assert parse_record((files.RUNS / record_name(control)).read_bytes()) == control
-    (last, _) = runs.change_point(dataclasses.replace(settings, point="reinit", value="xavier"), notebook="open_points")
+    (last, _) = runs.change_point(
+        settings.model_copy(update={"point": "reinit", "value": "xavier"}), notebook="open_points"
+    )
     assert last["config"]["perturb"] == "last_layer"
 
 

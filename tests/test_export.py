@@ -266,7 +266,7 @@ def test_training_is_kept_until_its_export_is_whole(exported, tmp_path, monkeypa
 
 def test_folder_that_cannot_be_written_is_named_before_training(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr("wdat_core.evaluate", pytest.fail)
+    monkeypatch.setattr("wdat_core.wpgd", pytest.fail)
     settings = Settings(tau=0.01, eta=1, export=str(tmp_path / "file"), **SIZES).resolved()
     with pytest.raises(ParameterError, match=r"nothing can be exported to .*file: give another folder"):
         finetune_grid(settings, "whole", notebook="table4")

@@ -1,7 +1,6 @@
 """The notebooks as papermill runs them: bad parameters stop at once with one line, good ones end in a record."""
 
 import ast
-import dataclasses
 import json
 import re
 
@@ -63,7 +62,7 @@ def test_every_parameter_is_explained_and_known(path):
         assert list(parameters) == PARAMETERS[does]
         if does == "bring your own":
             return
-        usual = dataclasses.asdict(Settings()) | ({"tau": 0.01, "eta": 1.0} if does in ONE_COLUMN else {})
+        usual = Settings().model_dump() | ({"tau": 0.01, "eta": 1.0} if does in ONE_COLUMN else {})
         usual |= {"network": "small_trades"} if does == "attack harder" else {}
         for name, parameter in parameters.items():
             assert ast.literal_eval(parameter["default"].replace("8 / 255", repr(8 / 255))) == usual[name]

@@ -1,0 +1,188 @@
+"""What a run works on, and the one way from a run to its record.
+
+Compute or load: a run that runs/ already holds, with the same configuration, network, images, code, versions and
+device, is read from there, unless the settings say `fresh`. Every other one is computed, and written when it is done.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import wdat_core
+from companion import files, own
+from companion.data import Data, load_data
+from companion.datasets import DATASETS, is_own
+from companion.files import from_root
+from companion.kinds import SCHEMA, Begun, Record
+from companion.machine import core_digest, made_on, pick_device
+from companion.networks import Network, check_fit, load_network
+from companion.records import make_record, parse_record, protocol, record_name, subject, write_record
+from companion.settings import NOTEBOOKS, PAPER_NETWORKS, PARAMETERS, PRESETS, ParameterError, Settings
+from companion.terminal import progress
+from wdat_core import Attack, Images, Threat
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a run works on: the network on its device, the images there, and how it looks at them."""
+
+    settings: Settings
+    network: Network
+    data: Data
+    device: torch.device
+    loss: str  # of the distributional attack: ReDLR, which needs three classes
+
+    @property
+    def model(self) -> nn.Module:
+        return self.network.model
+
+    @property
+    def at_once(self) -> int:
+        """How many images the network sees at once where that decides nothing; a CPU is faster on smaller batches."""
+        return 128 if self.device.type == "cpu" else 1024
+
+    @property
+    def how(self) -> dict[str, Any]:
+        return {"precision": self.settings.precision, "compiled": self.settings.compiled}
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What the configuration of every record of this bench says."""
+        return {"threat": self.threat(2.0), **self.how} | ({} if self.loss == "redlr" else {"loss": self.loss})
+
+    def with_model(self, model: nn.Module) -> Bench:
+        """The same for another model, such as the network in the middle of its training."""
+        return replace(self, network=replace(self.network, model=model))
+
+    def threat(self, p: float) -> Threat:
+        return Threat(p=p, r=self.settings.r, delta=self.settings.delta)  # type: ignore[arg-type]
+
+    def attack(self, images: Images, p: float, **options: Any) -> Attack:
+        """W-PGD as in the paper's tables; the pointwise one, p = inf, is PGD with CE."""
+        usual = {"loss": self.loss if p < math.inf else "ce", "steps": self.settings.steps, "batch_size": self.at_once}
+        return wdat_core.wpgd(self.model, *images, self.threat(p), **{**usual, **self.how, **options})
+
+    def sensitivity(self, images: Images) -> float:
+        return wdat_core.sensitivity(
+            self.model, *images, self.threat(2.0), loss=self.loss, batch_size=self.at_once, **self.how
+        )
+
+    def progress(self, what: str) -> Any:
+        return progress(f"{self.network.name}, {what}")
+
+
+def bench(settings: Settings) -> Bench:
+    """Network, images and device of the settings.
+
+    Raises:
+        ParameterError: one of them is not there, or the network does not take the images (see `load_network`,
+            `load_data`, `check_fit`, `pick_device`).
+    """
+    core_digest()  # of the code that runs, should the file be edited meanwhile
+    device = pick_device(settings.device)
+    network = load_network(str(settings.network), from_root(settings.models), settings.dataset, settings.norm)
+    data = load_data(settings, device)
+    check_fit(network, data)
+    network.model.to(device)
+    with torch.no_grad():
+        logits = network.model(torch.full((1, *data.shape), 0.5, device=device))
+    return Bench(settings, network, data, device, "redlr" if logits.shape[1] > 2 else "ce")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From a run to its record
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def recorded(begun: Begun, on: Bench, command: str, measure: Callable[[], dict[str, Any]]) -> Record:
+    """The finished run in runs/ that this one would repeat; if there is none, what `measure` finds, written there."""
+    return held(begun, on) or measured(begun, on, command, measure)
+
+
+def measured(begun: Begun, on: Bench, command: str, measure: Callable[[], dict[str, Any]]) -> Record:
+    """The record of what `measure` finds, written to runs/; its time is the total, unless `measure` says more."""
+    begin = time.perf_counter()
+    found = measure()
+    seconds = {"total": round(time.perf_counter() - begin, 1)}
+    known = {name: getattr(begun, name) for name in ("kind", "network", "data", "config")}
+    record = make_record({"schema": SCHEMA, **known, "seconds": seconds, **found, **made_on(on.device, command)})
+    write_record(record, files.RUNS)
+    return record
+
+
+def begin(kind: str, on: Bench, parts: Sequence[str], config: Any, **data: int) -> Begun:
+    """A run that has not started: its kind, its configuration and the parts of the data that it uses.
+
+    Args:
+        data: what else the record says of the data.
+    """
+    about = subject(on.network, on.data, *parts)
+    return Begun(schema=SCHEMA, kind=kind, network=about["network"], data=about["data"] | data, config=config)
+
+
+def held(begun: Begun, on: Bench) -> Any:
+    """The finished run in runs/ that this one would repeat, or None."""
+    if on.settings.fresh:
+        return None
+    try:
+        record = parse_record((files.RUNS / record_name(begun)).read_bytes())
+    except (OSError, ValueError):
+        return None
+    here = made_on(on.device, record.command)
+    alike = all(getattr(record, name) == here[name] for name in ("core", "versions", "device"))
+    return record if alike and protocol(record) == protocol(begun) else None
+
+
+def command(settings: Settings, notebook: str, **column: Any) -> str:
+    """The papermill line that repeats a record, without the folders of this machine.
+
+    In it the folder of images is data, that of an export exports, and a user's own file has its name alone.
+
+    Args:
+        column: the tau and eta of the record, where the notebook takes them.
+    """
+    defaults = {**Settings().model_dump(), **PRESETS[settings.preset]}
+    defaults["delta"] = DATASETS[settings.dataset].delta.get(settings.norm)
+    if settings.preset == "paper":
+        del defaults["network"]  # another one in other notebooks
+    network, data = str(settings.network), str(settings.data)
+    if is_own(network):
+        network = own.words(network)
+    elif Path(network).name != network:
+        network = f"exports/{Path(network).name}"
+    data = own.words(data) if is_own(data) else data if data == "embedded" else "data"
+    one = {**settings.model_dump(), "network": network, "data": data, **column}
+    elsewhere = ("device", "models", "stop_after", "export", "fresh")  # of the machine, not of the numbers
+    known = [k for k in PARAMETERS[NOTEBOOKS[notebook]] if k not in elsewhere]
+    given = {k: one[k] for k in known if k not in defaults or one[k] != defaults[k]}
+    return " ".join(
+        [
+            f"papermill notebooks/{notebook}.ipynb out.ipynb",
+            *(f"-p {k} {int(v) if isinstance(v, float) and v.is_integer() else v}" for k, v in given.items()),
+        ]
+    )
+
+
+def check_clean(network: Network, clean: float, images: int) -> None:
+    """The clean accuracy is the published one, up to what a sample of that many images can differ (4 sigma).
+
+    Raises:
+        ParameterError: it is not.
+    """
+    if network.name not in PAPER_NETWORKS:
+        return
+    published = PAPER_NETWORKS[network.name]["clean"] / 100
+    allowed = 0.005 if images == 10_000 else 4 * math.sqrt(published * (1 - published) / images)
+    if abs(clean - published) > allowed:
+        raise ParameterError(
+            f"{network.name} classifies {100 * clean:.2f} % of {images} clean test images correctly, and"
+            f" {100 * published:.2f} % is published: these are not its weights, or not its images"
+        )

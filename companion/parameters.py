@@ -1,0 +1,47 @@
+"""What each parameter of a notebook means there: the description of `Settings`, or one of the notebook's own.
+
+Nothing here imports torch: parameters are checked before it is loaded.
+"""
+
+from __future__ import annotations
+
+from companion.settings import NOTEBOOKS, PARAMETERS, Settings
+
+NETWORKS = "any network, as for Table 4; None: the paper's five, or the stand-ins"
+OWN: dict[str, dict[str, str]] = {  # by what a notebook does: where it means something more special
+    "follow": {
+        "tau": "learning rate, > 0; that of the paper's figure",
+        "eta": "update rate of Upsilon, in (0, 1]; that of the paper's figure",
+    },
+    "change a point": {"tau": "learning rate, > 0", "eta": "update rate of Upsilon, in (0, 1]"},
+    "attack": {"network": NETWORKS, "test_images": "how many test images are attacked; None: the preset's"},
+    "attack harder": {
+        "network": "any network, as for Table 4; None: by preset",
+        "test_images": "how many test images are attacked; None: the preset's",
+    },
+    "attack in batches": {
+        "network": NETWORKS,
+        "train_images": "how many training images are attacked; None: the preset's, as for the next two",
+        "test_images": "how many test images are attacked",
+        "batch_size": "images of a batch of W-PGD-budget, eq. 5.5",
+    },
+    "show attacks": {"test_images": "how many are attacked, the gallery's among them; None: the preset's"},
+    "estimate": {
+        "network": NETWORKS,
+        "train_images": "how many images Upsilon is of; None: the preset's",
+        "seed": "of the samples",
+    },
+    "bring your own": {
+        "tau": "learning rate of fine-tuning, > 0",
+        "epochs": "of fine-tuning",
+        "delta": "radius of the attacks, in [0, 1] pixel units; 8 / 255 in the paper",
+        "seed": "of the weights and of the training",
+    },
+}
+
+
+def explained(notebook: str) -> dict[str, str]:
+    """The parameters of a notebook, in their order, each with what it means."""
+    does = NOTEBOOKS[notebook]
+    own = OWN.get(does, {})
+    return {name: own.get(name) or str(Settings.model_fields[name].description) for name in PARAMETERS[does]}
