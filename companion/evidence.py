@@ -188,7 +188,7 @@ def along(record: Record) -> list[dict[str, float]]:
 
 def has_curves(record: Record) -> bool:
     """Whether accuracies and Upsilon were measured after each epoch."""
-    return "start" in record["history"]
+    return bool(record["history"].get("start"))
 
 
 def with_curves(records: Sequence[Record], like: Sequence[Record]) -> list[Record]:

@@ -6,7 +6,7 @@ import csv
 from typing import Any
 
 from companion import files
-from companion.records import Record
+from companion.kinds import ReliabilityRecord
 
 
 def promises() -> list[dict[str, str]]:
@@ -15,17 +15,17 @@ def promises() -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def promises_table(record: Record | None) -> Any:
+def promises_table(record: ReliabilityRecord | None) -> Any:
     """Each promise with its tests, and with the figures of a reliability record where there is one, as Markdown."""
     from IPython.display import Markdown
 
     lines = ["| promise | tests | figures |", "|---|---|---|"]
     for row in promises():
         tests = "<br>".join(f"`{test.strip()}`" for test in row["tests"].split(";"))
-        figure = row["figure"].format(**record["figures"]) if record else ""
+        figure = row["figure"].format(**record.figures) if record else ""
         lines.append(f"| {row['promise']} | {tests} | {figure or '–'} |")
     if record:
-        figures = record["figures"]
+        figures = record.figures
         lines.append(
             f"\n{figures['tests'] - figures['skipped']} tests passed, {figures['skipped']} skipped (no GPU here),"
             f" in {record['seconds']['total'] / 60:.0f} minutes on {record['device']}; core {record['core'][:8]}, torch"

@@ -14,6 +14,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
+from altered import altered
 from matplotlib.collections import PathCollection
 from PIL import Image
 from pydantic import ValidationError
@@ -188,12 +189,12 @@ def test_no_cifar10_and_no_network(tmp_path, monkeypatch):
 
 def test_demo_network_is_what_its_record_says(tmp_path):
     network = networks.load_network("demo", tmp_path)
-    (record,) = [r for r in read_records(kind="pretrain") if r["network"]["name"] == "demo"]
-    assert network.digest == record["network"]["digest"] and not network.model.training
+    (record,) = [r for r in read_records(kind="pretrain") if r.network.name == "demo"]
+    assert network.digest == record.network.digest and not network.model.training
     x, y = embedded("test")
     with torch.no_grad():
         correct = network.model(floats(x)).argmax(1) == y
-    recorded = unpack(record["correct"]["after"]["clean"], record["data"]["test"])[:1000]
+    recorded = unpack(record.correct["after"]["clean"], record.data.test)[:1000]
     assert np.abs(correct.numpy() - recorded).sum() <= 5  # images at the boundary, on another machine
 
 
@@ -351,10 +352,9 @@ def test_a_column_stopped_by_its_time_goes_on_where_it_was(run, tmp_path, monkey
             stops += 1
     assert stops == 4 * 3
     unstopped = run[0][0]
-    assert {k: record[k] for k in ("metrics", "correct", "config", "command")} == {
-        k: unstopped[k] for k in ("metrics", "correct", "config", "command")
-    }
-    assert record["history"]["upsilon"] == unstopped["history"]["upsilon"]
+    for name in ("metrics", "correct", "config", "command"):
+        assert getattr(record, name) == getattr(unstopped, name)
+    assert record.history.upsilon == unstopped.history.upsilon
     assert [path.suffix for path in tmp_path.iterdir()] == [".json", ".json"]
 
 
@@ -368,9 +368,9 @@ def test_records_come_back_as_they_were_written(run):
 
 def test_record_accuracies_are_those_of_its_images(run):
     for record in run[0]:
-        for when, scores in record["metrics"].items():
+        for when, scores in record.metrics.items():
             for metric, value in scores.items():
-                bits = unpack(record["correct"][when][metric], record["data"]["test"])
+                bits = unpack(record.correct[when][metric], record.data.test)
                 assert bits.mean() == pytest.approx(value)
                 assert accuracy([record], when, metric).value == pytest.approx(100 * value)
 
@@ -406,19 +406,21 @@ def test_full_disk_leaves_no_half_record(run, tmp_path, monkeypatch):
 def test_records_of_another_protocol_are_not_mixed_in(run, tmp_path):
     records, _ = run
     for key, value in (("epochs", 7), ("consistency", "kl")):
-        write_record({**records[0], "config": {**records[0]["config"], key: value}}, tmp_path)
+        write_record(altered(records[0], {key: value}), tmp_path)
     assert len(read_records(tmp_path)) == 2 and not recorded_like(records, tmp_path)
-    write_record({**records[0], "config": {**records[0]["config"], "seed": 5}}, tmp_path)
+    write_record(altered(records[0], {"seed": 5}), tmp_path)
     assert len(recorded_like(records, tmp_path)) == 1
 
 
 def test_records_made_before_a_field_was_there_are_comparable(run, tmp_path):
     """Not to have the field is to have its first value, and no other."""
     records, _ = run
-    config = {k: v for k, v in records[0]["config"].items() if k not in LATER}
-    write_record({**records[0], "config": config}, tmp_path)
+    fields = records[0].stored()
+    fields["config"] = {k: v for k, v in fields["config"].items() if k not in LATER}
+    assert make_record(fields) == records[0]
+    write_record(make_record(fields), tmp_path)
     assert len(recorded_like(records, tmp_path)) == 1
-    other = [{**records[0], "config": {**records[0]["config"], "precision": "bfloat16"}}]
+    other = [altered(records[0], {"precision": "bfloat16"})]
     assert not recorded_like(other, tmp_path)
     assert "precision=bfloat16" in describe(other, "This").data
     assert "precision" not in describe(records, "This").data
@@ -475,10 +477,7 @@ def test_table_shows_paper_beside_this_run_and_an_honest_dash(run):
     assert "| W₂ | paper: Zhang et al. (2019) | 42.99 | 45.20 (+2.21) | 50.53 (+7.54) |" in table
     assert "| recorded here: demo | – | – | – |" in table
     assert f"{100 * records[1]['metrics']['after']['w_2']:.2f} (" in table
-    assert (
-        "paper: Zhang et al. (2019) | 42.99 | – |"
-        in grid_table(4, [{**records[0], "config": {**records[0]["config"], "tau": 0.3}}], []).data
-    )
+    assert "paper: Zhang et al. (2019) | 42.99 | – |" in grid_table(4, [altered(records[0], {"tau": 0.3})], []).data
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -490,7 +489,7 @@ def test_agreement_fails_where_the_numbers_differ(run, when):
     )
     assert "Nothing is recorded" in agreement.of_columns(records, [], before=0, after=0).data
     none = {m: pack(torch.zeros(50, dtype=torch.bool)) for m in METRICS}
-    other = {**records[0], "correct": {**records[0]["correct"], when: none}}
+    other = altered(records[0], correct={**records[0].correct, when: none})
     with pytest.raises(AssertionError, match=f"clean {when} fine-tuning at tau 0.1.*further apart than 0.5 points"):
         agreement.of_columns(records, [other], before=0.5, after=0.5)
 
@@ -538,15 +537,15 @@ def test_readme_says_what_presets_and_records_say():
     for p in PRESETS.values():
         sizes = " / ".join(f"{p[f'{part}_images']:,}" for part in ("train", "val", "test"))
         assert f"{sizes}, " in text and f"| {p['epochs']}, {p['batch_size']} |" in text
-    (record,) = [r for r in read_records(kind="pretrain") if r["network"]["name"] == "demo"]
-    scores = {m: f"{100 * v:.2f} %" for m, v in record["metrics"]["after"].items()}
+    (record,) = [r for r in read_records(kind="pretrain") if r.network.name == "demo"]
+    scores = {m: f"{100 * v:.2f} %" for m, v in record.metrics["after"].items()}
     assert f"{scores['clean']} clean, {scores['w_inf']} under the pointwise and {scores['w_2']} under the" in text
 
 
 def test_readme_quotes_the_whole_protocol_from_the_records():
     text = " ".join((files.ROOT / "README.md").read_text(encoding="utf-8").split())
     full = {
-        (grid[0]["network"]["name"], perturb): columns_of(grid)
+        (grid[0].network.name, perturb): columns_of(grid)
         for perturb in ("whole", "last_layer")
         for grid in evidence.grids(perturb, read_records())
         if evidence.is_full(grid[0])
@@ -564,8 +563,8 @@ def test_readme_quotes_the_strongest_attacks_from_the_records():
     attacks = [name for name, attack in STRONGER.items() if attack.p == 2]
     changes = []
     for name in ("small_trades", "small_pgd"):
-        records = {r["network"]["source"]: r for r in read_records(kind="stronger") if name in r["network"]["name"]}
-        (before,) = (r for r in records.values() if r["network"]["name"] == name)
+        records = {r.network.source: r for r in read_records(kind="stronger") if name in r.network.name}
+        (before,) = (r for r in records.values() if r.network.name == name)
         (after,) = (r for source, r in records.items() if "whole, tau 0.01, eta 1, 40000 images, 20 epochs" in source)
         left = [min((intervals.bits(r, a, "accuracy") for a in attacks), key=sum) for r in (after, before)]
         changes.append(intervals.estimate_of([left[0] - left[1]]).text(signed=True).replace("\u00a0", " "))
@@ -592,7 +591,7 @@ def test_figures_of_the_promises_are_counted_by_tests():
     figures = {name for row in promises() for _, name, *_ in string.Formatter().parse(row["figure"]) if name}
     sources = "".join(path.read_text(encoding="utf-8") for path in (files.ROOT / "tests").glob("test_*.py"))
     assert figures and not [name for name in figures if f'"{name}"' not in sources]
-    record = {"figures": dict.fromkeys([*figures, "tests", "skipped"], 7), "seconds": {"total": 60}}
-    record |= {"device": "a device", "core": "0" * 64, "versions": {"torch": "2"}, "command": "python it"}
+    (record,) = read_records(kind="reliability")
+    record = altered(record, figures=dict.fromkeys([*figures, "tests", "skipped"], 7))
     assert "7 kills in 7 runs" in promises_table(record).data
     assert promises_table(None).data.count("| – |") == len(promises())

@@ -96,7 +96,7 @@ def test_round_trip_gives_identical_logits(exported, tmp_path, images):
 def test_notebook_exports_the_network_of_the_record(exported, images):
     """The recorded accuracy after fine-tuning is that of the exported network."""
     path, record = exported
-    correct = unpack(record["correct"]["after"]["clean"], 50)[:8]
+    correct = unpack(record.correct["after"]["clean"], 50)[:8]
     with torch.no_grad():
         assert torch.equal(load(path).model(images[0]).argmax(1) == images[1], torch.tensor(correct) == 1)
     assert parse_record((path / "record.json").read_bytes()) == record
@@ -108,8 +108,8 @@ def test_export_is_fine_tuned_and_exported_again(exported, tmp_path, monkeypatch
     network = str(exported[0])
     settings = Settings(tau=0.1, eta=1, network=network, export=str(tmp_path / "again"), **SIZES).resolved()
     (record,) = finetune_grid(settings, "whole", notebook="table4")
-    assert record["network"]["digest"] == load(exported[0]).digest
-    assert f"-p network exports/{exported[0].name} " in record["command"] and network not in json.dumps(record.stored())
+    assert record.network.digest == load(exported[0]).digest
+    assert f"-p network exports/{exported[0].name} " in record.command and network not in json.dumps(record.stored())
     (path,) = (tmp_path / "again").iterdir()
     assert load(path).name == "demo-finetuned" and load(path).digest != load(exported[0]).digest
 
@@ -162,9 +162,9 @@ def test_card_says_what_the_record_says(exported):
     for metric, label in METRICS.items():
         after, moved = accuracy([record], "after", metric), change([record], metric)
         assert f"| {label} |" in card and f"| {after.text()} | {moved.text(signed=True)} |" in card
-    known = (record["command"], record["network"]["digest"], record["data"]["digest"], load(path).digest)
+    known = (record.command, record.network.digest, record.data.digest, load(path).digest)
     assert all(f"`{text}`" in card for text in known)
-    assert json.loads(re.search(r"```json\n(.*?)```", card, re.DOTALL)[1]) == record["config"]
+    assert json.loads(re.search(r"```json\n(.*?)```", card, re.DOTALL)[1]) == record.stored()["config"]
     assert card.endswith("## Licence\n\nMIT.\n")
 
 

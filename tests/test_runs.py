@@ -5,6 +5,7 @@ import json
 import math
 
 import pytest
+from altered import altered
 
 from companion import agreement, evidence, files, origins, plots, runs, tables
 from companion.bench import command
@@ -45,11 +46,11 @@ def nothing_runs(monkeypatch):
 def test_attacks_on_a_part_are_of_its_images(folder, part):
     (record,) = runs.attack_each([ONE], part, notebook="table2")
     assert images_of(record, part) == SMALL[f"{part}_images"]
-    for metric, value in record["metrics"][part].items():
-        assert unpack(record["correct"][part][metric], images_of(record, part)).mean() == pytest.approx(value)
-    scores = record["metrics"][part]
+    for metric, value in record.metrics[part].items():
+        assert unpack(record.correct[part][metric], images_of(record, part)).mean() == pytest.approx(value)
+    scores = record.metrics[part]
     assert scores["w_2"] <= scores["clean"] and scores["budget"] <= scores["clean"]
-    assert record["distance"] <= ONE.delta * (1 + 1e-6)  # eq. 5.5 keeps all batches together in the ball
+    assert record.distance <= ONE.delta * (1 + 1e-6)  # eq. 5.5 keeps all batches together in the ball
     assert parse_record((folder / record_name(record)).read_bytes()) == record
 
 
@@ -71,7 +72,7 @@ def test_any_other_is_computed(folder, curves, nothing_runs, change):
         path.write_bytes(before.replace(b'"loss"', b'"lose"'))
     else:
         other = {"core": "0" * 64, "device": "another", "versions": curves.versions | {"torch": "0"}}
-        write_record(curves.model_copy(update={change: other[change]}), folder)
+        write_record(altered(curves, **{change: other[change]}), folder)
     try:
         with pytest.raises(AssertionError, match="to be read"):
             runs.finetune_grid(settings, "whole", notebook="table4")
@@ -80,40 +81,40 @@ def test_any_other_is_computed(folder, curves, nothing_runs, change):
 
 
 def test_curves_hold_what_the_run_reports_and_change_nothing(folder, curves):
-    kept = curves["history"]["epochs"][curves["history"]["best"] - 1]
-    assert kept["test_w_2"] == pytest.approx(curves["metrics"]["after"]["w_2"])
-    assert kept["test_w_inf"] == pytest.approx(curves["metrics"]["after"]["w_inf"])
-    start = curves["history"]["start"]
-    assert start["test_w_2"] == pytest.approx(curves["metrics"]["before"]["w_2"])
+    kept = curves.history.epochs[curves.history.best - 1]
+    assert kept["test_w_2"] == pytest.approx(curves.metrics["after"]["w_2"])
+    assert kept["test_w_inf"] == pytest.approx(curves.metrics["after"]["w_inf"])
+    start = curves.history.start
+    assert start["test_w_2"] == pytest.approx(curves.metrics["before"]["w_2"])
     (estimate,) = runs.estimates_each([ONE], notebook="figure7_1")
-    assert start["train_upsilon"] == pytest.approx(estimate["reference"], rel=1e-4)
+    assert start["train_upsilon"] == pytest.approx(estimate.reference, rel=1e-4)
     fresh = Settings(tau=0.1, eta=1, fresh=True, **SMALL).resolved()
     (plain,) = runs.finetune_grid(fresh, "whole", notebook="table4")
-    assert plain["correct"] == curves["correct"] and plain["history"]["upsilon"] == curves["history"]["upsilon"]
-    assert "start" not in plain["history"]
+    assert plain.correct == curves.correct and plain.history.upsilon == curves.history.upsilon
+    assert plain.history.start is None
     (again,) = runs.finetune_grid(ONE, "whole", notebook="figure7_2", curves=True)  # the plain one is not enough
-    assert "start" in again["history"] and again["correct"] == curves["correct"]
+    assert again.history.start and again.correct == curves.correct
 
 
 def test_estimates_are_drawn_from_the_training_set(folder):
     (record,) = runs.estimates_each([ONE], notebook="figure7_1")
-    assert len(record["estimates"]) == 10 and len(set(record["estimates"])) > 1
+    assert len(record.estimates) == 10 and len(set(record.estimates)) > 1
     (other,) = runs.estimates_each([Settings(seed=1, **SMALL).resolved()], notebook="figure7_1")
-    assert other["reference"] == record["reference"] and other["estimates"] != record["estimates"]
+    assert other.reference == record.reference and other.estimates != record.estimates
     # Disjoint tenths would average to the whole in the q-th power; random ones stay below its maximum.
-    assert max(record["estimates"]) <= record["reference"] * math.sqrt(10) * (1 + 1e-6)
+    assert max(record.estimates) <= record.reference * math.sqrt(10) * (1 + 1e-6)
 
 
 def test_what_each_image_costs(folder):
     record, pictures = runs.spend(ONE, notebook="gallery")
     n = SMALL["test_images"]
-    assert all(len(pictures[name]) == len(record["prediction"][name]) == n for name in ("x", "w_inf", "w_2"))
-    assert max(record["distance"]["w_inf"]) <= ONE.delta + 1e-6
-    assert math.sqrt(sum(d**2 for d in record["distance"]["w_2"]) / n) <= ONE.delta + 1e-6
+    assert all(len(pictures[name]) == len(record.prediction[name]) == n for name in ("x", "w_inf", "w_2"))
+    assert max(record.distance["w_inf"]) <= ONE.delta + 1e-6
+    assert math.sqrt(sum(d**2 for d in record.distance["w_2"]) / n) <= ONE.delta + 1e-6
     (scores,) = runs.attack_each([ONE], "test", notebook="table1")
     for name, metric in (("x", "clean"), ("w_inf", "w_inf"), ("w_2", "w_2")):
-        right = sum(a == b for a, b in zip(record["prediction"][name], record["label"], strict=True)) / n
-        assert right == pytest.approx(scores["metrics"]["test"][metric])
+        right = sum(a == b for a, b in zip(record.prediction[name], record.label, strict=True)) / n
+        assert right == pytest.approx(scores.metrics["test"][metric])
 
 
 def test_one_notebook_for_several_networks():
@@ -138,15 +139,14 @@ def test_network_table_has_a_dash_for_what_was_not_measured(folder):
 
 def test_best_setting_is_chosen_on_validation_images(curves):
     def made(tau, seed, val, test):
-        epochs = [{**row, "w_2": val} for row in curves["history"]["epochs"]]
-        metrics = {**curves["metrics"], "after": {**curves["metrics"]["after"], "w_2": test}}
-        config = {**curves["config"], "tau": tau, "seed": seed}
-        return {**curves, "config": config, "metrics": metrics, "history": {**curves["history"], "epochs": epochs}}
+        epochs = [{**row, "w_2": val} for row in curves.history.epochs]
+        metrics = {**curves.metrics, "after": {**curves.metrics["after"], "w_2": test}}
+        return altered(curves, {"tau": tau, "seed": seed}, {"epochs": epochs}, metrics=metrics)
 
     study = [made(0.1, 0, 0.5, 0.1), made(0.1, 1, 0.3, 0.1), made(0.01, 0, 0.35, 0.9), made(0.01, 1, 0.4, 0.9)]
-    assert [r["config"]["tau"] for r in evidence.best_setting(study)] == [0.1, 0.1]
+    assert [r.config.tau for r in evidence.best_setting(study)] == [0.1, 0.1]
     assert evidence.studies(study) == [study]
-    assert len(evidence.studies([study[0], {**study[1], "config": {**study[1]["config"], "steps": 7}}])) == 2
+    assert len(evidence.studies([study[0], altered(study[1], {"steps": 7})])) == 2
     assert "τ = 0.1, η = 1" in tables.best_table([], study).data.splitlines()[-1]
 
 
@@ -159,7 +159,7 @@ def test_curves_are_drawn_as_the_table_says(curves, what):
     # Of two seeds, the second of which is twice as good: the mean, and from the least to the greatest.
     key = next(iter(evidence.ALONG[what]))
     double = [{**row, key: 2 * row[key]} for row in evidence.along(curves)]
-    other = {**curves, "history": {**curves["history"], "start": double[0], "epochs": double[1:]}}
+    other = altered(curves, history={"start": double[0], "epochs": double[1:]})
     (axis,) = plots.plot_along(what, [], [curves, other]).axes
     low = [scale * row[key] for row in evidence.along(curves)]
     assert axis.lines[0].get_ydata() == pytest.approx([1.5 * value for value in low])
@@ -172,12 +172,12 @@ def test_agreement_of_networks_and_estimates_fails_where_they_differ(folder):
     (record,) = runs.attack_each([ONE], "test", notebook="table1")
     good = agreement.of_networks("test", [record], [record], within=0).data
     assert "for 1 of 1 networks" in good
-    none = dict.fromkeys(record["correct"]["test"], "AAAAAAAAAA==")
+    none = dict.fromkeys(record.correct["test"], "AAAAAAAAAA==")
     with pytest.raises(AssertionError, match=r"demo, clean on test images: .* further apart than 0.5 points"):
-        agreement.of_networks("test", [record], [{**record, "correct": {"test": none}}], within=0.5)
+        agreement.of_networks("test", [record], [altered(record, correct={"test": none})], within=0.5)
     (estimate,) = runs.estimates_each([ONE], notebook="figure7_1")
     assert "1 of 1" in agreement.of_estimates([estimate], [estimate], within=0).data
-    other = {**estimate, "reference": 1.2 * estimate["reference"]}
+    other = altered(estimate, reference=1.2 * estimate.reference)
     with pytest.raises(AssertionError, match=r"Upsilon of demo: .* further apart than 5 %"):
         agreement.of_estimates([estimate], [other], within=0.05)
 
@@ -185,7 +185,7 @@ def test_agreement_of_networks_and_estimates_fails_where_they_differ(folder):
 def test_provenance_names_records_and_marks_old_code(curves):
     line = origins.drawn_from([curves]).data
     assert record_name(curves) in line and "†" not in line
-    old = origins.drawn_from([curves, {**curves, "core": "0" * 64}]).data
+    old = origins.drawn_from([curves, altered(curves, core="0" * 64)]).data
     assert "2 records" in old and "00000000 †" in old and "earlier version of wdat_core.py" in old
     assert "Drawn from no record" in origins.drawn_from([]).data
 
@@ -242,9 +242,9 @@ def test_what_cannot_be_is_named(given, message):
 
 
 def test_curves_are_of_the_columns_asked_for(curves):
-    other = {**curves, "config": {**curves["config"], "tau": 0.01}}
+    other = altered(curves, {"tau": 0.01})
     assert evidence.with_curves([curves, other], like=[curves]) == [curves]
-    bare = {**curves, "history": {k: v for k, v in curves["history"].items() if k != "start"}}
+    bare = altered(curves, history={"start": None})
     assert evidence.with_curves([bare], like=[curves]) == []
 
 
