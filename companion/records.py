@@ -178,7 +178,9 @@ def read_records(folder: Path | None = None, kind: str = "finetune") -> list[Any
     """The records of one kind in a folder, results/ by default. A damaged, partial or foreign file is named on stderr
     and skipped."""
     records = []
-    for path in sorted((folder or files.RESULTS).glob("*-*.json")):
+    for path in sorted((folder or files.RESULTS).glob("*.json")):
+        if path.name == "cores.json":  # no record: see cores.py
+            continue
         try:
             record = parse_record(path.read_bytes())
         except (OSError, ValueError) as error:
