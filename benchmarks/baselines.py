@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import wdat_core
 from companion.architectures import WideResNet, channels_last, new_stand_in
 from companion.data import embedded, floats
 from companion.networks import load_network
-from wdat_core import Threat, wpgd
+from wdat_core import Threat, project, redlr, wpgd
 
 STEPS = 20  # of every attack, as in the paper
 DELTA = 8 / 255
@@ -170,11 +167,6 @@ def replay(subject: Subject, passes: Sequence[Pass]) -> None:
             model.eval().requires_grad_(False)
 
 
-def no_image_skipped() -> AbstractContextManager[Any]:
-    """Inside it the attack looks at every image at every step, under ReDLR too."""
-    return mock.patch.object(wdat_core, "SLOPED", (*wdat_core.SLOPED, wdat_core.redlr))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The published way
 # ---------------------------------------------------------------------------------------------------------------------
@@ -197,18 +189,18 @@ def published_way(subject: Subject, *, batch_size: int = 32, steps: int = STEPS)
         gradient = torch.empty_like(x)
         for rows in batches:
             xb = x_adv[rows].to(device).requires_grad_()
-            value = wdat_core.redlr(model(xb), y[rows].to(device))
+            value = redlr(model(xb), y[rows].to(device))
             gradient[rows] = torch.autograd.grad(value.sum(), xb)[0].cpu()
         norm = gradient.abs().sum((1, 2, 3))
         share = norm / norm.square().mean().sqrt().clamp(min=1e-30)
         x_adv += DELTA / steps * share[:, None, None, None] * gradient.sign()
-        x_adv = wdat_core.project(x_adv, x, threat).clamp(0, 1)
+        x_adv = project(x_adv, x, threat).clamp(0, 1)
         correct, loss = 0, 0.0
         with torch.no_grad():
             for rows in batches:
                 yb = y[rows].to(device)
                 logits = model(x_adv[rows].to(device))
                 correct += int((logits.argmax(1) == yb).sum())
-                loss += float(wdat_core.redlr(logits, yb).sum())
+                loss += float(redlr(logits, yb).sum())
         iterates.append((correct / len(x), loss / len(x)))
     return min(iterates)

@@ -56,32 +56,32 @@ PEERS = {attack.__name__: attack for attack in (foolbox, torchattacks, pyautoatt
 
 
 def run(name: str, subject: Subject, batch_size: int) -> dict[str, Any]:
-    """A peer's attack on the subject: its "seconds", the "gradients" it took, the "accuracy" it leaves, its "version".
+    """A peer's attack on the subject: its "wall" and "cpu" seconds, the "gradients" it took, the "accuracy" it leaves,
+    its "version".
 
     Raises:
         UnavailableError: its library is not installed.
     """
     x, y, device = subject.x, subject.y, subject.x.device
     attacked: list[Tensor] = []
-    seconds = 0.0
+    seconds: dict[str, float] = {}
 
     def work(model: nn.Module) -> None:
-        nonlocal seconds
         try:
             attack = PEERS[name](model, device)
         except ImportError as error:
             raise UnavailableError(f"{name} is not installed ({one_line(error)})") from error
         synchronise(device)
-        begin = time.perf_counter()
+        wall, cpu = time.perf_counter(), time.process_time()
         attacked.extend(attack(xb, yb) for xb, yb in zip(x.split(batch_size), y.split(batch_size), strict=True))
         synchronise(device)
-        seconds = time.perf_counter() - begin
+        seconds.update(wall=time.perf_counter() - wall, cpu=time.process_time() - cpu)
 
     passes = passes_of(subject.model, work)
     with torch.no_grad():
         correct = [subject.model(xb).argmax(1) == yb for xb, yb in zip(attacked, y.split(batch_size), strict=True)]
     return {
-        "seconds": seconds,
+        **seconds,
         "gradients": gradients(passes),
         "accuracy": torch.cat(correct).float().mean().item(),
         "version": metadata.version(name),

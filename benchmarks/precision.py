@@ -18,9 +18,10 @@ import torch
 
 from companion import files
 from companion.data import load_data
-from companion.machine import pick_device
+from companion.kinds import SCHEMA
+from companion.machine import core_digest, made_on, pick_device
 from companion.networks import load_network
-from companion.records import SCHEMA, core_digest, provenance, subject, write_record
+from companion.records import subject, write_record
 from companion.settings import Settings
 from companion.terminal import progress
 from wdat_core import Threat, wpgd
@@ -72,7 +73,7 @@ def main(arguments: list[str]) -> None:
         "config": {"batch_size": batch, "steps": 20, "delta": 8 / 255},
         "metrics": metrics,
         "seconds": seconds,
-        **provenance(
+        **made_on(
             device,
             f"python benchmarks/precision.py --data {'embedded' if given.data == 'embedded' else 'data'}"
             f" --network {given.network} --images {given.images}",

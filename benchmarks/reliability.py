@@ -17,8 +17,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from companion import files
-from companion.machine import pick_device
-from companion.records import SCHEMA, core_digest, provenance, write_record
+from companion.kinds import SCHEMA
+from companion.machine import core_digest, made_on, pick_device
+from companion.records import write_record
 
 FILES = ("checkpoint", "downloads", "errors", "export", "hostile", "passes", "records", "security")
 
@@ -54,7 +55,7 @@ def main(arguments: list[str]) -> None:
         "config": {"kills": given.kills, "examples": given.examples, "damages": given.damages},
         "figures": figures,
         "seconds": {"total": round(time.perf_counter() - begin, 1)},
-        **provenance(
+        **made_on(
             pick_device("cpu"),
             f"python benchmarks/reliability.py --kills {given.kills} --examples {given.examples}"
             f" --damages {given.damages}",

@@ -1,10 +1,10 @@
 """Speed and memory of the attack and of Algorithm 1, as ratios to baselines that are timed in the same run; one record.
 
 python make.py benchmark    all of it, with the peers in an environment of their own
-python benchmarks/speed.py [--device auto] [--rounds 5] [--peers PYTHON] [--groups attack ...] [--out runs] [--quick]
+python benchmarks/speed.py [--device auto] [--rounds 40] [--peers PYTHON] [--groups attack ...] [--out runs] [--quick]
 
-After a warm-up, all contestants of a group run in turn, round after round; a row gives the median of the rounds' ratios
-and their spread. It needs PyTorch and numpy; what else is missing here gives rows without a value that say why.
+How it is timed is in races.py: short laps of all contestants in random order, and a 95 % interval of each ratio.
+It needs PyTorch and numpy; what else is missing here gives rows without a value that say why.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import datetime
 import json
 import math
 import os
@@ -30,28 +29,41 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from torch import nn
 
 from benchmarks import card, peers
 from benchmarks.baselines import (
     DELTA,
     STEPS,
+    Subject,
     UnavailableError,
     attacked,
     demo,
     every_pass,
-    no_image_skipped,
     passes_of,
     published_way,
     replay,
     wide,
 )
 from benchmarks.precision import WAYS
-from benchmarks.races import EXTENT, SPEED, TIME, Contestant, Lap, Race, Row, compare, contest, row_of, timed
+from benchmarks.races import (
+    EXTENT,
+    LEAST,
+    ROUGH,
+    SPEED,
+    TIME,
+    Contestant,
+    Lap,
+    Row,
+    compare,
+    contest,
+    row_of,
+    timed,
+)
 from companion import files
-from companion.machine import pick_device
+from companion.kinds import SCHEMA
+from companion.machine import made_on, pick_device
 from companion.performance import missing, verdict
-from companion.records import SCHEMA, core_digest, device_name, versions, write_record
+from companion.records import write_record
 from companion.settings import ParameterError
 from wdat_core import FinetuneConfig, Threat, finetune
 
@@ -60,28 +72,33 @@ OTHER_WAYS = [way for way in WAYS if way != "float32"]
 
 @dataclass(frozen=True)
 class Plan:
-    """Where, how often and on what everything is timed; the sizes are those for a CPU."""
+    """Where, how often and on what everything is timed; the sizes are those for a CPU, where a lap takes about 1 s."""
 
     device: torch.device
-    rounds: int
+    rounds: int  # at most
     peers: str  # a Python that has the peers
-    images: int = 512
-    batch_size: int = 128  # the best for the device
-    train_images: int = 2048
-    train_batch: int = 512
+    steps: int = STEPS  # of our attacks
+    images: int = 128
+    batch_size: int = 64
+    train_images: int = 128
+    train_batch: int = 64
     larger: tuple[str, ...] = ("WRN-16-2",)
-    larger_images: int = 64
-    by_images: tuple[int, ...] = (250, 500, 1000)
+    larger_images: int = 16
+    by_images: tuple[int, ...] = (64, 128, 256)
     by_steps: tuple[int, ...] = (5, 10, 20, 40)
     by_epochs: tuple[int, ...] = (1, 2, 3)
     memory_images: tuple[int, ...] = (5000, 10_000, 20_000)  # 60 MB and more: less would stay in malloc's heap
-    compiled: bool = True
+    ways: tuple[str, ...] = tuple(OTHER_WAYS)
 
 
-ON_A_GPU = {"images": 1000, "batch_size": 512, "larger": ("WRN-28-10", "WRN-34-10"), "larger_images": 512}
+ON_A_GPU = {
+    "images": 1000, "batch_size": 512, "train_images": 2048, "train_batch": 512,
+    "larger": ("WRN-28-10", "WRN-34-10"), "larger_images": 512, "by_images": (250, 500, 1000),
+}  # fmt: skip
 QUICK = {
-    "images": 16, "batch_size": 8, "train_images": 16, "train_batch": 8, "larger": ("WRN-10-1",), "larger_images": 2,
-    "by_images": (4, 8), "by_steps": (1, 2), "by_epochs": (1, 2), "memory_images": (500, 1000), "compiled": False,
+    "steps": 2, "images": 4, "batch_size": 2, "train_images": 4, "train_batch": 2, "larger": ("WRN-10-1",),
+    "larger_images": 2, "by_images": (2, 4), "by_steps": (1, 2), "by_epochs": (1, 2), "memory_images": (500, 1000),
+    "ways": (),
 }  # fmt: skip
 
 
@@ -89,64 +106,37 @@ QUICK = {
 # Groups: each returns its part of the record
 # ---------------------------------------------------------------------------------------------------------------------
 
+REDLR = "W_2 attack, ReDLR"
+W_2, W_INF = "W_2 attack, CE", "W_inf attack, CE"  # with CE no image is skipped
+BARE, SAME = "bare passes", "the passes it makes, bare"
+PUBLISHED = "published way, batches of 32"
+ITERATION = "iteration of Algorithm 1"
+
 
 def attack(plan: Plan) -> dict[str, Any]:
-    """The attack on the demo network against bare passes, the published way, other libraries, and other precisions."""
+    """The attack on the demo network against bare passes."""
     subject, batch, device = demo(plan.images, plan.device), plan.batch_size, plan.device
-    n = len(subject.x)
-    versions: dict[str, str] = {}
-
-    def ours(**options: Any) -> Contestant:
-        return timed(partial(attacked, subject, batch, **options), device)
-
-    def peer(ask: Callable[[str], dict[str, Any]], name: str) -> Contestant:
-        def lap() -> Lap:
-            found = ask(name)
-            versions[name] = found["version"]
-            return Lap(found["seconds"] * STEPS * n / found["gradients"], found["accuracy"])
-
-        return lap
-
-    redlr = "W_2 attack, ReDLR"
-    own = passes_of(
-        subject.model, lambda model: attacked(dataclasses.replace(subject, model=model), batch, loss="redlr")
-    )
-    with peers.worker(plan.peers, subject, batch) as elsewhere:
-        contestants = {
-            "bare passes": timed(partial(replay, subject, every_pass(n, batch)), device),
-            "W_2 attack, CE": ours(),
-            "W_inf attack, CE": ours(p=math.inf),
-            redlr: ours(loss="redlr"),
-            "the passes it makes, bare": timed(partial(replay, subject, own), device),
-            "published way, batches of 32": timed(lambda: published_way(subject)[0], device),
-            "foolbox LinfPGD": peer(elsewhere, "foolbox"),
-            "torchattacks PGD": peer(elsewhere, "torchattacks"),
-            "pyautoattack APGD-CE": peer(lambda name: peers.run(name, subject, batch), "pyautoattack"),
-            **{f"{redlr}, {way}": unless_quick(plan, way, ours(loss="redlr", **WAYS[way])) for way in OTHER_WAYS},
-        }
-        done = contest(contestants, plan.rounds)
-    compared = partial(compare, done, network=subject.name, images=n, batch_size=batch)
-    overhead = partial(compared, unit=TIME, target=1.05, group="Attack: overhead", precision="float32")
-    speed = partial(compared, unit=SPEED, group="Attack: speed", precision="float32")
-    published = speed(redlr, "published way, batches of 32")
-    apart = abs(published["accuracy"] - published["baseline_accuracy"]) * n
-    if apart > 2.5:
-        published |= {
-            **dict.fromkeys(("ratio", "low", "high")),
-            "reason": f"{apart:.0f} images apart: not the same attack",
-        }
-    robust = f"the target is for about 50 % robust accuracy, and this is {100 * published['accuracy']:.0f} %"
-    rows = [
-        overhead("W_2 attack, CE", "bare passes"),
-        overhead("W_inf attack, CE", "bare passes"),
-        overhead(redlr, "the passes it makes, bare"),
-        speed(redlr, "bare passes", target=1.4, note=robust),
-        published,
-        speed("W_inf attack, CE", "foolbox LinfPGD"),
-        speed("W_inf attack, CE", "torchattacks PGD"),
-        speed("W_inf attack, CE", "pyautoattack APGD-CE", note="for as many gradients; it skips what was wrong before"),
-    ]
-    return {"rows": rows + in_other_ways(done, redlr, compared), "versions": versions}
+    ours = partial(attacked, batch_size=batch, steps=plan.steps)
+    own = passes_of(subject.model, lambda model: ours(dataclasses.replace(subject, model=model), loss="redlr"))
+    contestants = {
+        BARE: timed(partial(replay, subject, every_pass(len(subject.x), batch, plan.steps)), device),
+        W_2: timed(partial(ours, subject), device),
+        W_INF: timed(partial(ours, subject, p=math.inf), device),
+        REDLR: timed(partial(ours, subject, loss="redlr"), device),
+        SAME: timed(partial(replay, subject, own), device),
+    }
+    pairs = [(W_2, BARE), (W_INF, BARE), (REDLR, SAME)]
+    done = contest(contestants, pairs, device, rounds=plan.rounds)
+    about: dict[str, Any] = {
+        "network": subject.name,
+        "images": len(subject.x),
+        "batch_size": batch,
+        "precision": "float32",
+    }
+    rows = [compare(done, *pair, TIME, target=1.05, group="Attack: overhead", **about) for pair in pairs]
+    saved = compare(done, REDLR, BARE, SPEED, target=1.4, group="Attack: speed", **about)
+    robust = f"the target is for about 50 % robust accuracy, and this is {100 * saved['accuracy']:.0f} %"
+    return {"rows": [*rows, saved | {"note": robust}]}
 
 
 def larger(plan: Plan) -> dict[str, Any]:
@@ -155,81 +145,141 @@ def larger(plan: Plan) -> dict[str, Any]:
     for name in plan.larger:
         subject = wide(name, plan.larger_images, plan.device)
         n, batch = len(subject.x), min(plan.batch_size, plan.larger_images)
-        everything = every_pass(n, batch)
-        done = contest(
-            {
-                "bare passes": timed(partial(replay, subject, everything), plan.device),
-                "W_2 attack, CE": timed(partial(attacked, subject, batch), plan.device),
-            },
-            plan.rounds,
-        )
-        about = {"network": subject.name, "images": n, "batch_size": batch, "precision": "float32"}
-        rows.append(
-            compare(done, "W_2 attack, CE", "bare passes", TIME, target=1.05, group="Attack: overhead", **about)
-        )
+        contestants = {
+            BARE: timed(partial(replay, subject, every_pass(n, batch, plan.steps)), plan.device),
+            W_2: timed(partial(attacked, subject, batch, steps=plan.steps), plan.device),
+        }
+        done = contest(contestants, [(W_2, BARE)], plan.device, rounds=plan.rounds)
+        about: dict[str, Any] = {"network": subject.name, "images": n, "batch_size": batch, "precision": "float32"}
+        rows.append(compare(done, W_2, BARE, TIME, target=1.05, group="Attack: overhead", **about))
     return {"rows": rows}
 
 
 def training(plan: Plan) -> dict[str, Any]:
-    """One iteration of Algorithm 1 on the demo network against its bare passes, and in other ways."""
-    subject, device = demo(plan.train_images, plan.device, "train"), plan.device
-    iterations = math.ceil(len(subject.x) / plan.train_batch)
-    config = FinetuneConfig(threat=Threat(delta=DELTA), steps=STEPS, epochs=1, batch_size=plan.train_batch)
-
-    def fresh() -> nn.Module:
-        return copy.deepcopy(subject.model)
-
-    def train(model: nn.Module, **changes: Any) -> None:
-        changed = dataclasses.replace(config, **changes)
-        finetune(model, (subject.x, subject.y), None, changed, eval_batch_size=plan.batch_size)
-
-    def epoch(**changes: Any) -> Contestant:
-        return timed(lambda: train(fresh(), **changes), device)
-
-    def looking_at_all() -> None:
-        with no_image_skipped():
-            train(fresh())
-
-    own = passes_of(fresh(), train)
-    name = "iteration of Algorithm 1"
+    """Iterations of Algorithm 1 on the demo network against their bare passes."""
+    subject, device, train = demo(plan.train_images, plan.device, "train"), plan.device, _algorithm_1(plan)
+    own = passes_of(copy.deepcopy(subject.model), lambda model: train(dataclasses.replace(subject, model=model)))
     contestants = {
-        name: epoch(),
-        "the passes it makes, bare": timed(lambda: replay(dataclasses.replace(subject, model=fresh()), own), device),
-        f"{name}, no image skipped": timed(looking_at_all, device),
-        f"{name}, Upsilon from the batches": epoch(upsilon_from="batch"),
-        **{f"{name}, {way}": unless_quick(plan, way, epoch(**WAYS[way])) for way in OTHER_WAYS},
+        ITERATION: timed(lambda: train(_fresh(subject)), device),
+        SAME: timed(lambda: replay(_fresh(subject), own), device),
     }
-    done = contest(contestants, plan.rounds)
-    compared = partial(compare, done, network=subject.name, images=len(subject.x), batch_size=plan.train_batch)
-    own_rows = partial(compared, group="Algorithm 1", precision="float32")
-    each = f"{done.seconds(name) / iterations:.2g} s an iteration"
-    rows = [
-        own_rows(name, "the passes it makes, bare", TIME, target=1.05, note=each),
-        own_rows(name, f"{name}, no image skipped", SPEED),
-        own_rows(f"{name}, Upsilon from the batches", name, SPEED),
-    ]
-    return {"rows": rows + in_other_ways(done, name, compared)}
+    done = contest(contestants, [(ITERATION, SAME)], device, rounds=plan.rounds)
+    about: dict[str, Any] = {
+        "network": subject.name,
+        "images": len(subject.x),
+        "batch_size": plan.train_batch,
+        "precision": "float32",
+    }
+    row = compare(done, ITERATION, SAME, TIME, target=1.05, group="Algorithm 1", **about)
+    iterations = math.ceil(len(subject.x) / plan.train_batch)
+    return {"rows": [row | {"note": f"{done.seconds(ITERATION) / iterations:.2g} s an iteration"}]}
+
+
+def others(plan: Plan) -> dict[str, Any]:
+    """The attack on the demo network against the published way and other libraries."""
+    subject, batch, device = demo(plan.images, plan.device), plan.batch_size, plan.device
+    n, ours = len(subject.x), partial(attacked, batch_size=batch, steps=plan.steps)
+    versions: dict[str, str] = {}
+
+    def peer(ask: Callable[[str], dict[str, Any]], name: str) -> Contestant:
+        def lap() -> Lap:
+            found = ask(name)
+            versions[name] = found["version"]
+            for_as_many = plan.steps * n / found["gradients"]
+            return Lap(found["wall"] * for_as_many, found["cpu"] * for_as_many, found["accuracy"])
+
+        return lap
+
+    peer_attacks = {"foolbox": "foolbox LinfPGD", "torchattacks": "torchattacks PGD"}
+    own_peer = "pyautoattack APGD-CE"
+    pairs = [(REDLR, PUBLISHED), *((W_INF, title) for title in (*peer_attacks.values(), own_peer))]
+    with peers.worker(plan.peers, subject, batch) as elsewhere:
+        contestants = {
+            REDLR: timed(partial(ours, subject, loss="redlr"), device),
+            W_INF: timed(partial(ours, subject, p=math.inf), device),
+            PUBLISHED: timed(lambda: published_way(subject, steps=plan.steps)[0], device),
+            **{title: peer(elsewhere, name) for name, title in peer_attacks.items()},
+            own_peer: peer(lambda name: peers.run(name, subject, batch), "pyautoattack"),
+        }
+        done = contest(contestants, pairs, device, within=ROUGH, rounds=plan.rounds)
+    about: dict[str, Any] = {"network": subject.name, "images": n, "batch_size": batch, "precision": "float32"}
+    rows = [compare(done, *pair, SPEED, group="Attack: speed", **about) for pair in pairs]
+    apart = abs(rows[0]["accuracy"] - rows[0]["baseline_accuracy"]) * n
+    if apart > 2.5:
+        reason = f"{apart:.0f} images apart: not the same attack"
+        rows[0] = row_of(REDLR, PUBLISHED, SPEED, None, reason=reason, group="Attack: speed", **about)
+    rows[-1] |= {"note": "for as many gradients; it skips what was wrong before"}
+    return {"rows": rows, "versions": versions}
+
+
+def ways(plan: Plan) -> dict[str, Any]:
+    """The attack and Algorithm 1 in other precisions and compiled; Algorithm 1 also with CE, and another estimate."""
+    subject, batch, device = demo(plan.images, plan.device), plan.batch_size, plan.device
+    trained, train = demo(plan.train_images, device, "train"), _algorithm_1(plan)
+
+    def ours(**options: Any) -> Contestant:
+        return timed(partial(attacked, subject, batch, loss="redlr", steps=plan.steps, **options), device)
+
+    def iteration(**changes: Any) -> Contestant:
+        return timed(lambda: train(_fresh(trained), **changes), device)
+
+    looking = f"{ITERATION}, CE: no image skipped"
+    batches = f"{ITERATION}, Upsilon from the batches"
+    contestants = {
+        REDLR: ours(),
+        **{f"{REDLR}, {way}": unless_quick(plan, way, ours(**WAYS[way])) for way in OTHER_WAYS},
+        ITERATION: iteration(),
+        looking: iteration(loss="ce"),
+        batches: iteration(upsilon_from="batch"),
+        **{f"{ITERATION}, {way}": unless_quick(plan, way, iteration(**WAYS[way])) for way in OTHER_WAYS},
+    }
+    in_other_ways = [(f"{name}, {way}", name) for name in (REDLR, ITERATION) for way in OTHER_WAYS]
+    pairs = [(ITERATION, looking), (batches, ITERATION), *in_other_ways]
+    done = contest(contestants, pairs, device, within=ROUGH, rounds=plan.rounds)
+    about: dict[str, Any] = {
+        "network": trained.name,
+        "images": len(trained.x),
+        "batch_size": plan.train_batch,
+        "precision": "float32",
+    }
+    rows = [compare(done, *pair, SPEED, group="Algorithm 1", **about) for pair in pairs[:2]]
+    for name, baseline in in_other_ways:
+        way, note = name.removeprefix(f"{baseline}, "), None
+        if "compiled" in way and name in done.laps:
+            first = max(0, done.warm_up[name] - done.seconds(name, "wall"))
+            note = f"compiled in {first:.0f} s, outside the timing"
+        if baseline == REDLR:
+            about |= {"network": subject.name, "images": len(subject.x), "batch_size": batch}
+        else:
+            about |= {"network": trained.name, "images": len(trained.x), "batch_size": plan.train_batch}
+        about |= {"precision": way, "note": note, "group": "Precision and compilation"}
+        rows.append(compare(done, name, baseline, SPEED, **about))
+    return {"rows": rows}
+
+
+def _algorithm_1(plan: Plan) -> Callable[..., None]:
+    """One epoch on a subject, in place; the changes are those of the configuration."""
+    config = FinetuneConfig(threat=Threat(delta=DELTA), steps=plan.steps, epochs=1, batch_size=plan.train_batch)
+
+    def train(subject: Subject, **changes: Any) -> None:
+        changed = dataclasses.replace(config, **changes)
+        finetune(subject.model, (subject.x, subject.y), None, changed, eval_batch_size=plan.batch_size)
+
+    return train
+
+
+def _fresh(subject: Subject) -> Subject:
+    """With a network of its own, for training changes it."""
+    return dataclasses.replace(subject, model=copy.deepcopy(subject.model))
 
 
 def unless_quick(plan: Plan, way: str, contestant: Contestant) -> Contestant:
-    """A contestant that a quick run leaves out where it would have to be compiled."""
+    """A contestant that a quick run leaves out: compiling takes minutes, and bfloat16 some processors emulate."""
 
     def left_out() -> Lap:
         raise UnavailableError("left out of a quick run")
 
-    return contestant if plan.compiled or "compiled" not in way else left_out
-
-
-def in_other_ways(done: Race, name: str, compared: Callable[..., Row]) -> list[Row]:
-    """The rows of a contestant in other precisions, or compiled, against the same in float32."""
-    rows = []
-    for way in OTHER_WAYS:
-        other = f"{name}, {way}"
-        note = None
-        if "compiled" in way and other in done.laps:
-            note = f"compiled in {max(0, done.warm_up[other] - done.seconds(other)):.0f} s, outside the timing"
-        rows.append(compared(other, name, SPEED, group="Precision and compilation", precision=way, note=note))
-    return rows
+    return contestant if way in plan.ways else left_out
 
 
 def memory(plan: Plan) -> dict[str, Any]:
@@ -243,10 +293,16 @@ def memory(plan: Plan) -> dict[str, Any]:
     reason = None if found else (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
     if found and ratios[0] < 1:  # the images are counted, after all
         found, ratios, reason = {}, [], "too few images to be seen beside what the libraries take"
-    about = {"network": "a linear one", "images": plan.memory_images[-1], "batch_size": 64, "precision": "float32"}
+    about: dict[str, Any] = {
+        "network": "a linear one",
+        "images": plan.memory_images[-1],
+        "batch_size": 64,
+        "precision": "float32",
+    }
     about |= {"group": "Peak memory", "reason": reason}
-    row = row_of("W_2 attack, CE, with its images", "its images", EXTENT, ratios, 3.2, **about)
-    return {"rows": [row], "memory": found}
+    if ratios:
+        about |= {"ratio": ratios[0], "met": ratios[0] <= 3.2}
+    return {"rows": [row_of(f"{W_2}, with its images", "its images", EXTENT, 3.2, **about)], "memory": found}
 
 
 def growth(plan: Plan) -> dict[str, Any]:
@@ -255,17 +311,18 @@ def growth(plan: Plan) -> dict[str, Any]:
     few = subject.first(min(plan.by_images))
 
     def train(epochs: int) -> None:
-        config = FinetuneConfig(threat=Threat(delta=DELTA), steps=STEPS, epochs=epochs, batch_size=batch)
+        config = FinetuneConfig(threat=Threat(delta=DELTA), steps=plan.steps, epochs=epochs, batch_size=batch)
         finetune(copy.deepcopy(few.model), (few.x, few.y), None, config, eval_batch_size=batch)
 
     axes: dict[str, dict[int, Callable[[], Any]]] = {
-        "images": {n: partial(attacked, subject.first(n), batch) for n in plan.by_images},
+        "images": {n: partial(attacked, subject.first(n), batch, steps=plan.steps) for n in plan.by_images},
         "steps": {k: partial(attacked, few, batch, steps=k) for k in plan.by_steps},
         "epochs": {k: partial(train, k) for k in plan.by_epochs},
     }
     found = {}
     for axis, works in axes.items():
-        done = contest({str(point): timed(work, plan.device) for point, work in works.items()}, min(plan.rounds, 3))
+        contestants = {str(point): timed(work, plan.device) for point, work in works.items()}
+        done = contest(contestants, [], plan.device, rounds=min(plan.rounds, 3))
         found[axis] = [[point, round(done.seconds(str(point)), 4)] for point in works]
     return {"growth": found}
 
@@ -279,46 +336,39 @@ def throughput(plan: Plan) -> dict[str, Any]:
 # The command
 # ---------------------------------------------------------------------------------------------------------------------
 
-GROUPS = {group.__name__: group for group in (attack, larger, training, memory, growth, throughput)}
+GROUPS = {group.__name__: group for group in (attack, larger, training, others, ways, memory, growth, throughput)}
 
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=40, help=f"at most; at least {LEAST}, which an interval needs")
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--quick", action="store_true", help="tiny sizes, only to see that everything runs")
     parser.add_argument("--peers", default=sys.executable, help="a Python that has foolbox and torchattacks")
     parser.add_argument("--out", type=Path, default=files.RUNS)
     given = parser.parse_args(arguments)
-    if given.rounds < 1:
-        parser.error("--rounds must be at least 1")
+    if given.rounds < LEAST:
+        parser.error(f"--rounds must be at least {LEAST}: with fewer there is no interval")
     try:
+        torch.set_num_threads(1)  # two threads wait for each other in the processor's time
         device = pick_device(given.device)
         sizes: dict[str, Any] = QUICK if given.quick else ON_A_GPU if device.type == "cuda" else {}
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # what was compiled before this run does not count
-            record = run(Plan(device, given.rounds, given.peers, **sizes), given.groups)
+            plan = Plan(device, given.rounds, given.peers, **sizes)
+            record = run(plan, given.groups, command(given, parser.parse_args([])))
         config = {name: getattr(given, name) for name in ("rounds", "groups", "quick")}
-        own = {"config": config, "command": command(given, parser.parse_args([]))}
-        print("record:", write_record(record | own, given.out))
+        print("record:", write_record(record | {"config": config}, given.out))
     except (ParameterError, UnavailableError) as error:
         sys.exit(f"speed.py: {error}")
 
 
-def run(plan: Plan, groups: Sequence[str]) -> dict[str, Any]:
+def run(plan: Plan, groups: Sequence[str], command: str) -> dict[str, Any]:
     """The groups one after the other, each shown when it is done; the record of them all."""
     begin = time.perf_counter()
-    record: dict[str, Any] = {
-        "schema": SCHEMA,
-        "kind": "benchmark",
-        "device": device_name(plan.device),
-        "versions": versions(),
-        "core": core_digest(),
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "rows": [],
-        **{key: {} for key in ("memory", "growth", "throughput")},
-    }
+    record: dict[str, Any] = {"schema": SCHEMA, "kind": "benchmark", **made_on(plan.device, command)}
+    record |= {"rows": [], "memory": {}, "growth": {}, "throughput": {}}
     for name in groups:
         part = GROUPS[name](plan)
         rows = part.pop("rows", [])
@@ -334,10 +384,10 @@ def lines(rows: Sequence[Row]) -> Iterator[str]:
     for row in rows:
         if row["ratio"] is None:
             continue
-        spread = f" [{row['low']:.3g} to {row['high']:.3g}]" if row["rounds"] > 1 else ""
+        spread = f" [{row['low']:.3g}, {row['high']:.3g}], {row['rounds']} rounds" if row["rounds"] else ""
         target = f"; {row['target']}: {verdict(row)}" if row["target"] else ""
         what = f"{row['name']} ({row['network']}) against {row['baseline']}"
-        yield f"{row['ratio']:5.3g}  {what}: {row['unit']}{spread}{target}"
+        yield f"{row['ratio']:5.3f}  {what}: {row['unit']}{spread}{target}"
     for reason, names in missing(rows).items():
         yield f"    -  {'; '.join(names)}: {reason}"
 

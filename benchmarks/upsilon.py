@@ -11,21 +11,21 @@ import argparse
 import dataclasses
 import sys
 import time
-from collections import deque
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from torch import Tensor, nn
 
-import wdat_core
 from companion import files
 from companion.data import load_data
-from companion.machine import pick_device
+from companion.kinds import SCHEMA
+from companion.machine import core_digest, made_on, pick_device
 from companion.networks import load_network
-from companion.records import SCHEMA, core_digest, plain, provenance, subject, write_record
+from companion.records import subject, write_record
 from companion.settings import Settings
-from wdat_core import FinetuneConfig, finetune, sensitivity
+from wdat_core import FinetuneConfig, Minibatch, finetune, sensitivity, wdat
 
 
 def main(arguments: list[str]) -> None:
@@ -55,10 +55,10 @@ def main(arguments: list[str]) -> None:
         "schema": SCHEMA,
         "kind": "upsilon",
         **subject(network, data, "train"),
-        "config": plain(dataclasses.asdict(config)),
+        "config": config,
         "points": points,
         "seconds": {"total": round(time.perf_counter() - begin, 1)},
-        **provenance(
+        **made_on(
             device,
             f"python benchmarks/upsilon.py --data {'embedded' if given.data == 'embedded' else 'data'}"
             f" --network {given.network} --train-images {given.train_images} --tau {given.tau:g}"
@@ -68,37 +68,32 @@ def main(arguments: list[str]) -> None:
     print(write_record(record, given.out))
 
 
-def follow(model, train, config: FinetuneConfig, batch: int, every: int) -> dict:
-    """The minibatches looked at and, at each, "whole", "sample" and "batch", three values of Upsilon."""
-    x, y = train
-    window: deque = deque(maxlen=max(8, round(config.sample * len(x) / config.batch_size)))
-    points: dict = {"minibatch": [], "whole": [], "sample": [], "batch": []}
-    attack, seen = wdat_core._attack, 0
+def follow(
+    model: nn.Module, train: tuple[Tensor, Tensor], config: FinetuneConfig, batch: int, every: int
+) -> dict[str, list[float]]:
+    """The minibatches looked at and, at each, "whole", "sample" and "batch", three values of Upsilon.
 
-    def watched(*arguments, upsilon=None, **options):
-        """An attack of `finetune` or of its validation; only the former is given `upsilon`."""
+    The configuration is that of Algorithm 1 with eta = 1, so that Upsilon is the estimate itself.
+    """
+    points: dict[str, list[float]] = {"minibatch": [], "whole": [], "sample": [], "batch": []}
 
-        def noted(own):
-            nonlocal seen
-            estimate = upsilon(own)
-            window.append(own.item())
-            if seen % every == 0:
-                mean = (sum(v**2 for v in window) / len(window)) ** 0.5
-                row = {"whole": sensitivity(model, x, y, config.threat, batch_size=batch)}
-                row |= {"minibatch": seen, "sample": estimate.item(), "batch": mean}
-                for name, value in row.items():
-                    points[name].append(value)
-                print(row, flush=True)
-            seen += 1
-            return estimate
+    def watched(minibatch: Minibatch) -> Tensor:
+        """The objective of Algorithm 1, and its estimates at the same weights and batch statistics."""
+        seen = len(minibatch.memory.get("upsilon", []))
+        due = seen % every == 0
+        whole = sensitivity(model, *train, config.threat, batch_size=batch) if due else 0.0  # before `wdat` trains
+        total = wdat(minibatch)
+        if due:
+            latest = torch.stack(minibatch.memory["recent"]).double()
+            row = {"whole": whole, "minibatch": seen, "sample": minibatch.memory["upsilon"][-1].item()}
+            row["batch"] = latest.square().mean().sqrt().item()
+            for name, value in row.items():
+                points[name].append(value)
+            print(row, flush=True)
+        return total
 
-        return attack(*arguments, upsilon=noted if upsilon else None, **options)
-
-    wdat_core._attack = watched
-    try:
-        finetune(model, train, None, config, eval_batch_size=batch)
-    finally:
-        wdat_core._attack = attack
+    watching = dataclasses.replace(config, objective=watched)
+    finetune(model, train, None, watching, eval_batch_size=batch)
     return points
 
 

@@ -5,80 +5,107 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from companion.kinds import BenchmarkRecord, PrecisionRecord, UpsilonRecord
 from companion.plots import PAPER, RECORDED, THIS_RUN
-from companion.records import Record
 from companion.settings import METRICS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+COUNTED = "multiple of the baseline"
 UNITS = {
     "time relative to the baseline": "times as long",
     "times as fast as the baseline": "times as fast",
-    "multiple of the baseline": "times their size",
+    COUNTED: "times their size",
 }
 ESTIMATES = {"sample": "a fresh 10 % (the paper)", "batch": "the latest minibatches"}
 
 
 def verdict(row: dict[str, Any]) -> str:
     """Whether a row of a benchmark meets its target, or by how much it misses it; empty without a target or a value."""
-    if row["met"] is None:
+    if row["target"] is None or row["ratio"] is None:
         return ""
+    if row["met"] is None:
+        return "not decided, the interval has the target inside"
     return "met" if row["met"] else f"missed by {abs(row['ratio'] - float(row['target'].split()[-1])):.2f}"
+
+
+def measured(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows that can be shown: a ratio of times with its interval, or memory, which is counted."""
+    return [row for row in rows if row["ratio"] is not None and (row.get("wall") or row["unit"] == COUNTED)]
 
 
 def missing(rows: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
     """What a benchmark could not measure, by reason."""
     found: dict[str, list[str]] = {}
+    shown = measured(rows)
     for row in rows:
-        if row["ratio"] is None:
-            found.setdefault(row["reason"], []).append(f"{row['name']} against {row['baseline']}")
+        if row not in shown:
+            reason = row["reason"] or "an earlier version of the benchmark recorded it, without an interval"
+            found.setdefault(reason, []).append(f"{row['name']} against {row['baseline']}")
     return {reason: list(dict.fromkeys(names)) for reason, names in found.items()}
 
 
-def describe_benchmark(record: Record) -> Any:
+def describe_benchmark(record: BenchmarkRecord) -> Any:
     """Where and with what a benchmark ran, in one paragraph of Markdown."""
     from IPython.display import Markdown
 
-    libraries = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    libraries = ", ".join(f"{name} {version}" for name, version in record.versions.items())
     return Markdown(
-        f"**{record['device']}.** Recorded {record['created'][:10]} by `{record['command']}` in"
-        f" {record['seconds']['total'] / 60:.0f} min, rounds: {record['config']['rounds']}, after a warm-up."
-        f" {libraries}, core {record['core'][:8]}."
+        f"**{record.device}.** Recorded {record.created[:10]} by `{record.command}` in"
+        f" {record.seconds['total'] / 60:.0f} min; at most {record.config.rounds} rounds after a warm-up."
+        f" {libraries}, core {record.core[:8]}."
     )
 
 
-def benchmark_table(record: Record) -> Any:
+def benchmark_table(record: BenchmarkRecord) -> Any:
     """The ratios of a benchmark as Markdown, a table for each group, and what could not be measured."""
     from IPython.display import Markdown
 
-    measured: dict[str, list[str]] = {}
-    for row in record["rows"]:
-        if row["ratio"] is None:
-            continue
+    groups: dict[str, list[str]] = {}
+    for row in measured(record.rows):
         remarks = [f"{row['images']:,} images, batches of {row['batch_size']}"]
         if row["baseline_accuracy"] is not None:
             remarks.append(f"accuracy {100 * row['accuracy']:.1f} % against {100 * row['baseline_accuracy']:.1f} %")
         remarks += [row["note"]] if row["note"] else []
-        spread = f" ({row['low']:.2f} to {row['high']:.2f})" if row["rounds"] > 1 else ""
         cells = [_symbols(row["name"]), row["network"], _symbols(row["baseline"])]
-        cells += [f"**{row['ratio']:.2f}** {UNITS[row['unit']]}{spread}"]
+        if row["unit"] == COUNTED:
+            cells += [f"**{row['ratio']:.2f}** {UNITS[COUNTED]} (counted)", "–", "–"]
+        else:
+            cells += [f"**{row['ratio']:.2f}** ({row['low']:.2f} to {row['high']:.2f}) {UNITS[row['unit']]}"]
+            cells += ["{:.2f} ({:.2f} to {:.2f})".format(*row["wall"]), str(row["rounds"])]
         cells += [f"{row['target']}: {verdict(row)}" if row["target"] else "–", "; ".join(remarks)]
-        measured.setdefault(row["group"], []).append("| " + " | ".join(cells) + " |")
+        groups.setdefault(row["group"], []).append("| " + " | ".join(cells) + " |")
     blocks = []
-    for group, lines in measured.items():
-        head = f"| {group} | network | against | ratio (spread) | target | remarks |"
-        blocks.append("\n".join([head, "|---" * 6 + "|", *lines]))
-    for reason, names in missing(record["rows"]).items():
+    for group, lines in groups.items():
+        head = f"| {group} | network | against | ratio (95 % interval) | on the wall | rounds | target | remarks |"
+        blocks.append("\n".join([head, "|---" * 8 + "|", *lines]))
+    for reason, names in missing(record.rows).items():
         blocks.append(f"Not measured: {_symbols('; '.join(names))}. Reason: {reason}.")
     return Markdown("\n\n".join(blocks))
 
 
-def throughput_table(record: Record) -> Any:
+def overhead(record: BenchmarkRecord) -> str:
+    """One sentence in Markdown: what the attacks and Algorithm 1 take beyond the network's passes."""
+    rows = [r for r in measured(record.rows) if r["unit"] == "time relative to the baseline" and r["target"]]
+    if not rows:
+        return "The overhead is not measured yet with an interval: `python make.py benchmark` measures it."
+    parts = [
+        f"{_symbols(r['name'])} on {r['network']} **{r['ratio']:.2f}** ({r['low']:.2f} to {r['high']:.2f})"
+        for r in rows
+    ]
+    met = sum(r["met"] is True for r in rows)
+    return (
+        f"Time relative to bare passes, with a 95 % interval: {'; '.join(parts)}. The target of 1.05 is met by"
+        f" {met} of {len(rows)}."
+    )
+
+
+def throughput_table(record: BenchmarkRecord) -> Any:
     """What a GPU attains in absolute numbers, as Markdown."""
     from IPython.display import Markdown
 
-    if not record["throughput"]:
+    if not record.throughput:
         return Markdown("Images a second, operations a second and minutes of training are measured on a GPU alone.")
     columns = {
         "images_per_second": "images attacked a second",
@@ -89,35 +116,36 @@ def throughput_table(record: Record) -> Any:
         "projected_minutes": "the paper's fine-tuning, minutes (projected)",
     }
     lines = ["| | " + " | ".join(columns.values()) + " |", "|---" * (1 + len(columns)) + "|"]
-    for name, figures in record["throughput"].items():
+    for name, figures in record.throughput.items():
         cells = [f"{figures[key]:g}" if key in figures else "–" for key in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return Markdown("\n".join(lines))
 
 
-def growth_table(record: Record) -> Any:
+def growth_table(record: BenchmarkRecord) -> Any:
     """The points of `plot_growth` as Markdown."""
     from IPython.display import Markdown
 
     lines = ["| by | seconds | peak memory / images |", "|---|---|---|"]
     for axis in ("images", "steps", "epochs"):
-        cells = ["; ".join(f"{x:,}: {y:.2f}" for x, y in record[key].get(axis, [])) for key in ("growth", "memory")]
+        cells = [
+            "; ".join(f"{x:,}: {y:.2f}" for x, y in getattr(record, key).get(axis, [])) for key in ("growth", "memory")
+        ]
         lines.append(f"| {axis} | " + " | ".join(cell or "–" for cell in cells) + " |")
     return Markdown("\n".join(lines))
 
 
-def plot_ratios(record: Record) -> Figure:
-    """The ratios of a benchmark with spread and target: times above, speeds below; at 1 is the baseline."""
+def plot_ratios(record: BenchmarkRecord) -> Figure:
+    """The ratios of a benchmark with interval and target: times above, speeds below; at 1 is the baseline."""
     import matplotlib.pyplot as plt
     import seaborn as sns
 
     sns.set_theme(style="whitegrid", context="notebook")
-    panels = {unit: [r for r in record["rows"] if r["unit"] == unit and r["ratio"] is not None] for unit in UNITS}
-    del panels["multiple of the baseline"]
+    panels = {unit: [r for r in measured(record.rows) if r["unit"] == unit] for unit in UNITS if unit != COUNTED}
     styles = {
         True: {"color": RECORDED, "fmt": "o", "label": "target met"},
         False: {"color": THIS_RUN, "fmt": "s", "label": "target missed"},
-        None: {"color": PAPER, "fmt": "D", "label": "no target"},
+        None: {"color": PAPER, "fmt": "D", "label": "no target, or not decided"},
     }
     heights = [max(1, len(rows)) for rows in panels.values()]
     size = (10, 2 + 0.5 * sum(heights))
@@ -125,8 +153,8 @@ def plot_ratios(record: Record) -> Figure:
     for axis, (unit, rows) in zip(axes, panels.items(), strict=True):
         for met, style in styles.items():
             points = [(len(rows) - 1 - i, r) for i, r in enumerate(rows) if r["met"] is met]
-            spread = [[r["ratio"] - r["low"] for _, r in points], [r["high"] - r["ratio"] for _, r in points]]
-            places = {"x": [r["ratio"] for _, r in points], "y": [y for y, _ in points], "xerr": spread}
+            interval = [[r["ratio"] - r["low"] for _, r in points], [r["high"] - r["ratio"] for _, r in points]]
+            places = {"x": [r["ratio"] for _, r in points], "y": [y for y, _ in points], "xerr": interval}
             axis.errorbar(**places, **style, markersize=7, capsize=3)
             targets = [(float(r["target"].split()[-1]), y) for y, r in points if r["target"]]
             axis.plot(*zip(*targets, strict=True) if targets else ([], []), "|", color="black", markersize=18)
@@ -134,13 +162,13 @@ def plot_ratios(record: Record) -> Figure:
         labels = [_symbols(f"{r['name']}\nagainst {r['baseline']} · {r['network']}") for r in rows]
         axis.set_yticks(range(len(rows)), reversed(labels), fontsize=9)
         axis.set_ylim(-0.6, max(1, len(rows)) - 0.4)
-        axis.set_xlabel(f"{unit} (a tick is the target)")
+        axis.set_xlabel(f"{unit}, with 95 % interval (a tick is the target)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     plt.close(figure)
     return figure
 
 
-def plot_growth(record: Record) -> Figure:
+def plot_growth(record: BenchmarkRecord) -> Figure:
     """Seconds, with a line through the origin, and peak memory by images, steps and epochs."""
     import matplotlib.pyplot as plt
     import seaborn as sns
@@ -148,9 +176,9 @@ def plot_growth(record: Record) -> Figure:
     sns.set_theme(style="whitegrid", context="notebook")
     figure, axes = plt.subplots(2, 3, figsize=(10, 5.5), layout="constrained")
     titles = {"images": "attack, by images", "steps": "attack, by steps", "epochs": "fine-tuning, by epochs"}
-    highest = max((peak for points in record["memory"].values() for _, peak in points), default=1)
+    highest = max((peak for points in record.memory.values() for _, peak in points), default=1)
     for (top, bottom), (name, title) in zip(axes.T, titles.items(), strict=True):
-        seconds, peaks = record["growth"].get(name, []), record["memory"].get(name, [])
+        seconds, peaks = record.growth.get(name, []), record.memory.get(name, [])
         if seconds:
             slope = sum(x * y for x, y in seconds) / sum(x * x for x, _ in seconds)
             end = 1.1 * max(x for x, _ in seconds)
@@ -166,28 +194,29 @@ def plot_growth(record: Record) -> Figure:
     return figure
 
 
-def precision_table(record: Record) -> Any:
+def precision_table(record: PrecisionRecord) -> Any:
     """Accuracy under attack in each precision, and how far from float32, as Markdown."""
     from IPython.display import Markdown
 
-    exact = record["metrics"]["float32"]
+    metrics: dict[str, Any] = record.metrics
+    exact = metrics["float32"]
     columns = ["", *METRICS.values(), "most apart", f"{METRICS['w_inf']}, seen in float32", "W₂, seen in float32"]
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    for way, scores in record["metrics"].items():
+    for way, scores in metrics.items():
         apart = 100 * max(abs(scores[m] - exact[m]) for m in METRICS)
         cells = [way, *(f"{100 * scores[m]:.2f}" for m in METRICS)]
         cells.append("" if way == "float32" else f"{apart:.2f}: {'met' if apart <= 0.1 else 'missed'}")
         cells += [f"{100 * scores['in_float32'][m]:.2f}" for m in ("w_inf", "w_2")]
         lines.append("| " + " | ".join(cells) + " |")
     lines.append(
-        f"\nAccuracy in per cent on {record['data']['test']:,} test images of {record['data']['source']}, network"
-        f" `{record['network']['name']}`, on {record['device']}; core {record['core'][:8]}; `{record['command']}`."
+        f"\nAccuracy in per cent on {record.data.test:,} test images of {record.data.source}, network"
+        f" `{record.network.name}`, on {record.device}; core {record.core[:8]}; `{record.command}`."
         " The target is 0.1 points."
     )
     return Markdown("\n".join(lines))
 
 
-def upsilon_table(records: Sequence[Record]) -> Any:
+def upsilon_table(records: Sequence[UpsilonRecord]) -> Any:
     """The relative errors of two estimates of Upsilon along fine-tuning runs, as Markdown."""
     from statistics import median
 
@@ -195,21 +224,21 @@ def upsilon_table(records: Sequence[Record]) -> Any:
 
     lines = ["| run | estimate | median error | greatest | passes it costs |", "|---|---|---|---|---|"]
     for record in records:
-        points, config = record["points"], record["config"]
+        points, config = record.points, record.config
         for name, title in ESTIMATES.items():
             errors = [100 * abs(v / w - 1) for v, w in zip(points[name], points["whole"], strict=True)]
-            cost = "none" if name == "batch" else f"{config['sample'] * record['data']['train']:,.0f} a minibatch"
-            lines.append(f"| τ = {config['tau']:g} | {title} | {median(errors):.0f} % | {max(errors):.0f} % | {cost} |")
+            cost = "none" if name == "batch" else f"{config.sample * (record.data.train or 0):,.0f} a minibatch"
+            lines.append(f"| τ = {config.tau:g} | {title} | {median(errors):.0f} % | {max(errors):.0f} % | {cost} |")
     lines += [
-        f"\nτ = {r['config']['tau']:g}: {len(r['points']['whole'])} minibatches of {r['config']['epochs']} epoch(s),"
-        f" {r['data']['train']:,} images of {r['data']['source']}, network `{r['network']['name']}`, on {r['device']};"
-        f" core {r['core'][:8]}; `{r['command']}`."
+        f"\nτ = {r.config.tau:g}: {len(r.points['whole'])} minibatches of {r.config.epochs} epoch(s),"
+        f" {r.data.train:,} images of {r.data.source}, network `{r.network.name}`, on {r.device};"
+        f" core {r.core[:8]}; `{r.command}`."
         for r in records
     ]
     return Markdown("\n".join(lines))
 
 
-def plot_upsilon(records: Sequence[Record]) -> Figure:
+def plot_upsilon(records: Sequence[UpsilonRecord]) -> Figure:
     """Upsilon of the whole training set and its two estimates along fine-tuning runs."""
     import matplotlib.pyplot as plt
     import seaborn as sns
@@ -220,8 +249,8 @@ def plot_upsilon(records: Sequence[Record]) -> Figure:
     styles["batch"] = (THIS_RUN, "s", ESTIMATES["batch"])
     for axis, record in zip(axes[0], records, strict=True):
         for name, (colour, style, label) in styles.items():
-            axis.plot(record["points"]["minibatch"], record["points"][name], style, color=colour, label=label)
-        axis.set(title=f"τ = {record['config']['tau']:g}", xlabel="minibatch", yscale="log")
+            axis.plot(record.points["minibatch"], record.points[name], style, color=colour, label=label)
+        axis.set(title=f"τ = {record.config.tau:g}", xlabel="minibatch", yscale="log")
     axes[0, 0].set_ylabel("Υ")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     plt.close(figure)

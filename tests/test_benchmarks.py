@@ -1,6 +1,9 @@
 """The benchmark: what is compared is comparable, what is missing is said, and its record can be drawn. No timings."""
 
+import copy
 import dataclasses
+import math
+import random
 import sys
 
 import pytest
@@ -8,7 +11,7 @@ import torch
 from torch import nn
 
 import wdat_core
-from benchmarks import baselines, card, peers, races, speed
+from benchmarks import baselines, card, peers, races, speed, upsilon
 from companion import networks
 from companion.architectures import WideResNet
 from companion.performance import (
@@ -16,6 +19,7 @@ from companion.performance import (
     benchmark_table,
     describe_benchmark,
     growth_table,
+    overhead,
     plot_growth,
     plot_ratios,
     throughput_table,
@@ -80,10 +84,18 @@ def test_attack_that_skips_nothing_makes_every_pass(subject):
     assert passes_of_attack(subject) == baselines.every_pass(48, 16)
 
 
-def test_redlr_skips_and_can_be_made_not_to(subject):
+def test_redlr_skips_images(subject):
     assert baselines.gradients(passes_of_attack(subject, loss="redlr")) < 48 * baselines.STEPS
-    with baselines.no_image_skipped():
-        assert passes_of_attack(subject, loss="redlr") == baselines.every_pass(48, 16)
+
+
+def test_training_with_ce_skips_no_image(subject):
+    """What the rows "no image skipped" are measured with."""
+    config = wdat_core.FinetuneConfig(loss="ce", epochs=1, batch_size=24, steps=3, sample=0.5)
+    made = baselines.passes_of(
+        WideResNet(10, 1),
+        lambda model: wdat_core.finetune(model, (subject.x, subject.y), None, config, eval_batch_size=24),
+    )
+    assert made.count((24, "input")) == 2 * (3 + 1)  # in two minibatches: three steps, and one estimate of Upsilon
 
 
 def test_replay_makes_the_same_passes_again(subject):
@@ -127,18 +139,112 @@ def test_without_the_libraries_the_subject_is_random_and_says_so(monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def lap_of(*seconds):
+def laps_of(*seconds):
+    """A contestant whose laps take these seconds of the process's time, and twice as many on the wall."""
     laps = iter(seconds)
-    return lambda: races.Lap(next(laps), 0.5)
+
+    def lap():
+        cpu = next(laps)
+        return races.Lap(2 * cpu, cpu, 0.5)
+
+    return lap
+
+
+def run_of(contestants, pairs=(("a", "b"),), **options):
+    return races.contest(contestants, pairs, CPU, **options)
 
 
 def test_ratios_are_of_the_same_round_and_leave_the_warm_up_out():
-    done = races.contest({"a": lap_of(100, 2, 3, 8), "b": lap_of(1, 1, 2, 2)}, 3)
+    done = run_of({"a": laps_of(100, 2, 4, 6, 8, 10, 12), "b": laps_of(1, 1, 1, 2, 2, 2, 2)}, rounds=6)
+    assert done.ratios("a", "b") == [2, 4, 3, 4, 5, 6]
     row = races.compare(done, "a", "b", races.TIME, target=1.05)
-    assert (row["low"], row["ratio"], row["high"], row["rounds"]) == (1.5, 2, 4, 3)
-    assert (row["target"], row["met"], verdict(row)) == ("at most 1.05", False, "missed by 0.95")
+    assert (row["low"], row["ratio"], row["high"], row["rounds"]) == (2, 4, 6, 6)
+    assert (row["target"], row["met"], verdict(row)) == ("at most 1.05", False, "missed by 2.95")
+    assert (row["clock"], row["wall"], row["seconds"]) == ("cpu", [4, 2, 6], 7)
     row = races.compare(done, "b", "a", races.SPEED, target=2)
-    assert (row["ratio"], row["target"], row["met"], verdict(row)) == (2, "at least 2", True, "met")
+    assert (row["ratio"], row["target"]) == (4, "at least 2")
+
+
+def test_on_a_gpu_the_wall_clock_decides():
+    race = races.contest(
+        {"a": lambda: races.Lap(3, 1), "b": lambda: races.Lap(1, 1)}, [], torch.device("cuda"), rounds=6
+    )
+    row = races.compare(race, "a", "b", races.TIME)
+    assert (row["clock"], row["ratio"]) == ("wall", 3)
+
+
+@pytest.mark.parametrize(
+    ("unit", "target", "met", "said"),
+    [
+        (races.TIME, 3.5, True, "met"),
+        (races.TIME, 0.9, False, "missed by 1.10"),
+        (races.TIME, 2.5, None, "not decided, the interval has the target inside"),
+        (races.SPEED, 1.5, None, "not decided, the interval has the target inside"),
+        (races.SPEED, 0.9, True, "met"),
+        (races.SPEED, 4.0, False, "missed by 2.00"),
+        (races.SPEED, None, None, ""),
+    ],
+)
+def test_target_inside_the_interval_is_not_decided(unit, target, met, said):
+    slow, fast = laps_of(1, 1, 2, 2, 2, 2, 3), laps_of(*[1] * 7)
+    laps = {"a": slow, "b": fast} if unit == races.TIME else {"a": fast, "b": slow}
+    row = races.compare(run_of(laps, rounds=6), "a", "b", unit, target=target)
+    assert (row["low"], row["ratio"], row["high"], row["met"], verdict(row)) == (1, 2, 3, met, said)
+
+
+def test_race_ends_when_every_interval_is_narrow_enough_or_after_the_rounds():
+    def noisy(scale, seed):
+        draw = random.Random(seed)
+        return lambda: races.Lap(0, math.exp(draw.gauss(0, scale)))
+
+    steady = run_of({"a": noisy(0.001, 1), "b": noisy(0.001, 2)})
+    assert len(steady.laps["a"]) == races.LEAST
+    assert len(run_of({"a": noisy(1, 1), "b": noisy(1, 2)}, rounds=11).laps["a"]) == 11
+    between = run_of({"a": noisy(0.02, 1), "b": noisy(0.02, 2)}, rounds=200)
+    found = races.estimate(between.ratios("a", "b"))
+    assert races.LEAST < len(between.laps["a"]) < 200
+    assert (found.high - found.low) / 2 <= races.CLOSE * found.ratio
+
+
+def test_order_within_a_round_is_drawn_and_the_same_again():
+    def order(seed):
+        ran = []
+
+        def lap(name):
+            ran.append(name)
+            return races.Lap(1, 1)
+
+        run_of({name: lambda name=name: lap(name) for name in "abcd"}, (), rounds=9, seed=seed)
+        return ["".join(ran[i : i + 4]) for i in range(4, len(ran), 4)]
+
+    assert all(sorted(r) == list("abcd") for r in order(0)) and len(set(order(0))) > 4
+    assert order(0) == order(0) != order(1)
+
+
+@pytest.mark.parametrize("disturbed", [0, 0.1, 0.25])
+def test_interval_has_the_true_ratio_inside_95_times_of_100(disturbed):
+    """On made times: noise of 2 %, a machine that gets slower and faster, and laps that take several times as long."""
+    hits, races_run = 0, 400
+    for seed in range(races_run):
+        draw, clock = random.Random(seed), iter(range(10**6))
+
+        def lap(seconds, draw=draw, clock=clock):
+            now = next(clock)
+            seconds *= math.exp(draw.gauss(0, 0.02)) * (1 + now / 60 + 0.2 * math.sin(now / 9))
+            seconds *= 1 + draw.expovariate(1) * (draw.random() < disturbed)
+            return races.Lap(0, seconds)
+
+        race = run_of({"a": lambda lap=lap: lap(1.05), "b": lambda lap=lap: lap(1.0)}, seed=seed)
+        found = races.estimate(race.ratios("a", "b"))
+        hits += found.low <= 1.05 <= found.high
+    assert 0.92 <= hits / races_run <= 0.98
+
+
+def test_interval_needs_six_rounds():
+    assert races.estimate([1, 2, 3, 4, 5, 6]) == (3.5, 1, 6)
+    assert races.estimate(range(9)) == (4, 1, 7)  # 2 of 512 cases are outside on each side with k = 1, 10 with k = 2
+    with pytest.raises(ValueError, match="needs 6 rounds"):
+        races.estimate([1, 2, 3, 4, 5])
 
 
 @pytest.mark.parametrize(
@@ -153,7 +259,7 @@ def test_contestant_that_cannot_start_has_rows_that_say_why(error, reason):
     def broken():
         raise error
 
-    done = races.contest({"a": lap_of(1, 1), "b": broken}, 1)
+    done = run_of({"a": laps_of(*[1] * 7), "b": broken}, rounds=6)
     for names in (("a", "b"), ("b", "a")):
         row = races.compare(done, *names, races.TIME, target=1)
         assert (row["ratio"], row["met"], row["reason"]) == (None, None, reason)
@@ -196,13 +302,13 @@ def test_worker_that_dies_or_cannot_start(subject, tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def record(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    speed.main(["--quick", "--rounds", "1", "--device", "cpu", "--peers", NO_PEERS, "--out", str(folder)])
+    speed.main(["--quick", "--rounds", "6", "--device", "cpu", "--peers", NO_PEERS, "--out", str(folder)])
     (record,) = read_records(folder, kind="benchmark")
     return record
 
 
 def test_quick_run_ends_in_a_record_with_every_group(record):
-    groups = {row["group"] for row in record["rows"]}
+    groups = {row["group"] for row in record.rows}
     assert groups == {
         "Attack: overhead",
         "Attack: speed",
@@ -211,14 +317,18 @@ def test_quick_run_ends_in_a_record_with_every_group(record):
         "Peak memory",
         "Share of the card's rate",
     }
-    assert all((row["ratio"] is None) == (row["reason"] is not None) for row in record["rows"])
-    assert set(record["growth"]) == set(record["memory"]) == {"images", "steps", "epochs"}
-    assert record["command"] == "python benchmarks/speed.py --device cpu --rounds 1 --quick"
-    assert "pyautoattack" in record["versions"]
+    for row in record.rows:
+        assert (row["ratio"] is None) == (row["reason"] is not None)
+        if row["ratio"] is not None and row["unit"] != races.EXTENT:
+            assert row["low"] <= row["ratio"] <= row["high"] and row["rounds"] >= races.LEAST
+            assert (row["clock"], len(row["wall"])) == ("cpu", 3)
+    assert set(record.growth) == set(record.memory) == {"images", "steps", "epochs"}
+    assert record.command == "python benchmarks/speed.py --device cpu --rounds 6 --quick"
+    assert "pyautoattack" in record.versions
 
 
 def test_what_is_missing_here_has_a_reason(record):
-    reasons = {row["reason"] for row in record["rows"] if row["ratio"] is None}
+    reasons = {row["reason"] for row in record.rows if row["ratio"] is None}
     for words in (
         "foolbox is not installed",
         "torchattacks is not installed",
@@ -240,30 +350,48 @@ def test_damaged_record_of_a_benchmark_is_named(record, tmp_path, capsys):
 
 def test_table_has_every_row_and_the_reasons(record):
     text = benchmark_table(record).data
-    for row in record["rows"]:
+    for row in record.rows:
         if row["ratio"] is None:
             assert row["reason"] in text
         else:
-            assert f"**{row['ratio']:.2f}** {UNITS[row['unit']]}" in text
+            interval = f" ({row['low']:.2f} to {row['high']:.2f})" if row["rounds"] else ""
+            assert f"**{row['ratio']:.2f}**{interval} {UNITS[row['unit']]}" in text
     assert "Reason: needs a GPU" in text and "None" not in text
-    assert describe_benchmark(record).data.startswith(f"**{record['device']}.**")
+    assert describe_benchmark(record).data.startswith(f"**{record.device}.**")
+
+
+def test_ratio_without_its_interval_is_not_shown(record):
+    rows = [{name: value for name, value in row.items() if name != "wall"} for row in record.rows]
+    earlier = record.model_copy(update={"rows": rows})
+    text = benchmark_table(earlier).data
+    assert "recorded it, without an interval" in text and text.count("**") == 2  # the memory
+    assert "not measured yet" in overhead(earlier)
+    assert not [c for axis in plot_ratios(earlier).axes for c in axis.containers if len(c.lines[0].get_xdata())]
+
+
+def test_first_sentence_has_the_ratios_with_their_intervals(record):
+    text = overhead(record)
+    rows = [row for row in record.rows if row["unit"] == races.TIME]
+    assert len(rows) == 5
+    assert all(f"**{row['ratio']:.2f}** ({row['low']:.2f} to {row['high']:.2f})" in text for row in rows)
+    assert f"met by {sum(row['met'] is True for row in rows)} of 5" in text
 
 
 def test_figures_show_what_the_tables_say(record):
-    shown = [row["ratio"] for row in record["rows"] if row["ratio"] and row["unit"] != races.EXTENT]
+    shown = [row["ratio"] for row in record.rows if row["ratio"] and row["unit"] != races.EXTENT]
     figure = plot_ratios(record)
     drawn = [x for axis in figure.axes for c in axis.containers for x in c.lines[0].get_xdata()]
     assert sorted(drawn) == pytest.approx(sorted(shown))
     text = growth_table(record).data
-    points = [point for key in ("growth", "memory") for axis in record[key].values() for point in axis]
+    points = [point for key in ("growth", "memory") for axis in getattr(record, key).values() for point in axis]
     assert all(f"{x:,}: {y:.2f}" in text for x, y in points)
     drawn = [p for axis in plot_growth(record).axes for line in axis.lines for p in line.get_xydata().tolist()]
     assert all(any(p == pytest.approx(q) for q in drawn) for p in points)
 
 
 def test_tables_and_figures_of_a_record_without_values(record):
-    rows = [{**row, "ratio": None, "met": None, "reason": "no electricity"} for row in record["rows"]]
-    empty = {**record, "rows": rows, "growth": {}, "memory": {}}
+    rows = [{**row, "ratio": None, "met": None, "reason": "no electricity"} for row in record.rows]
+    empty = record.model_copy(update={"rows": rows, "growth": {}, "memory": {}})
     assert "Reason: no electricity" in benchmark_table(empty).data
     assert "| images | – | – |" in growth_table(empty).data
     assert not [c for axis in plot_ratios(empty).axes for c in axis.containers if len(c.lines[0].get_xdata())]
@@ -273,7 +401,7 @@ def test_tables_and_figures_of_a_record_without_values(record):
 def test_throughput_table(record):
     assert "on a GPU alone" in throughput_table(record).data
     figures = {"demo, float32": {"images_per_second": 10.0}}  # where the memory ended at the iteration
-    assert "| demo, float32 | 10 | – |" in throughput_table({**record, "throughput": figures}).data
+    assert "| demo, float32 | 10 | – |" in throughput_table(record.model_copy(update={"throughput": figures})).data
 
 
 def test_figures_of_a_card_without_a_card(monkeypatch):
@@ -283,7 +411,7 @@ def test_figures_of_a_card_without_a_card(monkeypatch):
     monkeypatch.setattr(card, "MATRIX", 8)
     tiny = baselines.random_subject("tiny", lambda: nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), 8, CPU)
     with card.tf32(True):
-        row, figures = card.on_the_card(tiny, 1, {"precision": "bfloat16", "compiled": False})
+        row, figures = card.on_the_card(tiny, 6, {"precision": "bfloat16", "compiled": False})
     assert row["ratio"] > 0 and row["network"] == "tiny (random weights)"
     assert set(figures) == {
         "images_per_second", "tflop_per_second", "attack_gib", "iteration_seconds", "training_gib", "projected_minutes"
@@ -293,12 +421,31 @@ def test_figures_of_a_card_without_a_card(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--rounds", "0"], "--rounds must be at least 1"),
-        (["--device", "abacus"], "device 'abacus' is not to be had here"),
-        (["--groups", "attack", "--quick", "--peers", "no/python"], "the Python of the peers does not start"),
+        (["--rounds", "5"], "--rounds must be at least 6"),
+        (["--device", "abacus"], "this machine has no device 'abacus'"),
+        (["--groups", "others", "--quick", "--peers", "no/python"], "the Python of the peers does not start"),
     ],
 )
 def test_bad_argument_ends_in_one_line(arguments, message, capsys):
     with pytest.raises(SystemExit) as caught:
         speed.main(arguments)
     assert message in f"{caught.value} {capsys.readouterr().err}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory, and the estimates of Upsilon
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_estimates_of_upsilon_are_followed_along_algorithm_1(subject):
+    """What is noted before the first step is that of the network as it was."""
+    network, train = copy.deepcopy(subject.model), (subject.x, subject.y)
+    config = wdat_core.FinetuneConfig(
+        tau=0.1, eta=1.0, epochs=1, batch_size=12, steps=2, sample=1.0, perturb="none", augment=False
+    )
+    before = wdat_core.sensitivity(network, *train, config.threat)
+    points = upsilon.follow(network, train, config, batch=48, every=2)
+    assert points["minibatch"] == [0, 2]
+    assert points["whole"][0] == pytest.approx(before) and points["whole"][1] != pytest.approx(before)
+    assert points["sample"] == pytest.approx(points["whole"])  # the sample is everything
+    assert all(value > 0 for value in points["batch"])
