@@ -341,11 +341,11 @@ def test_what_is_missing_here_has_a_reason(record):
 def test_damaged_record_of_a_benchmark_is_named(record, tmp_path, capsys):
     path = write_record(record, tmp_path)
     text = path.read_text(encoding="utf-8")
-    (tmp_path / "other.json").write_text(text.replace('"rows"', '"lines"'), encoding="utf-8")
-    (tmp_path / "half.json").write_text(text[:1000], encoding="utf-8")
+    (tmp_path / "benchmark-other.json").write_text(text.replace('"rows"', '"lines"'), encoding="utf-8")
+    (tmp_path / "benchmark-half.json").write_text(text[:1000], encoding="utf-8")
     assert read_records(tmp_path, kind="benchmark") == [record]
     complaint = capsys.readouterr().err
-    assert "other.json" in complaint and "half.json" in complaint
+    assert "benchmark-other.json" in complaint and "benchmark-half.json" in complaint
 
 
 def test_table_has_every_row_and_the_reasons(record):
