@@ -7,14 +7,17 @@ from typing import Any
 
 from companion.evidence import column_of, columns_of
 from companion.intervals import accuracy
+from companion.kinds import EvaluateRecord, FinetuneRecord, SensitivityRecord, SpendRecord
 from companion.pictures import NAMES, accuracies
-from companion.records import Record, protocol, record_name
+from companion.records import protocol, record_name
 from companion.settings import METRICS
 
 NOTHING_TO_COMPARE = "Nothing is recorded for these parameters: there is nothing to compare this run with."
 
 
-def of_columns(records: Sequence[Record], recorded: Sequence[Record], *, before: float, after: float) -> Any:
+def of_columns(
+    records: Sequence[FinetuneRecord], recorded: Sequence[FinetuneRecord], *, before: float, after: float
+) -> Any:
     """Whether this run agrees with the recorded ones, as a line of Markdown; tolerances in percentage points.
 
     Another machine rounds otherwise. Without training that moves single images at the decision boundary (`before`);
@@ -42,7 +45,9 @@ def of_columns(records: Sequence[Record], recorded: Sequence[Record], *, before:
     )
 
 
-def of_networks(part: str, records: Sequence[Record], recorded: Sequence[Record], *, within: float) -> Any:
+def of_networks(
+    part: str, records: Sequence[EvaluateRecord], recorded: Sequence[EvaluateRecord], *, within: float
+) -> Any:
     """As `of_columns`, for records of kind "evaluate"; `within` percentage points.
 
     Raises:
@@ -51,10 +56,10 @@ def of_networks(part: str, records: Sequence[Record], recorded: Sequence[Record]
     known = {protocol(r): r for r in recorded}
     compared = [r for r in records if protocol(r) in known]
     for r in compared:
-        for metric in r["metrics"][part]:
+        for metric in r.metrics[part]:
             here, there = (accuracy([one], part, metric).value for one in (r, known[protocol(r)]))
             assert abs(here - there) <= within, (
-                f"{r['network']['name']}, {metric} on {part} images: {here:.2f} % in this run, {there:.2f} % recorded,"
+                f"{r.network.name}, {metric} on {part} images: {here:.2f} % in this run, {there:.2f} % recorded,"
                 f" further apart than {within:g} points"
             )
     return _agrees(
@@ -64,20 +69,20 @@ def of_networks(part: str, records: Sequence[Record], recorded: Sequence[Record]
     )
 
 
-def of_estimates(records: Sequence[Record], recorded: Sequence[Record], *, within: float) -> Any:
+def of_estimates(records: Sequence[SensitivityRecord], recorded: Sequence[SensitivityRecord], *, within: float) -> Any:
     """As `of_columns`, for records of kind "sensitivity"; `within` is relative.
 
     Raises:
         AssertionError: Upsilon of the whole set or of a sample differs by more.
     """
-    known = {(protocol(r), r["config"]["seed"]): r for r in recorded}
-    compared = [r for r in records if (protocol(r), r["config"]["seed"]) in known]
+    known = {(protocol(r), r.config.seed): r for r in recorded}
+    compared = [r for r in records if (protocol(r), r.config.seed) in known]
     for r in compared:
-        there = known[protocol(r), r["config"]["seed"]]
-        pairs = zip([r["reference"], *r["estimates"]], [there["reference"], *there["estimates"]], strict=True)
+        there = known[protocol(r), r.config.seed]
+        pairs = zip([r.reference, *r.estimates], [there.reference, *there.estimates], strict=True)
         for here, other in pairs:
             assert abs(here / other - 1) <= within, (
-                f"Upsilon of {r['network']['name']}: {here:g} in this run, {other:g} recorded, further apart than"
+                f"Upsilon of {r.network.name}: {here:g} in this run, {other:g} recorded, further apart than"
                 f" {100 * within:g} %"
             )
     return _agrees(
@@ -87,7 +92,7 @@ def of_estimates(records: Sequence[Record], recorded: Sequence[Record], *, withi
     )
 
 
-def of_pictures(record: Record, recorded: Sequence[Record], *, points: float = 0.5) -> str:
+def of_pictures(record: SpendRecord, recorded: Sequence[SpendRecord], *, points: float = 0.5) -> str:
     """Whether a run agrees with the recorded ones of the same settings, in a sentence; tolerance in percentage points.
 
     Raises:

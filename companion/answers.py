@@ -26,8 +26,8 @@ from companion.evidence import (
     setting_of,
 )
 from companion.intervals import Estimate, bits, change, estimate_of, outcome_of_change, side, span
+from companion.kinds import FinetuneRecord, Record, images_of
 from companion.open_points import matters
-from companion.records import Record, images_of
 from companion.settings import CONTROLS, FINETUNED, GRIDS, METRICS, PAPER_NETWORKS, STAND_INS, STRONGER
 from companion.tables import fewest_left, paper_changes
 from companion.words import (
@@ -95,9 +95,9 @@ def _grid(table: int, records: Sequence[Record]) -> str:
     return f"{paper} {here}: {listed(parts)}. {_mark(found)}{other}"
 
 
-def _longest(studies: Sequence[Sequence[Record]]) -> list[Sequence[Record]]:
+def _longest(studies: Sequence[list[FinetuneRecord]]) -> list[list[FinetuneRecord]]:
     """The first study of each network: that of the most training."""
-    first: dict[str, Sequence[Record]] = {}
+    first: dict[str, list[FinetuneRecord]] = {}
     for study in studies:
         first.setdefault(study[0].network.name, study)
     return list(first.values())

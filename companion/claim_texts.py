@@ -8,7 +8,7 @@ from typing import Any
 from companion.claims import CLAIMS, Claim, counted, on_claimed_side, outcome, outcomes, verdict
 from companion.effects import Effect
 from companion.intervals import span
-from companion.records import Record
+from companion.kinds import Record
 from companion.words import OUTCOMES, VERDICTS, count, markdown
 
 

@@ -24,7 +24,7 @@ from companion.effects import (
     volatility,
 )
 from companion.intervals import side
-from companion.records import Record
+from companion.kinds import Record
 from companion.settings import STAND_INS
 from companion.words import overall
 

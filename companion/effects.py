@@ -14,7 +14,7 @@ from typing import Any
 from companion import evidence
 from companion.evidence import Setting, alike, best_setting, by_setting, paper_value, setting_of, studies
 from companion.intervals import bits, estimate_of, median_interval
-from companion.records import Record, images_of
+from companion.kinds import EvaluateRecord, FinetuneRecord, OfNetwork, Record, SensitivityRecord, images_of
 from companion.settings import GRIDS, METRICS, PAPER_NETWORKS
 from companion.words import HOW, name_of, setting_words, short_name, training_words
 
@@ -44,7 +44,7 @@ class Effect:
     low: float | None
     high: float | None
     seeds: tuple[float, ...]
-    records: tuple[Record, ...]
+    records: tuple[Any, ...]
 
     @property
     def full(self) -> bool:
@@ -57,19 +57,19 @@ class Effect:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def stated(records: Sequence[Record], kind: str) -> list[Record]:
+def stated(records: Sequence[Record], kind: str) -> list[Any]:
     """The records of a kind that follow the method as the paper states it, with what it leaves open as in the ledger.
 
     The readings of CE(f(x), f(x')) are an exception: each makes a study of its own.
     """
-    those = [r for r in records if r["kind"] == kind and evidence.is_stated(r)]
-    return [r for r in those if evidence.deviations(r).keys() <= {"consistency"}]
+    those = [r for r in records if r.kind == kind and evidence.is_stated(r)]
+    return [r for r in those if not isinstance(r, FinetuneRecord) or set(evidence.deviations(r)) <= {"consistency"}]
 
 
-def _label(record: Record) -> str:
+def _label(record: OfNetwork) -> str:
     """A study in words: network, training, and where the configuration is not that of wdat_core."""
     parts = [name_of(record)]
-    if record["kind"] == "finetune":
+    if isinstance(record, FinetuneRecord):
         parts.append(training_words(record))
     return ", ".join(parts) + evidence.unusual(record)
 
@@ -87,7 +87,7 @@ def _against(better: Setting, worse: Setting) -> str:
 def _of_images(study: str, comparison: str, per_seed: Sequence[Any], records: Sequence[Record]) -> Effect:
     """The mean over seeds of differences on the same images, arrays (n,); the interval is that of sampling images."""
     estimate = estimate_of(per_seed)
-    seeds = tuple(estimate_of([one]).value for one in per_seed) if "seed" in records[0]["config"] else ()
+    seeds = tuple(estimate_of([one]).value for one in per_seed) if hasattr(records[0].config, "seed") else ()
     return Effect(study, comparison, estimate.value, estimate.low, estimate.high, seeds, tuple(records))
 
 
@@ -109,8 +109,8 @@ def best_changes(
     effects = []
     for study in studies(stated(records, "finetune")):
         # The settings that are not chosen are evidence too: of the choice.
-        those = [record for record in study if perturb in ("", record["config"]["perturb"])]
-        if not those or (only and those[0]["network"]["name"] not in only):
+        those = [record for record in study if perturb in ("", record.config.perturb)]
+        if not those or (only and those[0].network.name not in only):
             continue
         best, n = best_setting(those), len(by_setting(those))
         per_seed = [sum(bits(r, "after", m) - bits(r, "before", m) for m in metrics) for r in best]
@@ -127,7 +127,7 @@ def contrasts(records: Sequence[Record], pairs: Sequence[Pair]) -> list[Effect]:
     effects = []
     settings = map(by_setting, studies(stated(records, "finetune")))
     for study, (better, worse) in itertools.product(settings, pairs):
-        first, second = ({r["config"]["seed"]: r for r in study.get(setting, [])} for setting in (better, worse))
+        first, second = ({r.config.seed: r for r in study.get(setting, [])} for setting in (better, worse))
         if seeds := sorted(first.keys() & second.keys()):
             per_seed = [bits(first[s], "after", "w_2") - bits(second[s], "after", "w_2") for s in seeds]
             drawn = [those[s] for those in (first, second) for s in seeds]
@@ -139,27 +139,27 @@ def gaps(records: Sequence[Record], weaker: str, stronger: str) -> list[Effect]:
     """For each network and part of the data: accuracy under the attack said to be weaker minus the other, in points."""
     effects = []
     for record in stated(records, "evaluate"):
-        for part in record["correct"]:
+        for part in record.correct:
             differences = [bits(record, part, weaker) - bits(record, part, stronger)]
             words = f"{images_of(record, part):,} {part} images, {ATTACKS[weaker]} − {ATTACKS[stronger]}"
             effects.append(_of_images(_label(record), words, differences, [record]))
     return effects
 
 
-def _errors(record: Record) -> list[float]:
+def _errors(record: SensitivityRecord) -> list[float]:
     """How far each estimate of Upsilon is from the reference, in per cent of it."""
     return [100 * error for error in evidence.relative_errors(record)]
 
 
-def _estimated(records: Sequence[Record]) -> list[Record]:
-    return [record for record in stated(records, "sensitivity") if record["reference"] > 0]
+def _estimated(records: Sequence[Record]) -> list[SensitivityRecord]:
+    return [record for record in stated(records, "sensitivity") if record.reference > 0]
 
 
 def closeness(records: Sequence[Record]) -> list[Effect]:
     """For each network and training set: the median relative error of the estimates of Upsilon, in per cent."""
     effects = []
     for group in alike(_estimated(records)):
-        words = f"{sum(len(r['estimates']) for r in group)} estimates, {group[0]['data']['train']:,} training images"
+        words = f"{sum(len(r.estimates) for r in group)} estimates, {group[0].data.train:,} training images"
         effects.append(_of_median(_label(group[0]), words, [_errors(r) for r in group], group))
     return effects
 
@@ -168,30 +168,32 @@ def ranking(records: Sequence[Record]) -> list[Effect]:
     """For each two networks whose W_2 accuracy differs visibly: how much more the estimates of Upsilon err for the less
     robust one, median over the draws, in per cent of Upsilon; draw by draw, for equal seeds draw the same images.
     """
-    tested = [record for record in stated(records, "evaluate") if "test" in record["correct"]]
+    tested: list[EvaluateRecord] = [record for record in stated(records, "evaluate") if "test" in record.correct]
     effects = []
     for group in alike(_estimated(records), "network"):
         networks = {digest: list(those) for digest, those in itertools.groupby(sorted(group, key=_digest), _digest)}
         for pair in itertools.combinations(networks, 2):
             if not (order := _by_robustness(tested, *pair)):
                 continue
-            less, more = ({r["config"]["seed"]: r for r in networks[_digest(record)]} for record in order)
+            less, more = ({r.config.seed: r for r in networks[_digest(record)]} for record in order)
             if not (seeds := sorted(less.keys() & more.keys())):
                 continue
             per_seed = [[a - b for a, b in zip(_errors(less[s]), _errors(more[s]), strict=False)] for s in seeds]
-            accuracies = [100 * record["metrics"]["test"]["w_2"] for record in order]
+            accuracies = [100 * record.metrics["test"]["w_2"] for record in order]
             words = f"{name_of(order[0])} (W₂ {accuracies[0]:.2f} %) − {name_of(order[1])} (W₂ {accuracies[1]:.2f} %)"
             drawn = [those[s] for those in (less, more) for s in seeds] + list(order)
-            study = f"{group[0]['data']['train']:,} training images"
+            study = f"{group[0].data.train:,} training images"
             effects.append(_of_median(study, words, per_seed, drawn))
     return effects
 
 
-def _digest(record: Record) -> str:
-    return record["network"]["digest"]
+def _digest(record: OfNetwork) -> str:
+    return record.network.digest
 
 
-def _by_robustness(tested: Sequence[Record], one: str, other: str) -> tuple[Record, Record] | None:
+def _by_robustness(
+    tested: Sequence[EvaluateRecord], one: str, other: str
+) -> tuple[EvaluateRecord, EvaluateRecord] | None:
     """Records of the less and of the more robust of two networks (by digest); None without a visible difference.
 
     On the same test images, as many as there are.
@@ -219,7 +221,7 @@ def volatility(records: Sequence[Record]) -> list[Effect]:
     return effects
 
 
-def _moves(record: Record) -> list[float]:
+def _moves(record: FinetuneRecord) -> list[float]:
     """Relative changes of Upsilon of the training set from epoch to epoch, in per cent; none without curves.
 
     Not of the estimates in the minibatches: those err by sampling, whether the network trains or not.

@@ -8,13 +8,17 @@ import io
 import math
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from companion import cores, files
 from companion.files import one_line, verified
-from companion.records import Record, protocol
+from companion.kinds import FinetuneRecord, Record, SensitivityRecord, accuracy_name
+from companion.records import protocol
 from companion.settings import CONTROLS, OPEN_POINTS, PAPER_NETWORKS, STAND_INS, ParameterError
+from wdat_core import FinetuneConfig, Threat
 
+DEFAULTS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(FinetuneConfig)}
+R = TypeVar("R", bound=Record)
 Column = tuple[float, float]  # tau, eta
 Setting = tuple[str, float, float]  # perturb, tau, eta
 COLUMNS: list[Column] = [(tau, eta) for eta in (0.1, 1.0) for tau in (0.1, 0.01)]  # in the paper's order
@@ -22,7 +26,7 @@ COLUMNS: list[Column] = [(tau, eta) for eta in (0.1, 1.0) for tau in (0.1, 0.01)
 STATED: dict[str, Any] = {  # of the method, by the paper
     "beta": 6,
     "gamma": 0,
-    "threat": {"p": 2, "r": "inf", "delta": 8 / 255},
+    "threat": Threat(p=2, r=math.inf, delta=8 / 255),
     "steps": 20,
     "step_ratio": 1,
     "sample": 0.1,
@@ -34,7 +38,7 @@ FULL = {"train": 40_000, "val": 10_000, "test": 10_000, "epochs": 20, "batch_siz
 
 def is_current(record: Record) -> bool:
     """Whether a record was made by code that is known to give the same numbers as the present one."""
-    return cores.is_current(record["core"])
+    return cores.is_current(record.core)
 
 
 def paper_value(
@@ -66,41 +70,46 @@ def paper_rows() -> list[dict[str, str]]:
 
 def is_stated(record: Record) -> bool:
     """Whether a record is of the method as the paper states it."""
-    return all(record["config"].get(k, value) == value for k, value in STATED.items())
+    return all(getattr(record.config, k, value) == value for k, value in STATED.items())
 
 
 def is_full(record: Record) -> bool:
     """Whether a record is of the paper's whole protocol: its method, as many images and epochs, as large a batch."""
-    sizes = record["data"] | record["config"]
-    return is_stated(record) and all(known == FULL[k] for k, known in sizes.items() if k in FULL)
+    sizes = [(getattr(part, k, None), size) for part in (record.data, record.config) for k, size in FULL.items()]
+    return is_stated(record) and all(known in (None, size) for known, size in sizes)
 
 
-def deviations(record: Record) -> dict[str, Any]:
+def deviations(record: FinetuneRecord) -> dict[str, Any]:
     """What of the open points, and of the controls, a fine-tuning record has otherwise than by default."""
-    config = record["config"] | {
-        "attacker": "pointwise" if record["config"]["threat"]["p"] == "inf" else "distributional"
-    }
-    usual = {point: values[0] for point, values in (OPEN_POINTS | CONTROLS).items()}
-    return {k: config[k] for k, value in usual.items() if config.get(k, value) != value}
+    attacker = "pointwise" if record.config.threat.p == math.inf else "distributional"
+    found = {point: getattr(record.config, point) for point in OPEN_POINTS} | {"attacker": attacker}
+    return {point: found[point] for point, values in (OPEN_POINTS | CONTROLS).items() if found[point] != values[0]}
 
 
-def alike(records: Sequence[Record], *but: str) -> list[list[Record]]:
+def alike(records: Sequence[R], *but: str) -> list[list[R]]:
     """Groups of one protocol: they differ in tau, eta, the seed, and in the fields named.
 
     Args:
-        but: fields of the configuration, "p" of its threat, or "network".
+        but: fields of FinetuneConfig, "p" of its threat, or "network".
     """
-    groups: dict[str, list[Record]] = {}
+    groups: dict[str, list[R]] = {}
     for record in records:
-        less = {k: v for k, v in record.items() if k not in but}
-        less["config"] = {k: v for k, v in record["config"].items() if k not in but}
-        if "threat" in less["config"]:
-            less["config"]["threat"] = {k: v for k, v in record["config"]["threat"].items() if k not in but}
-        groups.setdefault(protocol(less), []).append(record)
+        groups.setdefault(protocol(_without(record, but)), []).append(record)
     return list(groups.values())
 
 
-def studies(records: Sequence[Record]) -> list[list[Record]]:
+def _without(record: R, but: Sequence[str]) -> R:
+    """A record in which the fields named are the same for all."""
+    update: dict[str, Any] = {"network": None} if "network" in but else {}
+    if same := {name: DEFAULTS[name] for name in but if name in DEFAULTS}:
+        update["config"] = dataclasses.replace(record.config, **same)
+    if "p" in but:
+        threat = dataclasses.replace(record.config.threat, p=2)
+        update["config"] = dataclasses.replace(update.get("config", record.config), threat=threat)
+    return record.model_copy(update=update)
+
+
+def studies(records: Sequence[FinetuneRecord]) -> list[list[FinetuneRecord]]:
     """Fine-tuning records that differ in perturbation, tau, eta and seed alone, a list for each such study.
 
     Those of the paper's whole protocol come first, then those of more training before those of less; of equal ones the
@@ -109,68 +118,67 @@ def studies(records: Sequence[Record]) -> list[list[Record]]:
     return sorted(alike(records, "perturb"), key=lambda study: _order(study[0]))
 
 
-def grids(perturb: str, records: Sequence[Record]) -> list[list[Record]]:
+def grids(perturb: str, records: Sequence[FinetuneRecord]) -> list[list[FinetuneRecord]]:
     """The fine-tuning records of one perturbation without a deviation, a list for each protocol, as `studies`."""
-    return studies([r for r in records if r["config"]["perturb"] == perturb and not deviations(r)])
+    return studies([r for r in records if r.config.perturb == perturb and not deviations(r)])
 
 
-def _order(record: Record) -> tuple[bool, int, int]:
-    names = [*PAPER_NETWORKS, *STAND_INS, record["network"]["name"]]
-    return not is_full(record), -training_of(record), names.index(record["network"]["name"])
+def _order(record: FinetuneRecord) -> tuple[bool, int, int]:
+    names = [*PAPER_NETWORKS, *STAND_INS, record.network.name]
+    return not is_full(record), -training_of(record), names.index(record.network.name)
 
 
-def training_of(record: Record) -> int:
+def training_of(record: FinetuneRecord) -> int:
     """How many images a network saw in training, each as often as there are epochs."""
-    return int(record["data"]["train"] * record["config"]["epochs"])
+    return (record.data.train or 0) * int(record.config.epochs)
 
 
-def column_of(record: Record) -> Column:
+def column_of(record: FinetuneRecord) -> Column:
     """Tau and eta of a fine-tuning record."""
-    return record["config"]["tau"], record["config"]["eta"]
+    return record.config.tau, record.config.eta
 
 
-def columns_of(records: Sequence[Record]) -> dict[Column, list[Record]]:
+def columns_of(records: Sequence[FinetuneRecord]) -> dict[Column, list[FinetuneRecord]]:
     """The records of each (tau, eta), in the paper's order."""
-    columns: dict[Column, list[Record]] = {}
-    for record in sorted(records, key=lambda r: (r["config"]["eta"], -r["config"]["tau"], r["config"]["seed"])):
+    columns: dict[Column, list[FinetuneRecord]] = {}
+    for record in sorted(records, key=lambda r: (r.config.eta, -r.config.tau, r.config.seed)):
         columns.setdefault(column_of(record), []).append(record)
     return columns
 
 
-def by_setting(study: Sequence[Record]) -> dict[Setting, list[Record]]:
+def by_setting(study: Sequence[FinetuneRecord]) -> dict[Setting, list[FinetuneRecord]]:
     """The records of each (perturb, tau, eta), one a seed."""
-    by_perturb: dict[str, list[Record]] = {}
+    by_perturb: dict[str, list[FinetuneRecord]] = {}
     for record in study:
-        by_perturb.setdefault(record["config"]["perturb"], []).append(record)
+        by_perturb.setdefault(record.config.perturb, []).append(record)
     return {(how, *cell): seeds for how, those in by_perturb.items() for cell, seeds in columns_of(those).items()}
 
 
-def setting_of(record: Record) -> Setting:
+def setting_of(record: FinetuneRecord) -> Setting:
     """Perturbation, tau and eta of a fine-tuning record."""
-    return record["config"]["perturb"], *column_of(record)
+    return record.config.perturb, *column_of(record)
 
 
-def best_setting(study: Sequence[Record]) -> list[Record]:
+def best_setting(study: Sequence[FinetuneRecord]) -> list[FinetuneRecord]:
     """The records of the (perturb, tau, eta) that did best under W_2 on validation images, in the mean over seeds."""
     return max(by_setting(study).values(), key=on_validation)
 
 
-def on_validation(records: Sequence[Record]) -> float:
-    """The accuracy under W_2 on validation images of the epochs that were kept, mean over records."""
-    kept = [record["history"]["epochs"][record["history"]["best"] - 1]["w_2"] for record in records]
-    return sum(kept) / len(kept)
+def on_validation(records: Sequence[FinetuneRecord]) -> float:
+    """The accuracy under the training's threat on validation images of the epochs that were kept, mean over records."""
+    kept = [record.history.epochs[record.history.best - 1] for record in records]
+    names = [accuracy_name(record.config.threat) for record in records]
+    # The first record of the pointwise control has it under "w_2".
+    return sum(row[name] if name in row else row["w_2"] for name, row in zip(names, kept, strict=True)) / len(kept)
 
 
 def unusual(record: Record) -> str:
     """What in a configuration is not as by default, which is the paper's where it says; empty where nothing is."""
-    import wdat_core
-
-    usual = {f.name: f.default for f in dataclasses.fields(wdat_core.FinetuneConfig)}
     own = ("perturb", "tau", "eta", "seed", "epochs", "threat", "samples", "fraction")
-    delta = record["config"]["threat"]["delta"]
-    parts = [] if math.isclose(delta, 8 / 255) else [f"δ = {255 * delta:.4g}/255"]
-    parts += ["trained against the pointwise attack"] * ("attacker" in deviations(record))
-    parts += [f"`{k}={v}`" for k, v in record["config"].items() if k not in own and v != usual.get(k, v)]
+    threat = record.config.threat
+    parts = [] if math.isclose(threat.delta, 8 / 255) else [f"δ = {255 * threat.delta:.4g}/255"]
+    parts += ["trained against the pointwise attack"] * (record.kind == "finetune" and threat.p == math.inf)
+    parts += [f"`{k}={v}`" for k, v in vars(record.config).items() if k not in own and v != DEFAULTS.get(k, v)]
     return "".join(f", {part}" for part in parts)
 
 
@@ -181,23 +189,24 @@ ALONG = {  # what Figures 7.2 to 7.4 show of each epoch: a record's key, and wha
 }
 
 
-def along(record: Record) -> list[dict[str, float]]:
+def along(record: FinetuneRecord) -> list[dict[str, float]]:
     """The rows of a record's curves, from epoch 0, the network before fine-tuning."""
-    return [record["history"]["start"], *record["history"]["epochs"]]
+    assert record.history.start is not None, "ask has_curves first"
+    return [record.history.start, *record.history.epochs]
 
 
-def has_curves(record: Record) -> bool:
+def has_curves(record: FinetuneRecord) -> bool:
     """Whether accuracies and Upsilon were measured after each epoch."""
-    return bool(record["history"].get("start"))
+    return bool(record.history.start)
 
 
-def with_curves(records: Sequence[Record], like: Sequence[Record]) -> list[Record]:
+def with_curves(records: Sequence[FinetuneRecord], like: Sequence[FinetuneRecord]) -> list[FinetuneRecord]:
     """Those whose curves were measured, at the tau and eta of other records."""
     columns = {column_of(r) for r in like}
     return [r for r in records if has_curves(r) and column_of(r) in columns]
 
 
-def relative_errors(record: Record) -> list[float]:
+def relative_errors(record: SensitivityRecord) -> list[float]:
     """|estimate / reference - 1| of each sample of a record of kind "sensitivity"."""
-    whole = max(record["reference"], sys.float_info.min)  # 0 where no image is classified correctly
-    return [abs(estimate - record["reference"]) / whole for estimate in record["estimates"]]
+    whole = max(record.reference, sys.float_info.min)  # 0 where no image is classified correctly
+    return [abs(estimate - record.reference) / whole for estimate in record.estimates]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from companion.records import Record, images_of, unpack
+from companion.kinds import Scored, images_of, unpack
 
 
 @dataclass(frozen=True)
@@ -40,22 +40,22 @@ def estimate_of(per_seed: Sequence[Any]) -> Estimate:
     return Estimate(float(values.mean()), half)
 
 
-def bits(record: Record, when: str, metric: str) -> Any:
+def bits(record: Scored, when: str, metric: str) -> Any:
     """Whether each image is classified correctly, a numpy array (n,) of 0 and 1."""
-    return unpack(record["correct"][when][metric], images_of(record, when))
+    return unpack(record.correct[when][metric], images_of(record, when))
 
 
-def accuracy(records: Sequence[Record], when: str, metric: str) -> Estimate:
+def accuracy(records: Sequence[Scored], when: str, metric: str) -> Estimate:
     """Mean over records that differ in the seed alone, with the interval of sampling test images."""
     return estimate_of([bits(r, when, metric) for r in records])
 
 
-def change(records: Sequence[Record], metric: str) -> Estimate:
+def change(records: Sequence[Scored], metric: str) -> Estimate:
     """Accuracy after minus before on the same images, mean over seeds, with the interval of the paired differences."""
     return estimate_of([bits(r, "after", metric) - bits(r, "before", metric) for r in records])
 
 
-def change_of_each(records: Sequence[Record], metric: str) -> list[float]:
+def change_of_each(records: Sequence[Scored], metric: str) -> list[float]:
     """The change of each record alone, in points."""
     return [change([record], metric).value for record in records]
 
@@ -84,7 +84,7 @@ def side(low: float | None, high: float | None, seeds: Sequence[float] = (), lin
     return "below" if max(high, *seeds, -math.inf) < line else ""
 
 
-def outcome_of_change(printed: float, records: Sequence[Record], metric: str) -> str:
+def outcome_of_change(printed: float, records: Sequence[Scored], metric: str) -> str:
     """Whether a change of the paper, in points, is there in records of the seeds: on the same side of 0, visibly."""
     here = change(records, metric)
     where = side(here.low, here.high, change_of_each(records, metric))

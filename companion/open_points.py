@@ -22,7 +22,7 @@ from companion.evidence import (
     training_of,
 )
 from companion.intervals import Estimate, bits, change, estimate_of, span
-from companion.records import Record, images_of
+from companion.kinds import EvaluateRecord, FinetuneRecord, images_of
 from companion.settings import CONTROLS, GRIDS, METRICS, OPEN_POINTS
 from companion.tables import PARTS
 from companion.words import HOW, NOTHING, column_words, markdown, setting_words, short_name, training_words
@@ -46,20 +46,20 @@ class Matter:
     value: Any
     differences: dict[str, Estimate]
     seeds: tuple[float, ...]
-    with_it: tuple[Record, ...]
-    without: tuple[Record, ...]
+    with_it: tuple[FinetuneRecord, ...]
+    without: tuple[FinetuneRecord, ...]
 
 
-def matters(records: Sequence[Record]) -> list[Matter]:
+def matters(records: Sequence[FinetuneRecord]) -> list[Matter]:
     """For each column of each study and each single change in it: the differences that it makes."""
     found = []
     for group in _grouped(records):
-        without = {r["config"]["seed"]: r for r in group if not deviations(r)}
-        alone: dict[tuple[str, Any], dict[int, Record]] = {}
+        without = {r.config.seed: r for r in group if not deviations(r)}
+        alone: dict[tuple[str, Any], dict[int, FinetuneRecord]] = {}
         for record in group:
             if len(those := deviations(record)) == 1:
                 (deviation,) = those.items()
-                alone.setdefault(deviation, {})[record["config"]["seed"]] = record
+                alone.setdefault(deviation, {})[record.config.seed] = record
         for (point, value), with_it in alone.items():
             if seeds := sorted(with_it.keys() & without.keys()):
                 pairs = [(with_it[s], without[s]) for s in seeds]
@@ -69,18 +69,18 @@ def matters(records: Sequence[Record]) -> list[Matter]:
                 records_of = (tuple(r[s] for s in seeds) for r in (with_it, without))
                 found.append(Matter(point, value, differences, single, *records_of))
     order = [*OPEN_POINTS, *CONTROLS]
-    return sorted(found, key=lambda m: (order.index(m.point), m.with_it[0]["network"]["name"]))
+    return sorted(found, key=lambda m: (order.index(m.point), m.with_it[0].network.name))
 
 
-def _grouped(records: Sequence[Record]) -> list[list[Record]]:
+def _grouped(records: Sequence[FinetuneRecord]) -> list[list[FinetuneRecord]]:
     """Groups that differ in the seed, the open points and the controls alone."""
-    columns: dict[Column, list[Record]] = {}
+    columns: dict[Column, list[FinetuneRecord]] = {}
     for record in records:
         columns.setdefault(column_of(record), []).append(record)
     return [group for those in columns.values() for group in alike(those, *OPEN_POINTS, "p")]
 
 
-def matters_table(records: Sequence[Record], points: Collection[str] = (*OPEN_POINTS, *CONTROLS)) -> Any:
+def matters_table(records: Sequence[FinetuneRecord], points: Collection[str] = (*OPEN_POINTS, *CONTROLS)) -> Any:
     """One row for each change of one of the points: what it does to the three accuracies after fine-tuning."""
     lines = []
     for matter in (m for m in matters(records) if m.point in points):
@@ -95,12 +95,12 @@ def matters_table(records: Sequence[Record], points: Collection[str] = (*OPEN_PO
     return markdown(["changed", *METRICS.values(), "seeds (W₂)", "in"], lines)
 
 
-def where(record: Record) -> str:
+def where(record: FinetuneRecord) -> str:
     """Network, images, epochs and setting of a record, in words."""
-    return f"`{record['network']['name']}`, {training_words(record)}; {setting_words(*setting_of(record))}"
+    return f"`{record.network.name}`, {training_words(record)}; {setting_words(*setting_of(record))}"
 
 
-def how_much(records: Sequence[Record], point: str) -> str:
+def how_much(records: Sequence[FinetuneRecord], point: str) -> str:
     """The ledger's last column: what each change of the point does to W_2 accuracy, in points, in the longest runs."""
     found = [m for m in matters(records) if m.point == point]
     longest = max((training_of(m.with_it[0]) for m in found), default=0)
@@ -115,11 +115,11 @@ def how_much(records: Sequence[Record], point: str) -> str:
     return "; ".join(parts) or "–"
 
 
-def budget_below_pointwise(records: Sequence[Record]) -> str:
+def budget_below_pointwise(records: Sequence[EvaluateRecord]) -> str:
     """Of Table 2's images: for how many networks W-PGD-budget is visibly the stronger attack, on which images."""
     counts = []
     for part, label in PARTS.items():
-        those = [r for r in records if part in r["correct"] and is_full(r)]
+        those = [r for r in records if part in r.correct and is_full(r)]
         gaps = [estimate_of([bits(r, part, "w_inf") - bits(r, part, "budget")]) for r in those]
         stronger = sum(gap.value > (gap.half or 0) for gap in gaps)
         if those:
@@ -132,16 +132,16 @@ def budget_below_pointwise(records: Sequence[Record]) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def by_reading(records: Sequence[Record]) -> list[dict[str, list[Record]]]:
+def by_reading(records: Sequence[FinetuneRecord]) -> list[dict[str, list[FinetuneRecord]]]:
     """For each study and way to perturb in which two readings or more are recorded: reading to its records."""
     found = []
     for group in alike([r for r in records if deviations(r).keys() <= {"consistency"}], "consistency"):
-        each = {reading: [r for r in group if r["config"]["consistency"] == reading] for reading in READINGS}
+        each = {reading: [r for r in group if r.config.consistency == reading] for reading in READINGS}
         found.append({reading: those for reading, those in each.items() if those})
     return [readings for readings in found if len(readings) > 1]
 
 
-def distance(records: Sequence[Record], how: str) -> float | None:
+def distance(records: Sequence[FinetuneRecord], how: str) -> float | None:
     """How far changes are from the paper's in Table 4 (whole network) or 3 (last layer): root mean square, in points.
 
     Over the four columns and the three accuracies, of the network of Zhang et al.; None where a column is missing.
@@ -158,7 +158,7 @@ def distance(records: Sequence[Record], how: str) -> float | None:
     return math.sqrt(sum(squares) / len(squares))
 
 
-def readings_table(records: Sequence[Record], metric: str = "w_2") -> Any:
+def readings_table(records: Sequence[FinetuneRecord], metric: str = "w_2") -> Any:
     """For each study a table: the change of an accuracy in each column, in the paper and under each reading."""
     from IPython.display import Markdown
 
@@ -166,7 +166,7 @@ def readings_table(records: Sequence[Record], metric: str = "w_2") -> Any:
     parts = []
     for study in by_reading(records):
         one = next(iter(study.values()))[0]
-        how = one["config"]["perturb"]
+        how = one.config.perturb
         table = PATTERNS[how]
         name = GRIDS[table][0]
         printed = [paper_value(table, name, metric, *c) for c in COLUMNS]
@@ -176,17 +176,17 @@ def readings_table(records: Sequence[Record], metric: str = "w_2") -> Any:
             by_column, far = columns_of(those), distance(those, how)
             found = [change(by_column[c], metric).text(signed=True) if c in by_column else "–" for c in COLUMNS]
             lines.append([f"`{reading}`", *found, "–" if far is None else f"{far:.1f}"])
-        title = f"**{HOW[how].capitalize()} of `{one['network']['name']}`**, {training_words(one)}:"
+        title = f"**{HOW[how].capitalize()} of `{one.network.name}`**, {training_words(one)}:"
         parts += [title, markdown(heads, lines).data]
     return Markdown("\n\n".join(parts) or NOTHING)
 
 
-def closest(records: Sequence[Record]) -> list[tuple[str, dict[str, float], dict[str, bool]]]:
+def closest(records: Sequence[FinetuneRecord]) -> list[tuple[str, dict[str, float], dict[str, bool]]]:
     """For each study with all columns under every reading: how it perturbs, then for each reading its distance from the
     paper, and whether W_2 accuracy gains most in the same column as in the paper, and in no other as much."""
     found = []
     for study in by_reading(records):
-        how = next(iter(study.values()))[0]["config"]["perturb"]
+        how = next(iter(study.values()))[0].config.perturb
         far = {reading: d for reading, those in study.items() if (d := distance(those, how)) is not None}
         if len(far) == len(READINGS):
             table = PATTERNS[how]
@@ -197,7 +197,7 @@ def closest(records: Sequence[Record]) -> list[tuple[str, dict[str, float], dict
     return found
 
 
-def closest_table(records: Sequence[Record]) -> Any:
+def closest_table(records: Sequence[FinetuneRecord]) -> Any:
     """Which reading comes nearest to the paper's Tables 3 and 4, in distance and in the column that is best."""
     found, lines = closest(records), []
     for how, table in PATTERNS.items():

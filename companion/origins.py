@@ -7,37 +7,39 @@ from collections.abc import Sequence
 from typing import Any
 
 from companion.evidence import columns_of, has_curves, is_current
-from companion.records import LATER, Record, provenance, record_name
+from companion.kinds import FinetuneRecord, Record
+from companion.machine import made_on
+from companion.records import LATER, record_name
 from companion.settings import STAND_INS
 from companion.words import column_words, plural, seeds_words
 
 
-def describe(records: Sequence[Record], title: str) -> Any:
+def describe(records: Sequence[FinetuneRecord], title: str) -> Any:
     """What was run, in one paragraph of Markdown: network, images, training, device, time, versions, code."""
     from IPython.display import Markdown
 
     if not records:
         return Markdown(f"**{title}.** Nothing is recorded for these parameters yet.")
-    r, config, data = records[0], records[0]["config"], records[0]["data"]
+    r, config, data = records[0], records[0].config, records[0].data
     # Measuring curves takes time of its own.
-    seconds = [x["seconds"] for x in records if not has_curves(x)] or [x["seconds"] for x in records]
+    seconds = [x.seconds for x in records if not has_curves(x)] or [x.seconds for x in records]
     columns = columns_of(records)
-    column = "" if len(columns) > 1 else f" {column_words(config['tau'], config['eta'])},"
-    devices, cores = ({x[key] for x in records} for key in ("device", "core"))
-    stand_in = r["network"]["name"] in STAND_INS
-    others = "".join(f", `{k}={config[k]}`" for k, usual in LATER.items() if config.get(k, usual) != usual)
+    column = "" if len(columns) > 1 else f" {column_words(config.tau, config.eta)},"
+    devices, cores = {x.device for x in records}, {x.core for x in records}
+    stand_in = r.network.name in STAND_INS
+    others = "".join(f", `{k}={getattr(config, k)}`" for k, usual in LATER.items() if getattr(config, k) != usual)
     return Markdown(
-        f"**{title}.** Network `{r['network']['name']}` ({r['network']['source']}"
-        f"{'; a stand-in, none of the paper’s networks' if stand_in else ''}), {data['source']}: {data['train']:,} for"
-        f" training, {data['val']:,} for validation, {data['test']:,} for test. {plural(config['epochs'], 'epoch')} at"
-        f" batch size {config['batch_size']},{column} `perturb={config['perturb']}`,"
-        f" `consistency={config['consistency']}`{others},"
-        f" β = {config['beta']:g}, δ = {255 * config['threat']['delta']:.4g}/255, {config['steps']} steps,"
+        f"**{title}.** Network `{r.network.name}` ({r.network.source}"
+        f"{'; a stand-in, none of the paper’s networks' if stand_in else ''}), {data.source}: {data.train:,} for"
+        f" training, {data.val:,} for validation, {data.test:,} for test. {plural(config.epochs, 'epoch')} at"
+        f" batch size {config.batch_size},{column} `perturb={config.perturb}`,"
+        f" `consistency={config.consistency}`{others},"
+        f" β = {config.beta:g}, δ = {255 * config.threat.delta:.4g}/255, {config.steps} steps,"
         f" {seeds_words(records)}. On {' and '.join(sorted(devices))}:"
         f" {sum(s['finetune'] for s in seconds) / len(seconds):.0f} s of fine-tuning and"
         f" {sum(s['evaluate'] for s in seconds) / len(seconds):.0f} s of evaluation a column on average;"
-        f" {seconds[0]['baseline']:.0f} s for the baseline. torch {r['versions']['torch']}, Python"
-        f" {r['versions']['python']}, core {', '.join(sorted(core[:8] for core in cores))}."
+        f" {seconds[0]['baseline']:.0f} s for the baseline. torch {r.versions['torch']}, Python"
+        f" {r.versions['python']}, core {', '.join(sorted(core[:8] for core in cores))}."
     )
 
 
@@ -48,22 +50,22 @@ def drawn_from(records: Sequence[Record]) -> Any:
     if not records:
         return HTML('<p class="provenance">Drawn from no record: there is none yet.</p>')
     columns = ("record", "command", "code", "versions", "device", "finished", "seconds")
-    old = {record["core"] for record in records if not is_current(record)}
+    old = {record.core for record in records if not is_current(record)}
     rows = []
     for record in records:
-        versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-        code = record["core"][:8] + (" †" if record["core"] in old else "")
-        finished, seconds = record["created"][:16].replace("T", " "), sum(record["seconds"].values())
-        cells = (f"results/{record_name(record)}", record["command"], code, versions, record["device"], finished)
+        versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
+        code = record.core[:8] + (" †" if record.core in old else "")
+        finished, seconds = record.created[:16].replace("T", " "), sum(record.seconds.values())
+        cells = (f"results/{record_name(record)}", record.command, code, versions, record.device, finished)
         rows.append("".join(f"<td>{html.escape(cell)}</td>" for cell in (*cells, f"{seconds:.0f}")))
     some = plural(len(records), "record")
-    first, last = (f(record["created"][:10] for record in records) for f in (min, max))
+    first, last = (f(record.created[:10] for record in records) for f in (min, max))
     when = first if first == last else f"{first} to {last}"
     earlier = "† Made by an earlier version of wdat_core.py, which is not known to give the same numbers as this one."
     mark = f" {earlier}" if old else ""
     return HTML(
         f'<details class="provenance"><summary>Drawn from {some} of {when}, code'
-        f" {', '.join(sorted({r['core'][:8] + (' †' if r['core'] in old else '') for r in records}))}.{mark}</summary>"
+        f" {', '.join(sorted({r.core[:8] + (' †' if r.core in old else '') for r in records}))}.{mark}</summary>"
         f"<table><thead><tr>{''.join(f'<th>{column}</th>' for column in columns)}</tr></thead>"
         f"<tbody>{''.join(f'<tr>{row}</tr>' for row in rows)}</tbody></table></details>"
     )
@@ -74,7 +76,7 @@ def made_here(command: str) -> Any:
     import torch
     from IPython.display import HTML
 
-    made = provenance(torch.device("cpu"), command)
+    made = made_on(torch.device("cpu"), command)
     versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
     line = f"Made by {command} on {made['device']}, {made['created'][:10]}: code {made['core'][:8]}, {versions}."
     return HTML(f'<p class="provenance">{html.escape(line)} Nothing on this page is a record.</p>')

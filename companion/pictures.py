@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from companion.evidence import is_current
-from companion.records import Record, record_name
+from companion.kinds import SpendRecord
+from companion.records import record_name
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 NAMES = {"w_inf": "W∞", "w_2": "W₂"}
@@ -49,12 +50,12 @@ class Image:
         return "both" if len(fooled) == 2 else fooled[0] if fooled else "neither"
 
 
-def images_in(record: Record) -> list[Image]:
+def images_in(record: SpendRecord) -> list[Image]:
     """The images of a record, in its order."""
-    read, moved = record["prediction"], record["distance"]
+    read, moved = record.prediction, record.distance
     return [
         Image(i, label, read["x"][i], {a: read[a][i] for a in NAMES}, {a: moved[a][i] for a in NAMES})
-        for i, label in enumerate(record["label"])
+        for i, label in enumerate(record.label)
     ]
 
 
@@ -86,29 +87,29 @@ def pixels(distance: float) -> str:
     return f"{255 * distance:.1f}"
 
 
-def opening(records: Iterable[Record]) -> Record | None:
+def opening(records: Iterable[SpendRecord]) -> SpendRecord | None:
     """The record that the book opens with: the demo network's, attacked as in the paper, of the most images."""
     fit = [
         r
         for r in records
-        if r["network"]["name"] == "demo"
-        and (r["config"]["threat"]["delta"], r["config"]["steps"], r["config"]["precision"]) == (8 / 255, 20, "float32")
+        if r.network.name == "demo"
+        and (r.config.threat.delta, r.config.steps, r.config.precision) == (8 / 255, 20, "float32")
     ]
-    return max(fit, key=lambda r: len(r["label"]), default=None)
+    return max(fit, key=lambda r: len(r.label), default=None)
 
 
 # --- where the budget goes -------------------------------------------------------------------------------------------
 
 
-def budget(record: Record | None) -> str:
+def budget(record: SpendRecord | None) -> str:
     """Each image as two thin bars, what W∞ and what W₂ spend on it; below them the sums of each group, as a table."""
-    if not record or not record["label"]:
+    if not record or not record.label:
         return (
             '<p class="budget-none">Where the budget goes, image by image: no such run is recorded yet, so nothing is'
             " drawn here. <code>papermill notebooks/gallery.ipynb out.ipynb</code> makes one.</p>\n"
         )
     images = images_in(record)
-    groups, delta, n = grouped(images), record["config"]["threat"]["delta"], len(images)
+    groups, delta, n = grouped(images), record.config.threat.delta, len(images)
     tops = {a: max(1, math.ceil(round(max(i.moved[a] for i in images) / delta, 3))) for a in NAMES}  # in deltas
     base = {"w_inf": HEAD + DELTA * tops["w_inf"]}
     base["w_2"] = base["w_inf"] + HEAD + DELTA * tops["w_2"]
@@ -170,8 +171,8 @@ def _marks(image: Image, x: int, base: Mapping[str, int], delta: float) -> str:
     return f'<g><title>{title}</title><path d="M{x}.5 0V999"/>' + "".join(f'<path d="{bar}"/>' for bar in bars) + "</g>"
 
 
-def _heading(record: Record, attacker: str) -> str:
-    moved, kept = record["distance"][attacker], accuracies(record)[attacker]
+def _heading(record: SpendRecord, attacker: str) -> str:
+    moved, kept = record.distance[attacker], accuracies(record)[attacker]
     zeros, most = moved.count(0), pixels(max(moved))
     even = pixels(min(moved)) == most
     spent = (
@@ -203,9 +204,9 @@ def _sums(images: Sequence[Image], groups: Mapping[str, Sequence[Image]]) -> str
     )
 
 
-def _summary(record: Record) -> str:
+def _summary(record: SpendRecord) -> str:
     """What the picture shows, for those who do not see it."""
-    images, delta = images_in(record), record["config"]["threat"]["delta"]
+    images, delta = images_in(record), record.config.threat.delta
     says = [
         f"{len(images)} test images as columns, each with what two attackers of radius {255 * delta:.4g}/255"
         " spend on it."
@@ -215,9 +216,9 @@ def _summary(record: Record) -> str:
     return html.escape(" ".join(says))
 
 
-def _note(record: Record, images: Sequence[Image]) -> str:
+def _note(record: SpendRecord, images: Sequence[Image]) -> str:
     old = "" if is_current(record) else ", by an earlier version of <code>wdat_core.py</code>"
-    network, delta = html.escape(record["network"]["name"]), record["config"]["threat"]["delta"]
+    network, delta = html.escape(record.network.name), record.config.threat.delta
     return (
         f"<strong>Measured.</strong> A column is one of {len(images):,} CIFAR-10 test images, the same above and below;"
         ' <span class="wrong">■</span> wrong before any attack, <span class="fooled">■</span> fooled,'
@@ -250,7 +251,7 @@ _STYLE = """<style>
 </style>"""
 
 
-def chosen(record: Record, each: int = 2) -> dict[str, list[Image]]:
+def chosen(record: SpendRecord, each: int = 2) -> dict[str, list[Image]]:
     """The images that the gallery shows, by a rule alone: `each` of every key of KINDS, or as many as there are."""
     images = images_in(record)
     price = sorted(images, key=lambda i: (i.moved["w_2"], i.index))
@@ -264,13 +265,13 @@ def chosen(record: Record, each: int = 2) -> dict[str, list[Image]]:
     return {kind: members for kind, members in found.items() if members}
 
 
-def magnification(record: Record) -> int:
+def magnification(record: SpendRecord) -> int:
     """How many times moves can be magnified so that the largest still fits between black and white around mid-grey."""
-    largest = max(max(record["distance"][attacker]) for attacker in NAMES)
+    largest = max(max(record.distance[attacker]) for attacker in NAMES)
     return max(1, math.floor(0.5 / largest)) if largest else 1
 
 
-def gallery(record: Record, pixels_of: Mapping[str, Any], which: Mapping[str, Sequence[Image]]) -> str:
+def gallery(record: SpendRecord, pixels_of: Mapping[str, Any], which: Mapping[str, Sequence[Image]]) -> str:
     """Images as they were, what each attacker added, magnified around mid-grey, and what came of it.
 
     Args:
@@ -314,9 +315,9 @@ def _png(x: Any) -> str:
     return "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()
 
 
-def gallery_table(record: Record | None) -> str:
+def gallery_table(record: SpendRecord | None) -> str:
     """The same images in numbers, as Markdown."""
-    if not record or not record["label"]:
+    if not record or not record.label:
         return "Nothing is recorded for these parameters yet."
     lines = [
         "| why | image | class | read as | W∞ moves it | read as | W₂ moves it | read as |",
@@ -331,9 +332,9 @@ def gallery_table(record: Record | None) -> str:
     return "\n".join(lines)
 
 
-def spend_table(record: Record | None) -> str:
+def spend_table(record: SpendRecord | None) -> str:
     """Accuracy and budget of nobody, W∞ and W₂ over all images, as Markdown."""
-    if not record or not record["label"]:
+    if not record or not record.label:
         return "Nothing is recorded for these parameters yet."
     images = images_in(record)
     lines = ["| attacker | still right | r.m.s. of the moves | largest move | not moved |", "|---|--:|--:|--:|--:|"]
@@ -348,7 +349,7 @@ def spend_table(record: Record | None) -> str:
     return "\n".join(lines)
 
 
-def accuracies(record: Record) -> dict[str, float]:
+def accuracies(record: SpendRecord) -> dict[str, float]:
     """The part of the images that is read correctly: as they are, "x", and after each attacker."""
-    pairs = {name: list(zip(record["label"], read, strict=True)) for name, read in record["prediction"].items()}
+    pairs = {name: list(zip(record.label, read, strict=True)) for name, read in record.prediction.items()}
     return {name: sum(label == read for label, read in both) / len(both) for name, both in pairs.items()}

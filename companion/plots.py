@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from companion.evidence import ALONG, COLUMNS, along, by_setting, paper_value, studies
 from companion.intervals import change, change_of_each
-from companion.records import Record
+from companion.kinds import FinetuneRecord, SensitivityRecord
 from companion.settings import GRIDS, METRICS
 from companion.tables import grid_rows, labels_of
 from companion.words import HOW, NOTHING, column_words, short_name
@@ -25,7 +25,7 @@ TITLES = {metric: f"{METRICS[metric]} accuracy" for metric in ("w_2", "w_inf", "
 Data = dict[str, list[Any]]  # a column a key, as seaborn takes it
 
 
-def plot_changes(table: int, records: Sequence[Record], recorded: Sequence[Record]) -> Figure:
+def plot_changes(table: int, records: Sequence[FinetuneRecord], recorded: Sequence[FinetuneRecord]) -> Figure:
     """Change of each accuracy against the baseline, in points: the paper, each study recorded here, and this run."""
     import seaborn.objects as so
 
@@ -52,7 +52,7 @@ def _style(source: str, study: int) -> tuple[str, str]:
     return {"paper": (PAPER, "D"), "this run": (THIS_RUN, "s")}.get(source) or STUDIES[study % len(STUDIES)]
 
 
-def plot_protocol(records: Sequence[Record]) -> Figure:
+def plot_protocol(records: Sequence[FinetuneRecord]) -> Figure:
     """Change of each accuracy in all eight settings: the paper's network of Tables 3 and 4, and each study of records.
 
     Points are means over seeds with 95 % intervals over test images, small ones single seeds where there are several.
@@ -88,7 +88,7 @@ def plot_protocol(records: Sequence[Record]) -> Figure:
     return _drawn(plot, figure, styles, zero=True)
 
 
-def plot_estimates(records: Sequence[Record], recorded: Sequence[Record]) -> Figure:
+def plot_estimates(records: Sequence[SensitivityRecord], recorded: Sequence[SensitivityRecord]) -> Figure:
     """Figure 7.1: for each network Upsilon of its training set (a line) and of samples of it (points)."""
     import seaborn.objects as so
 
@@ -97,10 +97,10 @@ def plot_estimates(records: Sequence[Record], recorded: Sequence[Record]) -> Fig
     whole: Data = {key: [] for key in samples}
     for source, those in (("recorded here", recorded), ("this run", records)):
         for record in those:
-            name = f"{short_name(record['network']['name'])}\n{record['data']['train']:,} images"
+            name = f"{short_name(record.network.name)}\n{record.data.train:,} images"
             styles.setdefault(source, _style(source, 0))
-            _append(whole, name, source, record["reference"])
-            for estimate in record["estimates"]:
+            _append(whole, name, source, record.reference)
+            for estimate in record.estimates:
                 _append(samples, name, source, estimate)
     figure = _figure(1.4 + 0.7 * len(set(whole["network"])))
     plot = so.Plot(samples, x="upsilon", y="network", color="evidence", marker="evidence")
@@ -110,7 +110,7 @@ def plot_estimates(records: Sequence[Record], recorded: Sequence[Record]) -> Fig
     return _drawn(plot, figure, styles)
 
 
-def plot_along(what: str, records: Sequence[Record], recorded: Sequence[Record]) -> Figure:
+def plot_along(what: str, records: Sequence[FinetuneRecord], recorded: Sequence[FinetuneRecord]) -> Figure:
     """Figure 7.2 ("w_2"), 7.3 ("w_inf") or 7.4 ("upsilon"): solid on test images, dashed on validation or training.
 
     A panel for each network and training. A line is the mean over seeds, in a band from the least to the greatest.

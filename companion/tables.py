@@ -22,7 +22,7 @@ from companion.evidence import (
     unusual,
 )
 from companion.intervals import Estimate, accuracy, bits, change, change_of_each, estimate_of, outcome_of_change, span
-from companion.records import Record, images_of
+from companion.kinds import EvaluateRecord, FinetuneRecord, PretrainRecord, SensitivityRecord, StrongerRecord, images_of
 from companion.settings import FINETUNED, GRIDS, METRICS, PAPER_NETWORKS, STAND_INS, STRONGER, ParameterError
 from companion.words import (
     NOTHING,
@@ -45,7 +45,9 @@ PAPER_BEST = dict.fromkeys(list(PAPER_NETWORKS)[:3], ("whole", 0.01, 1.0))
 PAPER_BEST |= dict.fromkeys(list(PAPER_NETWORKS)[3:], ("last_layer", 0.1, 1.0))
 
 
-def network_rows(table: int, part: str, records: Sequence[Record], recorded: Sequence[Record]) -> list[dict[str, Any]]:
+def network_rows(
+    table: int, part: str, records: Sequence[EvaluateRecord], recorded: Sequence[EvaluateRecord]
+) -> list[dict[str, Any]]:
     """The rows of Table 1 or 2: the paper's five networks, what is recorded here, and this run.
 
     Each row has "network", "source" ("paper", "recorded here", "this run"), "images" (how many, of what; None where the
@@ -62,16 +64,16 @@ def network_rows(table: int, part: str, records: Sequence[Record], recorded: Seq
         cells = {m: None if v is None else Estimate(v) for m, v in values.items()}
         rows.append({"network": name, "source": "paper", "images": None, "upsilon": None, "cells": cells})
     for source, those in (("recorded here", recorded), ("this run", records)):
-        for r in (r for r in those if part in r["metrics"]):
+        for r in (r for r in those if part in r.metrics):
             cells = {m: accuracy([r], part, m) for m in metrics}
-            images = f"{images_of(r, part):,} {PARTS[part]}, {r['data']['source']}{unusual(r)}"
-            row = {"network": r["network"]["name"], "source": source, "images": images}
-            rows.append({**row, "upsilon": r["upsilon"], "cells": cells})
+            images = f"{images_of(r, part):,} {PARTS[part]}, {r.data.source}{unusual(r)}"
+            row: dict[str, Any] = {"network": r.network.name, "source": source, "images": images}
+            rows.append(row | {"upsilon": r.upsilon, "cells": cells})
     return rows
 
 
 def network_table(
-    table: int, records: Sequence[Record], recorded: Sequence[Record], parts: Sequence[str] = ("test",)
+    table: int, records: Sequence[EvaluateRecord], recorded: Sequence[EvaluateRecord], parts: Sequence[str] = ("test",)
 ) -> Any:
     """Table 1 or 2 as Markdown: accuracy in per cent by network, kind of evidence and part of the images."""
     rows = network_rows(table, parts[0], records, recorded)
@@ -94,7 +96,7 @@ def network_table(
     return markdown(columns, lines)
 
 
-def best_table(records: Sequence[Record], recorded: Sequence[Record]) -> Any:
+def best_table(records: Sequence[FinetuneRecord], recorded: Sequence[FinetuneRecord]) -> Any:
     """Table 5 as Markdown: for each network the best setting, its accuracies, and the change against the baseline."""
     lines = []
     for name in PAPER_NETWORKS:
@@ -107,24 +109,26 @@ def best_table(records: Sequence[Record], recorded: Sequence[Record]) -> Any:
         for study in studies(those):
             best = best_setting(study)
             one, n = best[0], len(by_setting(study))
-            size = f"{one['data']['train']:,} training images, {plural(one['config']['epochs'], 'epoch')}"
+            size = f"{one.data.train:,} training images, {plural(one.config.epochs, 'epoch')}"
             evidence = f"{source}: {size}, {seeds_words(best)}{unusual(one)}"
             setting = f"{setting_words(*setting_of(one))} ({f'best of {n}' if n > 1 else 'the only one'})"
             cells = [f"{accuracy(best, 'after', m).value:.2f} ({change(best, m).text(signed=True)})" for m in METRICS]
-            lines.append([short_name(one["network"]["name"]), evidence, setting, *cells])
+            lines.append([short_name(one.network.name), evidence, setting, *cells])
     return markdown(["network", "evidence", "best setting", *METRICS.values()], lines)
 
 
-def labels_of(groups: Sequence[Sequence[Record]]) -> list[str]:
+def labels_of(groups: Sequence[Sequence[FinetuneRecord]]) -> list[str]:
     """A name for each study: its network, and its training too where two studies are of the same network."""
-    names = [short_name(group[0]["network"]["name"]) for group in groups]
+    names = [short_name(group[0].network.name) for group in groups]
     return [
         f"{name}, {training_words(group[0])}{unusual(group[0])}" if names.count(name) > 1 else name
         for name, group in zip(names, groups, strict=True)
     ]
 
 
-def grid_rows(table: int | None, records: Sequence[Record], recorded: Sequence[Record]) -> list[dict[str, Any]]:
+def grid_rows(
+    table: int | None, records: Sequence[FinetuneRecord], recorded: Sequence[FinetuneRecord]
+) -> list[dict[str, Any]]:
     """The rows of a fine-tuning table: for each metric the paper, each study that is recorded here, and this run.
 
     Each row has "metric", "source" ("paper", "recorded here", "this run"), "network", "before" (an Estimate) and
@@ -136,9 +140,9 @@ def grid_rows(table: int | None, records: Sequence[Record], recorded: Sequence[R
     kept = studies([r for r in recorded if column_of(r) in grid])
     parts = [("recorded here", label, those) for label, those in zip(labels_of(kept), kept, strict=True)]
     if table and not kept and records:
-        parts.append(("recorded here", short_name(records[0]["network"]["name"]), []))
+        parts.append(("recorded here", short_name(records[0].network.name), []))
     if records:
-        parts.append(("this run", short_name(records[0]["network"]["name"]), list(records)))
+        parts.append(("this run", short_name(records[0].network.name), list(records)))
     rows: list[dict[str, Any]] = []
     for metric in METRICS:
         printed = paper_changes(table, metric, grid) if table else {}
@@ -173,7 +177,7 @@ def paper_changes(table: int, metric: str, columns: Sequence[Column]) -> dict[Co
     return found
 
 
-def grid_table(table: int | None, records: Sequence[Record], recorded: Sequence[Record]) -> Any:
+def grid_table(table: int | None, records: Sequence[FinetuneRecord], recorded: Sequence[FinetuneRecord]) -> Any:
     """A fine-tuning table as Markdown: accuracy in per cent, in brackets the change against the baseline.
 
     Where the paper says that an accuracy under attack rises or falls, a mark says whether it does so here: a key of
@@ -195,7 +199,7 @@ def grid_table(table: int | None, records: Sequence[Record], recorded: Sequence[
     return markdown(["Accuracy, %", "evidence", "baseline", *(column_words(*column) for column in grid)], lines)
 
 
-def outcome_table(table: int, recorded: Sequence[Record]) -> Any:
+def outcome_table(table: int, recorded: Sequence[FinetuneRecord]) -> Any:
     """For each study and column whether the paper's change is there: up or down as in the paper, by the rule of claims.
 
     It *holds* where the 95 % interval and every seed lie on the paper's side of 0, is *contradicted* where all of them
@@ -218,7 +222,7 @@ def outcome_table(table: int, recorded: Sequence[Record]) -> Any:
     return markdown(["network", "accuracy", "column", "paper", "recorded here", "seeds", "outcome"], lines)
 
 
-def along_table(what: str, recorded: Sequence[Record]) -> Any:
+def along_table(what: str, recorded: Sequence[FinetuneRecord]) -> Any:
     """Figure 7.2, 7.3 or 7.4 in numbers: by epoch the mean over seeds, and their spread."""
     if not recorded:
         return markdown(["epoch", *ALONG[what].values()], [["nothing is recorded for these parameters", "–", "–"]])
@@ -233,7 +237,7 @@ def along_table(what: str, recorded: Sequence[Record]) -> Any:
     return markdown(["epoch", *columns.values()], lines)
 
 
-def estimates_table(records: Sequence[Record], recorded: Sequence[Record]) -> Any:
+def estimates_table(records: Sequence[SensitivityRecord], recorded: Sequence[SensitivityRecord]) -> Any:
     """Figure 7.1 in numbers: Upsilon of the training set, and how far its estimates from samples are off."""
     from statistics import median
 
@@ -241,33 +245,36 @@ def estimates_table(records: Sequence[Record], recorded: Sequence[Record]) -> An
     for source, those in (("recorded here", recorded), ("this run", records)):
         for r in those:
             errors = relative_errors(r)
-            sample = f"{r['config']['samples']} samples of {100 * r['config']['fraction']:g} %"
-            images = f"{r['data']['train']:,}, {r['data']['source']}{unusual(r)}"
-            cells = [short_name(r["network"]["name"]), source, images, sample]
-            cells += [f"{r['reference']:.2f}", f"{min(r['estimates']):.2f} to {max(r['estimates']):.2f}"]
+            sample = f"{r.config.samples} samples of {100 * r.config.fraction:g} %"
+            images = f"{r.data.train:,}, {r.data.source}{unusual(r)}"
+            cells = [short_name(r.network.name), source, images, sample]
+            cells += [f"{r.reference:.2f}", f"{min(r.estimates):.2f} to {max(r.estimates):.2f}"]
             lines.append([*cells, f"{100 * median(errors):.0f} %", f"{100 * max(errors):.0f} %"])
     columns = ["network", "evidence", "training images", "estimates", "Υ of all", "Υ of the samples", "median error"]
     return markdown([*columns, "greatest"], lines)
 
 
-def stand_ins_table(recorded: Sequence[Record]) -> Any:
+def stand_ins_table(recorded: Sequence[PretrainRecord]) -> Any:
     """The networks that this project pre-trained: size, recipe, and accuracy in per cent on the test images."""
     from companion.architectures import new_stand_in
 
     lines = []
     for r in recorded:
-        name, config = r["network"]["name"], r["config"]
+        name = r.network.name
+        config: Any = r.config  # of one of two trainers
         size = sum(p.numel() for p in new_stand_in(name).parameters())
-        method = {"trades": f"TRADES, β = {config['beta']:g}", "pgd": "PGD"}[config.get("method", "trades")]
-        recipe = f"{method}, {config['epochs']} epochs, {config['steps']} steps, batch {config['batch_size']}"
-        recipe += f", averaging {config['average']:g}" if config["average"] else ", no averaging"
-        recipe += f"; {r['seconds']['pretrain'] / 60:.0f} min on {r['device']}, {config['precision']}"
+        # The first stand-ins were pre-trained by a trainer of their own, which called the objective a method.
+        objective = getattr(config, "objective", None) or config.method or "trades"
+        method = {"trades": f"TRADES, β = {config.beta:g}", "pgd": "PGD"}[objective]
+        recipe = f"{method}, {config.epochs} epochs, {config.steps} steps, batch {config.batch_size}"
+        recipe += f", averaging {config.average:g}" if config.average else ", no averaging"
+        recipe += f"; {r.seconds['pretrain'] / 60:.0f} min on {r.device}, {config.precision}"
         network = f"{STAND_INS[name][0]}{STAND_INS[name][1]}, {size:,} parameters"
         lines.append([f"`{name}`", network, recipe, *(accuracy([r], "after", m).text() for m in METRICS)])
     return markdown(["name", "network", "pre-training", *METRICS.values()], lines)
 
 
-def stronger_table(records: Sequence[Record], recorded: Sequence[Record]) -> Any:
+def stronger_table(records: Sequence[StrongerRecord], recorded: Sequence[StrongerRecord]) -> Any:
     """Accuracy in per cent under every attack of the page: each network, beside it what was fine-tuned from it.
 
     Of a fine-tuned network also the change, with the interval of the paired differences on the same test images.
@@ -276,16 +283,16 @@ def stronger_table(records: Sequence[Record], recorded: Sequence[Record]) -> Any
 
     parts = []
     for source, those in (("recorded here", recorded), ("this run", records)):
-        given = [r for r in those if FINETUNED not in r["network"]["name"]]
+        given = [r for r in those if FINETUNED not in r.network.name]
         for before in given:
-            name = before["network"]["name"]
-            tuned = [r for r in those if r["network"]["name"] == name + FINETUNED and _same_test(r, before)]
-            tuned.sort(key=lambda r: r["network"]["source"], reverse=True)  # the whole network before the last layer
-            n = before["data"]["test"]
-            parts.append(f"**{short_name(name)}**, {source}: {n:,} test images, {before['data']['source']}")
+            name = before.network.name
+            tuned = [r for r in those if r.network.name == name + FINETUNED and _same_test(r, before)]
+            tuned.sort(key=lambda r: r.network.source, reverse=True)  # the whole network before the last layer
+            n = before.data.test
+            parts.append(f"**{short_name(name)}**, {source}: {n:,} test images, {before.data.source}")
             heads, lines = ["attack", "as given"], []
             for i, after in enumerate(tuned, 1):
-                parts.append(f"fine-tuned {i}: {after['network']['source']}")
+                parts.append(f"fine-tuned {i}: {after.network.source}")
                 heads += [f"fine-tuned {i}", "change"]
             for label, bits_of in _attacks(before).items():
                 cells = [label, estimate_of([bits_of(before)]).text()]
@@ -297,31 +304,31 @@ def stronger_table(records: Sequence[Record], recorded: Sequence[Record]) -> Any
     return Markdown("\n\n".join(parts) or NOTHING)
 
 
-def _same_test(one: Record, other: Record) -> bool:
-    return one["data"] == other["data"] and one["config"] == other["config"]
+def _same_test(one: StrongerRecord, other: StrongerRecord) -> bool:
+    return one.data == other.data and one.config == other.config
 
 
-def _attacks(record: Record) -> dict[str, Callable[[Record], Any]]:
+def _attacks(record: StrongerRecord) -> dict[str, Callable[[StrongerRecord], Any]]:
     """The attacks of a record of kind "stronger" in words, and of each which images it leaves right.
 
     Last of each kind stands the one that leaves fewest, for each network its own; of all the test images.
     """
-    found: dict[str, Callable[[Record], Any]] = {}
+    found: dict[str, Callable[[StrongerRecord], Any]] = {}
     for p, kind in ((2, "W₂"), (math.inf, "W∞")):
         names = [name for name, attack in STRONGER.items() if attack.p == p]
-        words = (STRONGER[name].words(record["config"]["steps"]) for name in names)
+        words = (STRONGER[name].words(record.config.steps) for name in names)
         found |= dict(zip(words, map(_left_by, names), strict=True))
         found[f"{kind}, the strongest of these"] = functools.partial(fewest_left, names=names)
-    if few := record["data"].get("autoattack"):
+    if few := record.data.autoattack:
         found[f"W∞, AutoAttack, the first {few:,} images"] = _left_by("autoattack")
     return found
 
 
-def _left_by(name: str) -> Callable[[Record], Any]:
+def _left_by(name: str) -> Callable[[StrongerRecord], Any]:
     return functools.partial(bits, when=name, metric="accuracy")
 
 
-def fewest_left(record: Record, names: Sequence[str]) -> Any:
+def fewest_left(record: StrongerRecord, names: Sequence[str]) -> Any:
     """Which images are right, (n,), under the attack of those named that leaves fewest."""
     return min((_left_by(name)(record) for name in names), key=sum)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from companion.records import Record
+from companion.kinds import FinetuneRecord, OfNetwork
 from companion.settings import PAPER_NETWORKS
 
 # What one comparison says of what the paper says.
@@ -50,9 +50,9 @@ def short_name(network: str) -> str:
     return PAPER_NETWORKS[network]["paper"] if network in PAPER_NETWORKS else network
 
 
-def name_of(record: Record) -> str:
+def name_of(record: OfNetwork) -> str:
     """The paper's own words for one of its networks; any other, a stand-in too, by its own name as code."""
-    name = record["network"]["name"]
+    name = record.network.name
     return short_name(name) if name in PAPER_NETWORKS else f"`{name}`"
 
 
@@ -64,14 +64,14 @@ def setting_words(perturb: str, tau: float, eta: float) -> str:
     return f"{HOW[perturb]}, {column_words(tau, eta)}"
 
 
-def training_words(record: Record) -> str:
+def training_words(record: FinetuneRecord) -> str:
     """How long a record was trained: "40,000 images, 20 epochs"."""
-    return f"{record['data']['train']:,} images, {plural(record['config']['epochs'], 'epoch')}"
+    return f"{record.data.train:,} images, {plural(record.config.epochs, 'epoch')}"
 
 
-def seeds_words(records: Sequence[Record]) -> str:
+def seeds_words(records: Sequence[FinetuneRecord]) -> str:
     """The seeds of records: "seeds 0, 1, 2"."""
-    seeds = sorted({record["config"]["seed"] for record in records})
+    seeds = sorted({record.config.seed for record in records})
     return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
 
 

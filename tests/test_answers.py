@@ -1,19 +1,17 @@
 """The first sentences of the pages: what made-up records make them say, and that the committed ones have an answer."""
 
-import dataclasses
 import re
 
 import pytest
 import torch
+from altered import altered, recorded
 
-from companion import files
 from companion.answers import PAGES, answer
-from companion.records import pack, parse_record, read_records
+from companion.records import pack, read_records
 from companion.settings import GRIDS, NOTEBOOKS
 
 N = 10_000  # test images, so that a percentage point is a hundred of them
-(FILE,) = files.RESULTS.glob("finetune-small_trades-whole-tau0.01-eta1-seed2-*.json")
-BASE = parse_record(FILE.read_bytes())
+BASE = recorded("finetune-small_trades-whole-tau0.01-eta1-seed2-*")
 HALF = pack(torch.arange(N) < N // 2)
 
 
@@ -22,14 +20,14 @@ def made(gain=0.0, network="small_trades", *, val=0.5, data=(40_000, 10_000, N),
     right = pack(torch.arange(N) < N // 2 + round(gain * N / 100))
     after = {"clean": HALF, "w_2": right, "w_inf": right}
     epochs = [{**row, "w_2": val if row["epoch"] == BASE.history.best else 0.0} for row in BASE.history.epochs]
-    update = {
-        "network": BASE.network.model_copy(update={"name": network, "digest": network}),
-        "data": BASE.data.model_copy(update=dict(zip(("train", "val", "test"), data, strict=True))),
-        "config": dataclasses.replace(BASE.config, **{"seed": 0, **config}),
-        "correct": {"before": dict.fromkeys(after, HALF), "after": after},
-        "history": BASE.history.model_copy(update={"epochs": epochs}),
-    }
-    return BASE.model_copy(update=update)
+    return altered(
+        BASE,
+        network={"name": network, "digest": network},
+        data=dict(zip(("train", "val", "test"), data, strict=True)),
+        config={"seed": 0, **config},
+        correct={"before": dict.fromkeys(after, HALF), "after": after},
+        history={"epochs": epochs},
+    )
 
 
 def said(page, *records):

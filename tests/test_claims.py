@@ -9,6 +9,7 @@ import re
 
 import pytest
 import torch
+from altered import altered, recorded
 
 import wdat_core
 from companion import claim_texts, effects, evidence, files
@@ -16,7 +17,7 @@ from companion.claims import CLAIMS, outcome, used, verdict
 from companion.effects import Effect, stated
 from companion.evidence import by_setting, studies
 from companion.intervals import median_interval
-from companion.records import LATER, pack, plain, read_records
+from companion.records import pack, read_records
 from companion.settings import PAPER_NETWORKS, STAND_INS
 from companion.words import OUTCOMES, VERDICTS
 
@@ -36,47 +37,47 @@ def _moved(won, lost):
     return right
 
 
+FINETUNED, EVALUATED = recorded("finetune-demo-whole-tau0.01-eta1-seed0-*"), recorded("evaluate-demo-*")
+ESTIMATED = recorded("sensitivity-demo-*")
+
+
 def finetuned(w_2=(0, 0), w_inf=(0, 0), *, val=0.5, network="demo", curve=(), epochs=3, **config):
     epochs = len(curve) - 1 if curve else epochs
-    config = plain(dataclasses.asdict(wdat_core.FinetuneConfig(epochs=epochs, **config)))
     kept = epochs - 1  # a middle epoch, so that the last is not taken for it
     rows = [{"epoch": e, "w_2": val if e == kept else 0.0} for e in range(1, epochs + 1)]
     curves = [{"train_upsilon": upsilon} for upsilon in curve]
     rows = [{**row, **more} for row, more in zip(rows, curves[1:] or [{}] * epochs, strict=True)]
-    return {
-        "kind": "finetune",
-        "network": {"name": network, "digest": network},
-        "data": {"digest": "images", "train": 1000, "val": 100, "test": N},
-        "config": config,
-        "correct": {
-            "before": {"w_2": bits(), "w_inf": bits()},
-            "after": {"w_2": bits(*w_2), "w_inf": bits(*w_inf)},
-        },
-        "history": {"best": kept, "epochs": rows} | ({"start": curves[0]} if curve else {}),
-    }
+    return altered(
+        FINETUNED,
+        network={"name": network, "digest": network},
+        data={"digest": "images", "train": 1000, "val": 100, "test": N},
+        config={"threat": wdat_core.Threat(), "epochs": epochs, **config},
+        correct={"before": {"w_2": bits(), "w_inf": bits()}, "after": {"w_2": bits(*w_2), "w_inf": bits(*w_inf)}},
+        history={"best": kept, "epochs": rows, "start": curves[0] if curve else None},
+    )
 
 
 def evaluated(w_inf=(0, 0), budget=(0, 0), w_2=(0, 0), *, network="demo", part="test", **config):
-    return {
-        "kind": "evaluate",
-        "network": {"name": network, "digest": network},
-        "data": {"digest": part, part: N},
-        "config": {"threat": plain(dataclasses.asdict(wdat_core.Threat())), "steps": 20, "batch_size": 512, **config},
-        "correct": {part: {"w_inf": bits(*w_inf), "budget": bits(*budget), "w_2": bits(*w_2)}},
-        "metrics": {part: {"w_2": 0.5 + (w_2[0] - w_2[1]) / N}},
-    }
+    return altered(
+        EVALUATED.model_copy(update={"correct": {}, "metrics": {}}),
+        network={"name": network, "digest": network},
+        data={"digest": part, "train": None, "test": None, part: N},
+        config={"steps": 20, "batch_size": 512, **config},
+        correct={part: {"w_inf": bits(*w_inf), "budget": bits(*budget), "w_2": bits(*w_2)}},
+        metrics={part: {"w_2": 0.5 + (w_2[0] - w_2[1]) / N}},
+    )
 
 
 def estimated(errors, *, network="demo", seed=0):
     """A record of Figure 7.1 whose estimates are off by that many per cent."""
-    return {
-        "kind": "sensitivity",
-        "network": {"name": network, "digest": network},
-        "data": {"digest": "train", "train": 1000},
-        "config": {"threat": plain(dataclasses.asdict(wdat_core.Threat())), "fraction": 0.1, "seed": seed},
-        "reference": 50.0,
-        "estimates": [50.0 * (1 + error / 100) for error in errors],
-    }
+    return altered(
+        ESTIMATED,
+        network={"name": network, "digest": network},
+        data={"digest": "train", "train": 1000},
+        config={"seed": seed},
+        reference=50.0,
+        estimates=[50.0 * (1 + error / 100) for error in errors],
+    )
 
 
 def found(key, *records):
@@ -143,8 +144,8 @@ def test_verdicts_over_studies():
 
 
 def test_a_verdict_counts_the_whole_protocol_where_there_is_one():
-    whole = {"data": {"train": 40_000, "val": 10_000, "test": 10_000}, "config": {"epochs": 20, "batch_size": 512}}
-    short = {**whole, "config": {"epochs": 5, "batch_size": 512}}
+    whole = altered(finetuned(epochs=20), data={"train": 40_000, "val": 10_000, "test": 10_000})
+    short = altered(whole, config={"epochs": 5})
     claim = BY_KEY["whole-w2"]
     holds, hidden = ((1.0, 0.5, 1.5), (0.1, -0.5, 0.7))
 
@@ -183,7 +184,7 @@ def test_interval_of_a_median_is_the_narrowest_of_95_per_cent(n):
 
 
 def test_stated_values_are_those_of_the_method():
-    usual = plain(dataclasses.asdict(wdat_core.FinetuneConfig()))
+    usual = vars(wdat_core.FinetuneConfig())
     assert {name: value for name, value in evidence.STATED.items() if name != "fraction"} == {
         name: usual[name] for name in evidence.STATED if name != "fraction"
     }
@@ -201,7 +202,6 @@ def test_another_method_counts_for_no_claim(other):
 def test_a_study_differs_in_perturb_tau_eta_and_seed_alone():
     whole, last = finetuned(tau=0.1, seed=1), finetuned(eta=0.1, perturb="last_layer")
     older = finetuned(tau=0.1, seed=2)
-    older["config"] = {k: v for k, v in older["config"].items() if k not in LATER}
     (study,) = studies([whole, last, older])
     assert by_setting(study) == {("whole", 0.1, 1.0): [whole, older], ("last_layer", 0.01, 0.1): [last]}
     others = [finetuned(network="other"), finetuned(epochs=7), finetuned(consistency="kl")]
@@ -301,7 +301,7 @@ def test_estimates_are_close_where_the_median_error_lies_below_ten_per_cent():
     assert found("upsilon-close", estimated([5] * 4)) == ("not visible", ["not visible"])
     (effect,) = BY_KEY["upsilon-close"].effects([estimated([1] * 10), estimated([2] * 10, seed=1)])
     assert effect.seeds == pytest.approx((1, 2)) and effect.value == pytest.approx(1.5)
-    assert found("upsilon-close", {**estimated([5] * 10), "reference": 0.0}) == ("not yet measured", [])
+    assert found("upsilon-close", altered(estimated([5] * 10), reference=0.0)) == ("not yet measured", [])
 
 
 def test_estimates_are_ranked_by_visible_robustness():
@@ -314,7 +314,7 @@ def test_estimates_are_ranked_by_visible_robustness():
     assert found("upsilon-robust", *swapped, weak, strong) == ("contradicted", ["contradicted"])
     assert found("upsilon-robust", far, near, weak, evaluated(w_2=NOISE, network="strong")) == ("not yet measured", [])
     few = [evaluated(network="weak"), evaluated(w_2=DOWN, network="strong")]  # which would say the opposite
-    few = [{**r, "data": {"digest": "few", "test": 100}} for r in few]
+    few = [altered(r, data={"digest": "few", "test": 100}) for r in few]
     assert found("upsilon-robust", *few, far, near, weak, strong) == ("holds", ["holds"])
     third = [estimated([30] * 10, network="third"), evaluated(w_2=(80, 0), network="third")]
     assert found("upsilon-robust", far, near, weak, strong, *third)[0] == "holds in part"
@@ -400,7 +400,7 @@ def test_committed_records_make_a_page_on_which_stand_ins_bear_their_own_names()
         found = verdict(claim.effects(records), claim)
         assert found in ("holds", "not yet measured") or (claim.why and claim.why in page), f"{claim.key} needs a why"
         for effect in claim.effects(records):
-            names = {record["network"]["name"] for record in effect.records}
+            names = {record.network.name for record in effect.records}
             words = f"{effect.study} {effect.comparison}"
             for name, about in PAPER_NETWORKS.items():
                 assert (about["paper"] in words) == (name in names)

@@ -14,7 +14,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from altered import altered
+from altered import altered, recorded
 from matplotlib.collections import PathCollection
 from PIL import Image
 from pydantic import ValidationError
@@ -432,7 +432,7 @@ def test_paired_interval():
     after = np.r_[np.ones(10), np.zeros(40), np.zeros(4), np.ones(46)]
 
     bits = {when: {"w_2": pack(torch.tensor(b > 0))} for when, b in (("before", before), ("after", after))}
-    record = {"correct": bits, "data": {"test": 100}}
+    record = altered(recorded("finetune-*"), correct=bits, data={"test": 100})
     got = change([record], "w_2")
     assert got.value == pytest.approx(6)
     assert got.half == pytest.approx(1.96 * math.sqrt((14 - 36 / 100) / 99 / 100) * 100)
@@ -463,7 +463,8 @@ def test_command_repeats_the_column_exactly():
 
 
 def test_one_image_has_no_interval():
-    record = {"correct": {"after": {"w_2": pack(torch.tensor([True]))}}, "data": {"test": 1}}
+    one = {"after": {"w_2": pack(torch.tensor([True]))}}
+    record = altered(recorded("finetune-*"), correct=one, data={"test": 1})
     assert accuracy([record], "after", "w_2") == Estimate(100.0, None)
 
 

@@ -8,12 +8,13 @@ import pyautoattack
 import pytest
 import torch
 import torch.nn.functional as F
+from altered import altered, recorded
 from torch import nn
 
 import wdat_core
 from companion import architectures, evidence, files, intervals, networks, open_points, runs, tables
 from companion.evidence import paper_value
-from companion.records import images_of, pack, parse_record, plain, read_records, record_bytes, record_name, unpack
+from companion.records import images_of, pack, parse_record, read_records, record_bytes, record_name, unpack
 from companion.settings import METRICS, OPEN_POINTS, STAND_INS, STRONGER, ParameterError, Settings
 from wdat_core import Threat, wpgd
 
@@ -52,9 +53,9 @@ def test_patches_lose_no_pixel():
 
 @pytest.mark.parametrize("name", STAND_INS)
 def test_every_stand_in_has_weights_and_a_record(name, tmp_path):
-    (record,) = [r for r in read_records(kind="pretrain") if r["network"]["name"] == name]
-    assert networks.load_network(name, tmp_path).digest == record["network"]["digest"]
-    assert record["metrics"]["after"]["clean"] > 0.4 > record["metrics"]["after"]["w_2"] > 0.1
+    (record,) = [r for r in read_records(kind="pretrain") if r.network.name == name]
+    assert networks.load_network(name, tmp_path).digest == record.network.digest
+    assert record.metrics["after"]["clean"] > 0.4 > record.metrics["after"]["w_2"] > 0.1
     assert f"| `{name}` |" in tables.stand_ins_table([record]).data
 
 
@@ -84,12 +85,12 @@ def harder(tmp_path_factory):
 
 def test_each_attack_is_of_its_images(harder):
     _, record = harder
-    assert record["metrics"].keys() == {*STRONGER, "autoattack"}
+    assert record.metrics.keys() == {*STRONGER, "autoattack"}
     assert images_of(record, "autoattack") == 6 and images_of(record, "w_2_100") == 50
     assert parse_record(record_bytes(record)) == record
-    less = {name: value for name, value in record["metrics"].items() if name != "w_inf_dlr"}
+    less = {name: value for name, value in record.metrics.items() if name != "w_inf_dlr"}
     with pytest.raises(ValueError, match=r"w_inf_dlr.* is missing"):
-        parse_record(record_bytes({**record, "metrics": less}))
+        parse_record(record_bytes({**record.stored(), "metrics": less}))
     lines = tables.stronger_table([record], []).data
     assert all(attack.words(20) in lines for attack in STRONGER.values())
     assert "AutoAttack, the first 6 images" in lines
@@ -99,12 +100,12 @@ def test_the_first_attacks_are_those_of_the_tables(harder):
     settings, record = harder
     (scores,) = runs.attack_each([settings], "test", notebook="table1")
     for metric in ("w_inf", "w_2"):
-        assert record["metrics"][metric]["accuracy"] == scores["metrics"]["test"][metric]
+        assert record.metrics[metric]["accuracy"] == scores["metrics"]["test"][metric]
 
 
 def test_autoattack_turns_images_and_mends_none(harder):
     settings, record = harder
-    left = unpack(record["correct"]["autoattack"]["accuracy"], 6)
+    left = unpack(record.correct["autoattack"]["accuracy"], 6)
     (scores,) = runs.attack_each([settings], "test", notebook="table1")
     right = unpack(scores["correct"]["test"]["clean"], 50)[:6]
     assert (left <= right).all() and left.sum() < right.sum()
@@ -118,23 +119,20 @@ def test_a_finished_run_of_stronger_attacks_is_read(harder, monkeypatch):
 
 def test_a_fine_tuned_network_stands_beside_what_it_came_from(harder):
     _, before = harder
-    name = before["network"]["name"]
-    flipped = pack(torch.tensor(unpack(before["correct"]["w_2"]["accuracy"], 50)) < 2)  # every image right
-    after = {
-        **before,
-        "network": {**before["network"], "name": f"{name}-finetuned", "source": "made up", "digest": "x"},
-    }
-    after["correct"] = {**before["correct"], "w_2": {"accuracy": flipped}}
+    name = before.network.name
+    flipped = pack(torch.tensor(unpack(before.correct["w_2"]["accuracy"], 50)) < 2)  # every image right
+    network = {"name": f"{name}-finetuned", "source": "made up", "digest": "x"}
+    after = altered(before, network=network, correct={"w_2": {"accuracy": flipped}})
     text = tables.stronger_table([], [before, after]).data
-    gain = 100 * (1 - before["metrics"]["w_2"]["accuracy"])
+    gain = 100 * (1 - before.metrics["w_2"]["accuracy"])
     (row,) = [line for line in text.splitlines() if STRONGER["w_2"].words(20) + " |" in line]
     assert "100.00" in row and f"{gain:+.2f}" in row and "fine-tuned 1: made up" in text
     # All the other attacks are as strong as before, and the strongest of them is none the weaker.
     (row,) = [line for line in text.splitlines() if "W₂, the strongest" in line]
-    lowest = min(before["metrics"][k]["accuracy"] for k, attack in STRONGER.items() if attack.p == 2 and k != "w_2")
-    assert lowest < before["metrics"]["w_2"]["accuracy"]
+    lowest = min(before.metrics[k]["accuracy"] for k, attack in STRONGER.items() if attack.p == 2 and k != "w_2")
+    assert lowest < before.metrics["w_2"]["accuracy"]
     assert row.count(f"{100 * lowest:.2f}") == 2 and "+0.00" in row
-    other = {**after, "data": {**after["data"], "digest": "other images"}}
+    other = altered(after, data={"digest": "other images"})
     assert "fine-tuned" not in tables.stronger_table([], [before, other]).data
 
 
@@ -157,28 +155,30 @@ def test_random_starts_stay_in_the_ball_and_repeat():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+WHOLE = recorded("finetune-small_trades-whole-tau0.01-eta1-seed2-*")
+
+
 def made(gain=0, *, tau=0.01, eta=1.0, seed=0, **config):
     """A full-protocol record in which W_2 changes by that many points; half of the images are right before."""
-    config = plain(dataclasses.asdict(wdat_core.FinetuneConfig(tau=tau, eta=eta, seed=seed, **config)))
     half, after = (pack(torch.arange(N) < N // 2 + won) for won in (0, round(gain * N / 100)))
-    return {
-        "kind": "finetune",
-        "network": {"name": "small_trades", "digest": "weights"},
-        "data": {"digest": "images", "train": 40_000, "val": 10_000, "test": N},
-        "config": config,
-        "correct": {"before": dict.fromkeys(METRICS, half), "after": dict.fromkeys(METRICS, half) | {"w_2": after}},
-    }
+    return altered(
+        WHOLE,
+        network={"name": "small_trades", "digest": "weights"},
+        data={"digest": "images", "train": 40_000, "val": 10_000, "test": N},
+        config={"tau": tau, "eta": eta, "seed": seed, **config},
+        correct={"before": dict.fromkeys(METRICS, half), "after": dict.fromkeys(METRICS, half) | {"w_2": after}},
+    )
 
 
 def test_the_whole_protocol_is_all_of_it():
     record = made()
     assert evidence.is_full(record)
     for part, name, value in (("data", "train", 39_999), ("data", "test", 1000), ("config", "epochs", 19)):
-        assert not evidence.is_full({**record, part: {**record[part], name: value}})
+        assert not evidence.is_full(altered(record, **{part: {name: value}}))
     for changes in ({"beta": 1.0}, {"steps": 40}, {"upsilon_from": "batch"}, {"threat": Threat(p=math.inf)}):
         assert not evidence.is_full(made(**changes))
-    assert evidence.is_full({"data": {"test": 10_000}, "config": {"batch_size": 512}})
-    assert not evidence.is_full({"data": {"test": 10_000}, "config": {"batch_size": 256}})
+    attacked = altered(recorded("evaluate-demo-*"), data={"train": None, "test": 10_000}, config={"batch_size": 512})
+    assert evidence.is_full(attacked) and not evidence.is_full(altered(attacked, config={"batch_size": 256}))
 
 
 def test_intervals_are_those_of_a_bootstrap_over_images():
@@ -199,7 +199,7 @@ def test_intervals_are_those_of_a_bootstrap_over_images():
 
 def test_grids_begin_with_the_whole_protocol_and_leave_changed_points_out():
     small = made()
-    small["data"] = {**small["data"], "train": 45_000}
+    small = altered(small, data={"train": 45_000})
     grids = evidence.grids("whole", [small, made(noise=0.05), made(), made(seed=1), made(perturb="last_layer")])
     assert [len(grid) for grid in grids] == [2, 1] and grids[0][0] == made()
 
@@ -221,7 +221,7 @@ def test_a_changed_point_is_compared_with_the_same_run_without_it():
 
 def test_the_ledger_quotes_the_longest_runs():
     short = [made(9), made(1, noise=0.05)]
-    short = [{**r, "data": {**r["data"], "train": 1000}} for r in short]
+    short = [altered(r, data={"train": 1000}) for r in short]
     assert open_points.how_much([*short, made(0), made(2, noise=0.05)], "noise").startswith("`0.05`: W₂ +2.00")
     assert open_points.how_much(short, "noise").startswith("`0.05`: W₂ -8.00")
 
@@ -239,9 +239,12 @@ def test_training_against_the_pointwise_attack_is_a_control_and_counts_as_nothin
 
 
 def test_images_of_table_2_are_told_by_the_order_of_the_attacks():
+    base = recorded("evaluate-demo-*").model_copy(update={"correct": {}})
+
     def attacked(part, budget):
         right = {"w_inf": pack(torch.arange(N) < N // 2), "budget": pack(torch.arange(N) < budget)}
-        return {"data": {part: N}, "config": {"batch_size": 512}, "correct": {part: right}}
+        sizes = {"train": None, "test": None, part: N}
+        return altered(base, data=sizes, config={"batch_size": 512}, correct={part: right})
 
     records = [attacked("test", 6000), attacked("test", 4000), attacked("test", 5000)]
     said = open_points.budget_below_pointwise(records)
@@ -260,7 +263,7 @@ def test_distance_from_the_paper_is_zero_for_the_paper_s_own_changes():
             for m in METRICS:
                 gain = paper_value(4, name, m, tau, eta) - paper_value(1, name, m) + off
                 after[m] = pack(torch.arange(N) < round(N * (0.5 + gain / 100)))
-            grid.append({**record, "correct": {**record["correct"], "after": after}})
+            grid.append(altered(record, correct={"after": after}))
         return grid
 
     assert open_points.distance(like_the_paper(), "whole") == pytest.approx(0, abs=1e-9)
@@ -268,9 +271,7 @@ def test_distance_from_the_paper_is_zero_for_the_paper_s_own_changes():
     assert open_points.distance(like_the_paper()[1:], "whole") is None
     readings = {"ce_detached": 3.0, "ce": 0.5, "kl": -1.0}
     recorded = [
-        {**r, "config": {**r["config"], "consistency": reading}}
-        for reading, off in readings.items()
-        for r in like_the_paper(off)
+        altered(r, config={"consistency": reading}) for reading, off in readings.items() for r in like_the_paper(off)
     ]
     ((how, far, best),) = open_points.closest(recorded)
     assert how == "whole" and far == {k: pytest.approx(abs(v)) for k, v in readings.items()}
@@ -279,7 +280,7 @@ def test_distance_from_the_paper_is_zero_for_the_paper_s_own_changes():
     text = open_points.closest_table(recorded).data
     assert "mean distance | 3.0 | 0.5 | 1.0 |" in text and "nearest, of 1 | 0 | 1 | 0 |" in text
     assert "best column as in the paper, of 1 | 1 | 1 | 1 |" in text
-    level = [{**r, "correct": recorded[0]["correct"]} if r["config"]["consistency"] == "kl" else r for r in recorded]
+    level = [altered(r, correct=recorded[0].correct) if r.config.consistency == "kl" else r for r in recorded]
     assert open_points.closest(level)[0][2] == {"ce_detached": True, "ce": True, "kl": False}  # no column is best
     assert open_points.closest(recorded[:-1]) == []
 
@@ -313,21 +314,21 @@ def test_impossible_point_is_named(point, value, message):
 def test_a_point_is_changed_and_nothing_else(harder):
     settings = Settings(network="small_pgd", tau=0.1, eta=1, point="augment", value=False, **SMALL).resolved()
     without, with_it = runs.change_point(settings, notebook="open_points")
-    differ = {k for k in without["config"] if without["config"][k] != with_it["config"][k]}
-    assert differ == {"augment"} and without["correct"]["after"] != with_it["correct"]["after"]
-    assert "-p point augment -p value False" in with_it["command"]
+    differ = {k for k, v in vars(without.config).items() if v != getattr(with_it.config, k)}
+    assert differ == {"augment"} and without.correct["after"] != with_it.correct["after"]
+    assert "-p point augment -p value False" in with_it.command
     assert (files.RUNS / record_name(with_it)).exists()
     usual, control = runs.change_point(
         settings.model_copy(update={"point": "attacker", "value": "pointwise"}), notebook="open_points"
     )
     assert record_name(usual) == record_name(without)  # what a control leaves as it is, is no run of its own
-    differ = {k for k in without["config"] if without["config"][k] != control["config"][k]}
-    assert differ == {"threat"} and control["config"]["threat"]["p"] == "inf"
+    differ = {k for k, v in vars(without.config).items() if v != getattr(control.config, k)}
+    assert differ == {"threat"} and control.config.threat.p == math.inf
     assert parse_record((files.RUNS / record_name(control)).read_bytes()) == control
     (last, _) = runs.change_point(
         settings.model_copy(update={"point": "reinit", "value": "xavier"}), notebook="open_points"
     )
-    assert last["config"]["perturb"] == "last_layer"
+    assert last.config.perturb == "last_layer"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The pictures show what is in the record: every image once, with what was spent on it, and nothing else."""
 
 import base64
+import dataclasses
 import io
 import math
 import re
@@ -9,6 +10,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from altered import altered
 from PIL import Image
 
 from companion import agreement, pictures
@@ -27,14 +29,14 @@ def drawn(record):
 def record_of(rows, delta=0.1, name="demo"):
     """A record of images given as (label, before, after w_inf, after w_2, moved by w_inf, moved by w_2)."""
     label, x, w_inf, w_2, far_inf, far_2 = (list(column) for column in zip(*rows, strict=True)) if rows else [[]] * 6
-    return {
-        **{key: RECORD[key] for key in ("kind", "core", "data")},
-        "network": {**RECORD["network"], "name": name},
-        "config": {**RECORD["config"], "threat": {**RECORD["config"]["threat"], "delta": delta}},
-        "label": label,
-        "prediction": {"x": x, "w_inf": w_inf, "w_2": w_2},
-        "distance": {"w_inf": far_inf, "w_2": far_2},
-    }
+    return altered(
+        RECORD,
+        network={"name": name},
+        config={"threat": dataclasses.replace(RECORD.config.threat, delta=delta)},
+        label=label,
+        prediction={"x": x, "w_inf": w_inf, "w_2": w_2},
+        distance={"w_inf": far_inf, "w_2": far_2},
+    )
 
 
 ONE_OF_EACH = [
@@ -48,9 +50,9 @@ ONE_OF_EACH = [
 
 @pytest.mark.parametrize("attacker", pictures.NAMES)
 def test_what_is_drawn_spends_what_the_record_spends_and_no_more_than_it_may(attacker):
-    delta, moved = RECORD["config"]["threat"]["delta"], RECORD["distance"][attacker]
+    delta, moved = RECORD.config.threat.delta, RECORD.distance[attacker]
     heights = drawn(RECORD)[list(pictures.NAMES).index(attacker)]
-    assert len(heights) == len(moved) == len(RECORD["label"])
+    assert len(heights) == len(moved) == len(RECORD.label)
     step = 0.5 / pictures.DELTA  # heights are whole units
     assert sorted(heights) == pytest.approx(sorted(d / delta for d in moved), abs=1.001 * step)
     length = math.sqrt(sum(h**2 for h in heights) / len(heights))
@@ -61,7 +63,7 @@ def test_what_is_drawn_spends_what_the_record_spends_and_no_more_than_it_may(att
 def test_every_image_is_drawn_once_with_a_word_on_it():
     text = pictures.budget(RECORD)
     said = re.findall(r"<title>image (\d+): ", text)
-    assert sorted(map(int, said)) == list(range(len(RECORD["label"])))
+    assert sorted(map(int, said)) == list(range(len(RECORD.label)))
     columns = [int(x) for x, _, _ in BAR.findall(text)]
     assert Counter(columns) == dict.fromkeys(range(len(said)), len(pictures.NAMES))
     assert len(text.encode()) < 250_000
@@ -132,7 +134,7 @@ def test_the_gallery_shows_the_images_and_the_moves_between():
     torch.manual_seed(0)
     record = record_of(ONE_OF_EACH)
     x = 0.25 + 0.5 * torch.rand(5, 3, 32, 32)
-    moves = {name: torch.tensor(record["distance"][name]).view(-1, 1, 1, 1) for name in pictures.NAMES}
+    moves = {name: torch.tensor(record.distance[name]).view(-1, 1, 1, 1) for name in pictures.NAMES}
     shown = {"x": x, **{name: x + move for name, move in moves.items()}}
     text = pictures.gallery(record, shown, {"dearest": pictures.images_in(record)[2:3]})
     sources = re.findall(r'<img src="data:image/png;base64,([^"]*)" alt="[^"]+"', text)
