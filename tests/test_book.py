@@ -10,8 +10,12 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import yaml
+from bs4 import BeautifulSoup
 
 import wdat_core
+from companion.answers import answer
+from companion.evidence import paper_value
+from companion.pages import substitutions
 from companion.pictures import budget, opening
 from companion.records import read_records
 
@@ -157,6 +161,60 @@ def test_the_first_page_shows_the_measured_picture(build):
     record = opening(read_records(kind="spend"))
     assert record is not None
     assert budget(record) in (build[2] / "intro.html").read_text(encoding="utf-8")
+
+
+def words(text):
+    """Text as it is read: without marks of Markdown and line breaks, and with the apostrophe of a keyboard."""
+    return " ".join(re.sub(r"[*`]", "", text).replace("’", "'").split())
+
+
+def article_of(build, page):
+    soup = BeautifulSoup((build[2] / f"{page}.html").read_text(encoding="utf-8"), "html.parser")
+    for link in soup.select("a.headerlink"):
+        link.decompose()
+    return soup.select_one("article.bd-article")
+
+
+def test_the_first_page_begins_with_what_was_found(build):
+    found = substitutions(ROOT / "results")["found"]
+    assert re.search(r"\d\.\d\d", found)
+    sections = article_of(build, "intro").select("section > section")
+    assert sections[0].find("h2").get_text() == "What was found"
+    assert words(found) in words(sections[0].get_text())
+
+
+@pytest.mark.parametrize("page", ["table3", "table4", "table11", "figure7_2", "claims"])
+def test_the_first_words_that_are_seen_on_a_page_are_its_answer(build, page):
+    article = article_of(build, f"notebooks/{page}")
+    for folded in article.select("details"):
+        folded.decompose()
+    kinds = ("finetune", "evaluate", "sensitivity")
+    known = [record for kind in kinds for record in read_records(kind=kind)]
+    title = article.find("h1").extract().get_text()
+    assert title and words(article.get_text()).startswith(words(answer(page, known)))
+
+
+def test_what_is_folded_opens_by_keyboard_and_is_named(build):
+    """A summary is what a browser itself lets one reach, open and hear; nothing else may hide a part of a page."""
+    names = set()
+    for path in sorted((build[2] / "notebooks").glob("*.html")):
+        article = article_of(build, f"notebooks/{path.stem}")
+        assert not article.select(".toggle, .toggle-hidden, [hidden]")
+        for folded in article.select("details"):
+            summary = folded.find(True, recursive=False)
+            assert summary.name == "summary" and summary.get_text(strip=True)
+            names.add(summary.find("p").get_text(strip=True) if summary.find("p") else "")
+    assert {"Parameters", "Code", "This run"} <= names
+
+
+def test_the_readme_begins_with_what_was_found_and_says_no_more():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    first = " ".join(text.split("\n\n")[1].split())
+    name = "Zhang2019Theoretically"
+    gain = paper_value(4, name, "w_2", 0.01, 1.0) - paper_value(1, name, "w_2")
+    assert f"rises by {gain:.2f} points" in first and "small_trades" in first and "small_pgd" in first
+    assert text.index("+") < text.index("make.py") < text.index("from wdat_core")
+    assert "masked" not in text
 
 
 def test_notebooks_are_copied_once_and_stale_copies_go(tmp_path):

@@ -1,8 +1,9 @@
 """What Jupyter Book cannot do from _config.yml: bring in notebooks and numbers from records, find wdat_core.
 
 Sphinx reads only what lies inside book/, and the notebooks lie beside it. Before the table of contents is read they are
-copied to book/notebooks/, which git ignores. Copies, since symbolic links are dropped silently on Windows. The picture
-of the first page and the last column of the ledger are made from records then, so that they cannot be older.
+copied to book/notebooks/, which git ignores. Copies, because symbolic links are dropped silently on Windows. What was
+found, the picture of the first page and the last column of the ledger are made from records then, so that they cannot
+be older.
 """
 
 from __future__ import annotations
@@ -41,26 +42,17 @@ def draw_budget(results: Path, target: Path) -> None:
         target.write_bytes(picture)
 
 
-def matter(results: Path) -> dict[str, str]:
-    """The ledger's last column: a substitution for each open point, from its records."""
-    from companion.open_points import budget_below_pointwise, how_much
-    from companion.records import read_records
-    from companion.settings import OPEN_POINTS
-
-    recorded = read_records(results)
-    points = {f"matter_{point}": how_much(recorded, point) for point in OPEN_POINTS}
-    return {**points, "matter_table2": budget_below_pointwise(read_records(results, "evaluate"))}
-
-
 def on_config(app: Sphinx, config: Config) -> None:
+    from companion.pages import substitutions
+
     book = Path(app.srcdir)
-    config.myst_substitutions = {**config.myst_substitutions, **matter(book.parent / "results")}
+    config.myst_substitutions = {**config.myst_substitutions, **substitutions(book.parent / "results")}
     copy_notebooks(book.parent / "notebooks", book / "notebooks")
     draw_budget(book.parent / "results", book / "figures" / "budget.html")
 
 
 def setup(app: Sphinx) -> dict[str, object]:
-    # autodoc imports wdat_core from this checkout, installed or not, and so do we companion.
+    # autodoc imports wdat_core from this checkout, installed or not; we import companion from there too.
     sys.path.insert(0, str(Path(app.srcdir).parent))
     # sphinx_external_toc looks for the pages of _toc.yml in the same event, at priority 900.
     app.connect("config-inited", on_config, priority=100)
