@@ -1,7 +1,7 @@
 """From records to effects: what each study says about a claim, with its interval; and the same of the paper's numbers.
 
 Each function takes records of any kind and gives an effect for each study, or for each comparison within one. A study
-is everything with the same network, images and configuration but for perturb, tau, eta and the seed."""
+is everything with the same network, images and configuration apart from perturb, tau, eta and the seed."""
 
 from __future__ import annotations
 

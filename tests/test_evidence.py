@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from altered import altered, recorded
+from matplotlib.collections import PathCollection
 from torch import nn
 
 import wdat_core
-from companion import architectures, evidence, files, intervals, networks, open_points, runs, tables
+from companion import architectures, evidence, files, intervals, networks, open_points, plots, runs, tables, words
 from companion.evidence import paper_value
 from companion.records import images_of, pack, parse_record, read_records, record_bytes, record_name, unpack
 from companion.settings import METRICS, OPEN_POINTS, STAND_INS, STRONGER, ParameterError, Settings
@@ -371,3 +372,59 @@ def test_pgd_has_no_beta_and_trades_does():
     assert not torch.equal(weights(beta=1.0), weights(beta=6.0))
     with pytest.raises(wdat_core.WdatError, match="method must be one of trades, pgd"):
         wdat_core.PretrainConfig(method="madry")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Words, marks and figures over several studies
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "verdict", "counted"),
+    [
+        (["holds", "holds"], "holds", "holds in 2 of 2"),
+        (["holds", "contradicted", "holds"], "holds in part", "holds in 2 of 3, contradicted in 1"),
+        (["not visible", "contradicted"], "contradicted", "contradicted in 1 of 2, not visible in 1"),
+        (["not visible"], "not visible", "not visible in 1 of 1"),
+        ([], "not yet measured", ""),
+    ],
+)
+def test_several_outcomes_are_one_verdict(outcomes, verdict, counted):
+    assert (words.overall(outcomes), words.count(outcomes)) == (verdict, counted)
+
+
+def test_a_table_of_two_studies_marks_what_the_paper_reports_in_each():
+    gains, loses = made(3), altered(made(-3), network={"name": "small_pgd"})
+    lines = tables.grid_table(4, [], [loses, gains]).data.splitlines()
+    (up,) = [line for line in lines if line.startswith("| W₂ | recorded here: small_trades")]
+    (down,) = [line for line in lines if line.startswith("| W₂ | recorded here: small_pgd")]
+    assert up.endswith(") ✓ |") and down.endswith(") ✗ |") and lines.index(up) < lines.index(down)
+    assert not any("✓" in line or "✗" in line or "○" in line for line in lines if line.startswith("| Clean"))
+    rows = tables.outcome_table(4, [loses, gains]).data.splitlines()[2:]
+    assert [row.split(" | ")[-1].rstrip(" |") for row in rows] == [
+        "✓ holds",
+        "○ not visible",
+        "✗ contradicted",
+        "○ not visible",
+    ]
+    assert "Nothing is recorded" in tables.outcome_table(4, []).data
+
+
+def test_figures_have_a_legend_for_each_study_and_say_so_where_there_is_none():
+    both = [made(3), altered(made(-3), network={"name": "small_pgd"})]
+    for figure in (plots.plot_changes(4, [], both), plots.plot_protocol(both)):
+        assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+            "paper: Zhang et al. (2019)",
+            "recorded here: small_trades",
+            "recorded here: small_pgd",
+        ]
+        assert figure.get_figwidth() < 6.5  # inches at 100 dots: still read at the width of a phone
+    (words_of_it,) = plots.plot_along("w_2", [], []).texts
+    assert words_of_it.get_text() == words.NOTHING
+
+
+def test_estimates_are_drawn_one_by_one():
+    record = recorded("sensitivity-demo-*")
+    (axis,) = plots.plot_estimates([], [record]).axes
+    drawn = [float(x) for c in axis.collections if isinstance(c, PathCollection) for x, _ in c.get_offsets()]
+    assert sorted(drawn) == pytest.approx(sorted(record.estimates))
