@@ -206,10 +206,10 @@ def _sensitivity(on: _Attacker, x: Tensor, y: Tensor) -> Tensor:
 def _steepest(gradient: Tensor, norm: Tensor, s: float) -> Tensor:
     """The direction of unit l_r norm along which each loss rises fastest: sgn(g) |g|^(s-1) / ||g||_s^(s-1).
 
-    Images with gradient 0 get direction 0. For l_inf (s = 1) it is the sign, which fits in one byte a pixel.
+    Images with gradient 0 get direction 0. For l_inf (s = 1) it is the sign.
     """
     if s == 1:
-        return gradient.sign().to(torch.int8)
+        return gradient.sign()
     unit = gradient / _per_image(torch.where(norm > 0, norm, 1.0), gradient)
     return unit.sign() * _power(unit.abs(), s - 1)
 
@@ -409,7 +409,8 @@ def _attack(
         step = _step(now.norm, upsilons[-1], q, alpha)
         moved, distance = now.norm > 0, torch.empty_like(now.norm)
         for rows in slices:  # a batch at a time, while it is in the cache
-            x_adv[rows].addcmul_(_per_image(step[rows], x), now.direction[rows])  # (5.3): x + alpha T(x),
+            direction = _unpack(now.direction[rows], x_adv[rows]) if on.threat.s == 1 else now.direction[rows]
+            x_adv[rows].addcmul_(_per_image(step[rows], x), direction)  # (5.3): x + alpha T(x),
             if k <= free:
                 x_adv[rows].clamp_(0, 1)
             else:
@@ -1155,7 +1156,7 @@ class _Look:
     correct: Tensor  # bool (n,)
     loss: Tensor  # (n,)
     norm: Tensor  # (n,), ||g||_s of the gradient g of the loss in x, or of what a rule made of it
-    direction: Tensor | None  # as x, the steepest ascent of unit l_r norm, where it is wanted
+    direction: Tensor | None  # the steepest ascent of unit l_r norm, where it is wanted; as x, for l_inf packed
     vector: Tensor | None  # as x, what the rule made of the gradient, where there is one
     finite: Tensor  # bool (), all logits, losses and norms are
 
@@ -1175,7 +1176,10 @@ class _Attacker:
 def _blank(on: _Attacker, x: Tensor, directions: bool = True) -> _Look:
     """What is known of images before the first look."""
     numbers = (x.new_zeros(len(x), dtype=torch.bool), x.new_zeros(len(x)), x.new_zeros(len(x)))
-    direction = torch.empty_like(x, dtype=torch.int8 if on.threat.s == 1 else x.dtype) if directions else None
+    direction = None
+    if directions:  # signs take two bits a pixel, so that an attack holds little more than x, x_adv and the best x_adv
+        shape = (len(x), math.ceil(x[0].numel() / 4))
+        direction = x.new_empty(shape, dtype=torch.uint8) if on.threat.s == 1 else torch.empty_like(x)
     return _Look(*numbers, direction, torch.zeros_like(x) if on.rule else None, x.new_ones((), dtype=torch.bool))
 
 
@@ -1234,7 +1238,8 @@ def _look_at(on: _Attacker, images: Tensor, labels: Tensor, known: _Look, rows: 
         finite &= norm.isfinite().all()
         known.norm[rows] = norm.to(home)
         if known.direction is not None:
-            known.direction[rows] = _steepest(gradient, norm, on.threat.s).to(home)
+            direction = _steepest(gradient, norm, on.threat.s)
+            known.direction[rows] = (_pack(direction) if on.threat.s == 1 else direction).to(home)
     # Soft labels stand for their likeliest class.
     known.correct[rows] = (classes == (y if y.ndim == 1 else y.argmax(1))).to(home)
     known.loss[rows] = value.to(home)
@@ -1489,11 +1494,32 @@ def _norm(x: Tensor, order: float) -> Tensor:
     dims = tuple(range(1, x.ndim))
     if order == 1:
         return x.abs().sum(dims)  # on a CPU several times as fast as vector_norm, as is the next
-    # In the order of memory where images are channels_last, thirty times as fast as over the dimensions.
-    top = (x.movedim(1, -1) if x.ndim == 4 else x).flatten(1).abs().amax(1)
+    top = _flat(x).abs().amax(1)  # thirty times as fast as over the dimensions
     if order == math.inf:
         return top
     return top * torch.linalg.vector_norm(x / _per_image(torch.where(top > 0, top, 1.0), x), order, dims)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """Images (n, ...) as (n, pixels), without a copy where they are channels_last."""
+    return (x.movedim(1, -1) if x.ndim == 4 else x).flatten(1)
+
+
+def _pack(signs: Tensor) -> Tensor:
+    """Values -1, 0, 1 (n, ...) in two bits each, (n, pixels / 4) bytes."""
+    flat = _flat(signs).to(torch.int8)
+    bits = F.pad(flat, (0, -flat.shape[1] % 4)).add_(1).view(torch.int32)  # four at once
+    bits = bits | bits >> 6
+    return (bits | bits >> 12).to(torch.uint8)
+
+
+def _unpack(packed: Tensor, x: Tensor) -> Tensor:
+    """What `_pack` packed, int8, in the shape of x."""
+    bits = packed.to(torch.int32)
+    bits = bits | bits << 12
+    bits = (bits | bits << 6) & 0x03030303
+    flat = bits.view(torch.int8).sub_(1)[:, : x[0].numel()]
+    return flat.reshape(x.movedim(1, -1).shape).movedim(-1, 1) if x.ndim == 4 else flat.reshape(x.shape)
 
 
 def _floats(values: Sequence[Tensor]) -> list[float]:
