@@ -33,7 +33,8 @@ Conventions, everywhere in this file:
 - the device and the floating-point type are those of the images and the model, which must agree;
 - the caller's model keeps its mode, `requires_grad` flags and gradients; only `perturb_` and `finetune` change
   parameters, which is what they are for;
-- randomness comes from one `torch.Generator` made from a seed; the global generator is left as it was found;
+- randomness comes from one `torch.Generator` made from a seed; the global generator is left as it was found, but by a
+  model that draws from it in eval mode;
 - what a caller can get wrong raises `WdatError` with one sentence that says what was wrong and what to do. An error
   inside the caller's own model or function is shown as it is.
 """
@@ -43,6 +44,7 @@ from __future__ import annotations
 import ast
 import copy
 import ctypes
+import functools
 import hashlib
 import io
 import math
@@ -125,6 +127,7 @@ class Threat:
         for name in ("p", "r"):
             _check_number(name, getattr(self, name), above=1, at_most=math.inf)
         _check_number("delta", self.delta, above=0)
+        _as_plain_numbers(self)
 
     @property
     def q(self) -> float:
@@ -147,7 +150,9 @@ def dlr(logits: Tensor, y: Tensor) -> Tensor:
     top, classes = logits.topk(3, dim=1)
     z_y = logits.gather(1, y[:, None])[:, 0]
     rival = torch.where(classes[:, 0] == y, top[:, 1], top[:, 0])
-    return -(z_y - rival) / (top[:, 0] - top[:, 2] + 1e-12)
+    gap = top[:, 0] - top[:, 2]
+    tied = gap == 0  # all three, as they may be in 16 bits: the loss is flat there, and not nearly vertical
+    return torch.where(tied, 0.0, -(z_y - rival) / (torch.where(tied, 1.0, gap) + 1e-12))
 
 
 def redlr(logits: Tensor, y: Tensor) -> Tensor:
@@ -359,6 +364,7 @@ def wpgd(
         WdatError: names what is wrong with the images, the labels, the model or a parameter.
     """
     on = _attacker(model, x, y, threat, loss, batch_size, precision, compiled, steps, step_ratio, rule)
+    _check_fine(x, on)
     _check_number("random_start", random_start, at_least=0, at_most=1)
     _check_number("seed", seed, at_least=0, below=2**63, whole=True)
     _check_function("progress", progress)
@@ -483,6 +489,7 @@ def wpgd_budget(
         WdatError: names what is wrong with the images, the labels, the model or a parameter.
     """
     on = _attacker(model, x, y, threat, loss, batch_size, precision, compiled, steps, step_ratio)
+    _check_fine(x, on)
     _check_number("upsilon", upsilon, above=0)
     _check_function("progress", progress)
     size, attacks = min(batch_size, len(x)), []
@@ -518,9 +525,12 @@ def wpgd_budget(
 
 
 def _radius(threat: Threat, upsilon_b: Tensor, upsilon: Tensor | float) -> Tensor:
-    """delta_B of a batch with the sensitivity Upsilon_B, (5.5)."""
-    of_set = torch.as_tensor(upsilon, dtype=upsilon_b.dtype, device=upsilon_b.device)
-    return threat.delta * _share(upsilon_b, of_set.clamp(min=torch.finfo(upsilon_b.dtype).tiny), threat.q)
+    """delta_B of a batch with the sensitivity Upsilon_B, (5.5); delta where the estimate of Upsilon is 0."""
+    tiny = torch.finfo(upsilon_b.dtype).tiny
+    if not isinstance(upsilon, Tensor):
+        upsilon = upsilon_b.new_tensor(max(upsilon, tiny))
+    share = _share(upsilon_b, upsilon.clamp(min=tiny), threat.q)
+    return threat.delta * torch.where(upsilon > 0, share, 1.0)
 
 
 def _upsilon(norm: Tensor, q: float) -> Tensor:
@@ -588,9 +598,9 @@ def perturb_(
         with torch.no_grad():
             moved = []
             for parameter in parameters:
-                rms = parameter.square().mean().sqrt()
+                rms = parameter.to(torch.promote_types(parameter.dtype, torch.float32)).square().mean().sqrt()
                 random = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-                moved.append(parameter + noise * rms * random.to(parameter.device))
+                moved.append(parameter + (noise * rms * random.to(parameter.device)).to(parameter.dtype))
             if not all(m.is_meta or m.isfinite().all() for m in moved):
                 raise WdatError(f"noise of {noise!r} makes the parameters infinite or NaN: use less")
             for parameter, value in zip(parameters, moved, strict=True):
@@ -598,6 +608,8 @@ def perturb_(
     if how != "last_layer":
         return parameters
     layer = _last_layer(model, head, x)
+    if "weight" not in layer._parameters:
+        raise WdatError("the last layer computes its weight from others, as weight_norm does: remove that before")
     with _seeded(model, generator):
         if reinit == "default":
             layer.reset_parameters()
@@ -609,7 +621,7 @@ def perturb_(
 
 
 def _last_layer(model: nn.Module, head: str | None, x: Tensor | None) -> Any:
-    """The layer of that name, or the one whose output the logits are, or the only Linear with as many outputs."""
+    """The layer of that name, or the one whose output the logits are, perhaps scaled."""
     layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)}
     if head is not None:
         if not isinstance(head, str) or head not in layers:
@@ -633,7 +645,9 @@ def _last_layer(model: nn.Module, head: str | None, x: Tensor | None) -> Any:
         for hook in hooks:
             hook.remove()
     same = [k for k, v in outputs.items() if v.data_ptr() == logits.data_ptr() and v.numel() == logits.numel()]
-    wide = [k for k, v in layers.items() if isinstance(v, nn.Linear) and v.out_features == logits.shape[1]]
+    # Or the logits are its output, scaled or shifted.
+    wide = [k for k, v in outputs.items() if v.shape == logits.shape and isinstance(layers[k], nn.Linear)]
+    wide = [k for k in wide if torch.corrcoef(torch.cat([outputs[k], logits]).double())[0, 1].abs() > 0.9999]
     for found in (same, wide):
         if len(found) == 1:
             return layers[found[0]]
@@ -675,7 +689,7 @@ class FinetuneConfig:
         "ce_detached"  # CE(f(x), f(x')): target softmax(f(x)) held fixed; "ce": not held; "kl": as TRADES
     )
     attack_label: str = "true"  # second argument of ReDLR(f(x), f(x')): the true label or the "predicted" one
-    attack_mode: str = "eval"  # mode of the network while it is attacked
+    attack_mode: str = "eval"  # mode of the network while it is attacked; always "eval" where the last layer is trained
     update_mode: str = "train"  # mode of the trained part of the network during the SGD step
     random_start: float = 0.0  # attack starts at a random point this fraction of delta away
     noise: float = 0.01  # "small noise" of perturb="whole", relative to each tensor's root mean square
@@ -715,6 +729,7 @@ class FinetuneConfig:
             raise WdatError(f"head must be the name of a layer, not {self.head!r}")
         if self.nesterov and not self.momentum:
             raise WdatError("nesterov needs a momentum above 0")
+        _as_plain_numbers(self)
         if self.objective in ("trades", "pgd") and self.threat.p != math.inf:
             raise WdatError(f'objective="{self.objective}" is pointwise: give threat=Threat(p=math.inf)')
 
@@ -767,7 +782,9 @@ class Minibatch:
         threat's; `first` is what `look` said of the start, which saves a pass.
         """
         labels, start = self.y if labels is None else labels, None if start is self.x else start
+        first = copy.deepcopy(first)  # which the attack changes
         with self._run.attacked(threat, loss) as on:
+            start = start if start is None else start.detach()
             return _attack(on, self.x, labels, delta=delta, start=start, first=first, last=True).x_adv
 
     def look(self, x: Tensor, labels: Tensor, threat: Threat, loss: str | Loss) -> _Look:
@@ -790,7 +807,7 @@ class Minibatch:
         config, run, recent = self.config, self._run, self.memory.setdefault("recent", [])
         recent.append(upsilon_b)
         del recent[: -max(8, round(config.sample * len(run.x) / config.batch_size))]
-        everything = config.first_upsilon == "full" and not self.memory.get("upsilon")
+        everything = config.first_upsilon == "full" and len(recent) == 1
         if config.upsilon_from == "batch" and not everything:
             return _mean(torch.stack(recent), config.threat.q)
         count = len(run.x) if everything else max(1, round(config.sample * len(run.x)))
@@ -913,8 +930,8 @@ def finetune(
     as it is, so that `objective="trades"` or "pgd" pre-trains a new one.
 
     Args:
-        model: changed in place; mode, `requires_grad` flags and gradients are given back as they were. With
-            `config.average` it ends with the averaged weights and buffers.
+        model: changed in place, frozen parameters too; mode, `requires_grad` flags and gradients are given back as they
+            were. With `config.average` it ends with the averaged weights and buffers.
         train, val: pairs (x, y) as `wpgd` takes them; val None keeps the last epoch.
         config: see `FinetuneConfig`.
         eval_batch_size: how many images the network sees at once, at most, wherever that changes nothing but the speed
@@ -925,8 +942,8 @@ def finetune(
         save_every: seconds between two checkpoints, >= 0, which is the most that a stop loses; one more is written
             after every epoch.
         stop_after: seconds after which the run writes its checkpoint and returns, at the end of a minibatch.
-        on_epoch: called with the epoch and the model; a dict of numbers that it returns joins the epoch's history. The
-            names that the history has already are taken: nothing but validation chooses the epoch.
+        on_epoch: called with the epoch and the model, in eval mode; a dict of numbers that it returns joins the
+            epoch's history. The names that the history has already are taken: nothing but validation chooses the epoch.
 
     Raises:
         WdatError: for the faults of input that `wpgd` names, when loss, gradient or logits are no longer finite, and
@@ -937,13 +954,14 @@ def finetune(
     _check_number("eval_batch_size", eval_batch_size, at_least=1, whole=True)
     attacker: Any = (eval_batch_size, config.precision, config.compiled, config.steps, config.step_ratio)
     on = _attacker(model, x, y, config.threat, config.loss, *attacker)
+    _check_fine(x, on)
     if val is not None:
         _attacker(model, *val, config.threat, config.loss, *attacker)
     training = config.update_mode == "train" and config.perturb != "last_layer"
     _check_minibatches(model, x, config, training)
     objective = _function_of("objective", config.objective, OBJECTIVES)
     generator = torch.Generator().manual_seed(config.seed)
-    checkpoint = _checkpoint(resume, save_every, stop_after, model, train, val, config)
+    checkpoint, saved = _checkpoint(resume, save_every, stop_after, model, train, val, config)
 
     with _seeded(model, generator), _untouched(model), torch.inference_mode(False), torch.enable_grad():
         run = _Run(model, _plain(x), _plain(y), config, on, generator)
@@ -956,10 +974,12 @@ def finetune(
         schedule = _schedule(config, optimiser, config.epochs * math.ceil(len(x) / config.batch_size))
         averaged = None
         if config.average:
-            ema = torch.optim.swa_utils.get_ema_multi_avg_fn(config.average)
-            averaged = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=ema, use_buffers=True)
+            averaged = torch.optim.swa_utils.AveragedModel(
+                model, multi_avg_fn=_moving(config.average), use_buffers=True
+            )
         shown = model if averaged is None else averaged.module
-        on_shown, score = on, f"w_{config.threat.p:g}"
+        on_shown = on if averaged is None else _attacker(shown, x, y, config.threat, config.loss, *attacker)
+        score = f"w_{config.threat.p:g}"
         parts: dict[str, Any] = {"model": model, "optimiser": optimiser, "schedule": schedule, "averaged": averaged}
         parts = {name: part for name, part in parts.items() if part is not None}
 
@@ -967,12 +987,15 @@ def finetune(
         order: Sequence[Tensor] = ()
         losses: list[float] = []
         rows: list[dict[str, float]] = []
-        best, best_state, spent = 0, copy.deepcopy(model.state_dict()), 0.0
-        saved = checkpoint.load()
+        best_state: dict[str, Any] = {}
+        best, spent = 0, 0.0
         if saved:
             for name, part in parts.items():
                 part.load_state_dict(saved[name])
-            memory = {name: [v.to(on.passes.device) for v in values] for name, values in saved["memory"].items()}
+            memory = {
+                name: [v.to(on.passes.device) if isinstance(v, Tensor) else v for v in values]
+                for name, values in saved["memory"].items()
+            }
             order, losses, rows, best, best_state, spent = (
                 saved[name] for name in ("order", "losses", "rows", "best", "best_state", "spent")
             )
@@ -1002,8 +1025,7 @@ def finetune(
             order = order or run.draw(len(x)).split(min(config.batch_size, len(x)))
             left = order[len(losses) :]
             for indices in progress(left) if progress else left:
-                model.train(training)
-                model.requires_grad_(False)
+                model.train(training).requires_grad_(False)
                 for parameter in trained:
                     parameter.requires_grad_(True)
                 optimiser.zero_grad()
@@ -1026,15 +1048,15 @@ def finetune(
 
             row = {"epoch": epoch, "loss": sum(losses) / len(losses), "seconds": time.perf_counter() - begin}
             with _blamed(optimiser, epoch, len(losses), config.batch_size):
-                _check_finite(torch.stack([t.isfinite().all() for t in shown.state_dict().values()]).all())
+                _check_finite(torch.stack([t.isfinite().all() for t in shown.parameters()]).all())
                 if val is not None:
-                    if averaged is not None:
-                        on_shown = _attacker(shown, *val, config.threat, config.loss, *attacker)
                     with _prepared(shown):
                         attack = _attack(on_shown, *map(_plain, val))
                     row |= {"clean": attack.history["accuracy"][0], score: attack.accuracy}
             if on_epoch:
-                row |= _checked_row(on_epoch(epoch, shown), {"clean", score, *row})
+                with _prepared(shown):
+                    more = on_epoch(epoch, shown)
+                row |= _checked_row(more, {"clean", score, *row})
             rows.append(row)
             if val is None or best == 0 or row[score] > rows[best - 1][score]:
                 best, best_state = epoch, copy.deepcopy(shown.state_dict())
@@ -1094,6 +1116,21 @@ def _schedule(config: FinetuneConfig, optimiser: torch.optim.SGD, total: int) ->
     )
 
 
+def _moving(decay: float) -> Callable[[Any, Any, Any], None]:
+    """The exponential moving average of weights and buffers; of whole numbers, such as indices, the latest."""
+    average = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
+
+    @torch.no_grad()
+    def update(averages: Sequence[Tensor], latest: Sequence[Tensor], count: Any) -> None:
+        for a, b in zip(averages, latest, strict=True):
+            if not a.is_floating_point():
+                a.copy_(b)
+            elif not torch.equal(a, b):  # infinite ones, as in masks, have no difference
+                average([a], [b], count)
+
+    return update
+
+
 def _checked_row(more: Any, taken: set[str]) -> dict[str, float]:
     """What `on_epoch` returned, if an epoch's history has room for it."""
     if not isinstance(more, dict | None):
@@ -1136,8 +1173,10 @@ def evaluate(
         options: of both attacks, as `wpgd` takes them: steps, batch_size, precision, compiled, progress and others.
 
     Raises:
-        WdatError: for the faults of input that `wpgd` names.
+        WdatError: for the faults of input that `wpgd` names, and for a random start, where nothing would be clean.
     """
+    if options.get("random_start"):
+        raise WdatError("evaluate measures the clean accuracy where the attack starts: it takes no random_start")
     pointwise = wpgd(model, x, y, Threat(p=math.inf, delta=delta), loss="ce", **options)
     distributional = wpgd(model, x, y, Threat(p=2, delta=delta), loss=loss, **options)
     correct = {"clean": pointwise.was_correct, "w_inf": pointwise.correct, "w_2": distributional.correct}
@@ -1224,16 +1263,19 @@ def _look_at(on: _Attacker, images: Tensor, labels: Tensor, known: _Look, rows: 
             raise WdatError(f"the loss must return one value for each image, shape ({len(x)},), not {_kind(value)}")
         if backward:
             if not value.requires_grad:
-                raise WdatError("the model's output carries no gradient to its input: remove no_grad or detach in it")
+                raise WdatError(
+                    "no gradient comes from the loss to the images: remove no_grad or detach in the model or in it"
+                )
             (gradient,) = torch.autograd.grad(value.sum(), x, allow_unused=True, materialize_grads=True)
     value = value.detach().to(x.dtype)
     finite &= value.isfinite().all()
     if backward:
         if on.rule is not None and known.vector is not None:
             gradient = on.rule(gradient, known.vector[rows].to(x.device))
+            gradient = gradient.detach() if isinstance(gradient, Tensor) else gradient
             if not isinstance(gradient, Tensor) or gradient.shape != x.shape:
                 raise WdatError(f"the rule must return a tensor of shape {tuple(x.shape)}, not {_kind(gradient)}")
-            known.vector[rows] = gradient.detach().to(home)
+            known.vector[rows] = gradient.to(home)
         norm = _norm(gradient, on.threat.s)
         finite &= norm.isfinite().all()
         known.norm[rows] = norm.to(home)
@@ -1343,6 +1385,8 @@ class _Checkpoint:
                 f"{self.path} is damaged, or no checkpoint of this version: remove it to start anew, or put back a copy"
             ) from error
         for name, value in self.identity.items():
+            if name == "the network" and value == _digest_of(saved["model"]):
+                continue  # as stop_after left it
             if saved["identity"].get(name) != value:
                 there = f": there it was {saved['identity'].get(name)}, here it is {value}" if len(value) < 60 else ""
                 raise WdatError(
@@ -1357,7 +1401,7 @@ class _Checkpoint:
         stream = io.BytesIO()
         torch.save(state | {"identity": self.identity}, stream)
         content = stream.getbuffer()
-        part = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
+        part = self.path.with_name(f"{self.path.name}.tmp")  # one that a kill left behind is written over
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -1385,7 +1429,7 @@ def _checkpoint(
     train: Images,
     val: Images | None,
     config: FinetuneConfig,
-) -> _Checkpoint:
+) -> tuple[_Checkpoint, dict[str, Any] | None]:
     """Checks the three arguments about checkpoints; must be called before the model is changed."""
     _check_number("save_every", save_every, at_least=0)
     if stop_after is not None:
@@ -1393,7 +1437,7 @@ def _checkpoint(
     if resume is None:
         if stop_after is not None:
             raise WdatError("stop_after needs resume, the file from which the next run goes on")
-        return _Checkpoint(None, {}, save_every, math.inf)
+        return _Checkpoint(None, {}, save_every, math.inf), None
     if not isinstance(resume, (str, os.PathLike)) or str(resume) in ("", ".") or "\0" in str(resume):
         raise WdatError(f"resume must be the path of a file, not {resume!r}")
     path = Path(resume)
@@ -1401,22 +1445,28 @@ def _checkpoint(
         raise WdatError(f"resume must be the path of a file, and {path} is a folder")
     identity = {
         **{f.name: _named(getattr(config, f.name)) for f in fields(config)},
-        "the network": _digest(*model.state_dict().values(), names=[*model.state_dict()]),
+        "the network": _digest_of(model.state_dict()),
         "the training images": _digest(*train),
         "the validation images": "none" if val is None else _digest(*val),
         "the code of wdat_core.py": code_digest(),
     }
     stop_at = math.inf if stop_after is None else time.monotonic() + stop_after
     checkpoint = _Checkpoint(path, identity, save_every, stop_at)
-    checkpoint.load()  # one of another run is better known now
-    return checkpoint
+    return checkpoint, checkpoint.load()
 
 
 def _named(value: Any) -> str:
     """A field of a configuration in words that are the same in another process."""
     if not callable(value):
         return repr(value)
-    return f"{value.__module__}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+    if isinstance(value, functools.partial):
+        return f"partial of {_named(value.func)} {value.args} {value.keywords}"
+    name = f"{value.__module__}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+    code = getattr(value, "__code__", None)
+    if code is None:
+        return name
+    constants = [c for c in code.co_consts if isinstance(c, int | float | str)]
+    return f"{name} {hashlib.sha256(repr((code.co_code, code.co_names, constants)).encode()).hexdigest()[:8]}"
 
 
 def code_digest(path: str | os.PathLike[str] = __file__) -> str:
@@ -1438,6 +1488,11 @@ def code_digest(path: str | os.PathLike[str] = __file__) -> str:
 
     tree = ast.parse(Path(path).read_text(encoding="utf-8"))
     return hashlib.sha256(repr(plain(tree)).encode()).hexdigest()
+
+
+def _digest_of(state: dict[str, Any]) -> str:
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}  # or a module's extra state
+    return _digest(*tensors.values(), names=[*tensors])
 
 
 def _digest(*tensors: Tensor, names: Sequence[str] = ()) -> str:
@@ -1508,7 +1563,7 @@ def _flat(x: Tensor) -> Tensor:
 def _pack(signs: Tensor) -> Tensor:
     """Values -1, 0, 1 (n, ...) in two bits each, (n, pixels / 4) bytes."""
     flat = _flat(signs).to(torch.int8)
-    bits = F.pad(flat, (0, -flat.shape[1] % 4)).add_(1).view(torch.int32)  # four at once
+    bits = F.pad(flat, (0, -flat.shape[1] % 4)).contiguous().add_(1).view(torch.int32)  # four at once
     bits = bits | bits >> 6
     return (bits | bits >> 12).to(torch.uint8)
 
@@ -1603,6 +1658,7 @@ def _untouched(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        model.train(modes[0][1])  # for models that do more in train() than to set the mode
         for module, mode in modes:
             module.training = mode
         for parameter, flag, gradient in flags:
@@ -1614,9 +1670,7 @@ def _untouched(model: nn.Module) -> Iterator[None]:
 def _prepared(model: nn.Module, training: bool = False) -> Iterator[None]:
     """The model as the attacker sees it: in eval mode unless told otherwise, no gradients for its parameters."""
     with _untouched(model), torch.inference_mode(False):
-        model.train(training)
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
+        model.train(training).requires_grad_(False)
         yield
 
 
@@ -1715,6 +1769,15 @@ def _attacker(
     return _Attacker(passes, threat, function, int(steps), float(step_ratio), rule)
 
 
+def _check_fine(x: Tensor, on: _Attacker) -> None:
+    """In 16 bits a step may be lost in rounding, and the network would seem robust."""
+    if on.step_ratio * on.threat.delta / on.steps < torch.finfo(x.dtype).eps / 4 and x.dtype.itemsize == 2:
+        raise WdatError(
+            f"images of {x.dtype} are too coarse for {on.steps} steps of delta {on.threat.delta:g}: give float32 images"
+            ' and model, and precision="bfloat16" for speed'
+        )
+
+
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise WdatError(f"model must be a torch.nn.Module, not {type(model).__name__}")
@@ -1740,11 +1803,18 @@ def _check_minibatches(model: nn.Module, x: Tensor, config: FinetuneConfig, trai
             raise WdatError(f"{name} must be a number that {x.dtype} holds, not {getattr(config, name)!r}")
     attacked = config.attack_mode == "train" and config.perturb != "last_layer"
     counts = [len(x)] * (training or attacked) + [max(1, round(config.sample * len(x)))] * attacked
-    alone = any(1 in (count, config.batch_size, count % config.batch_size) for count in counts)
-    if alone and any(isinstance(m, nn.BatchNorm1d) for m in model.modules()):
-        raise WdatError(
-            "BatchNorm1d cannot train on a batch of one image: choose a batch_size that leaves no remainder of one"
-        )
+    if any(1 in (count, config.batch_size, count % config.batch_size) for count in counts):
+        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        single: list[bool] = []
+        hooks = [m.register_forward_pre_hook(lambda _, z: single.append(z[0].numel() == z[0].shape[1])) for m in norms]
+        with _prepared(model), torch.no_grad():
+            model(_plain(x[:1]).to(next(model.parameters(), x).device).clone())
+        for hook in hooks:
+            hook.remove()
+        if any(single):
+            raise WdatError(
+                "BatchNorm cannot train on a batch of one image: choose a batch_size that leaves no remainder of one"
+            )
 
 
 def _check_objective(total: Any) -> None:
@@ -1778,6 +1848,13 @@ def _check_dense(name: str, tensor: Tensor, meta_is_fine: bool = False) -> None:
 def _check_steps(steps: int, step_ratio: float) -> None:
     _check_number("steps", steps, at_least=1, whole=True)
     _check_number("step_ratio", step_ratio, above=0)
+
+
+def _as_plain_numbers(value: Any) -> None:
+    """Whole or numpy's numbers in fields for real ones become floats: equal configurations are stored alike."""
+    for f in fields(value):
+        if f.type == "float":
+            object.__setattr__(value, f.name, float(getattr(value, f.name)))
 
 
 def _check_flag(name: str, value: Any) -> None:

@@ -537,7 +537,7 @@ def test_a_remainder_of_one_image_is_named_before_training(fields):
     model.register_forward_hook(lambda module, *_: seen.append(module.training))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     config = configuration(**({"objective": "wdat", "steps": 1, "epochs": 1} | fields))
-    with raises("BatchNorm1d cannot train on a batch of one image", "choose a batch_size"):
+    with raises("BatchNorm cannot train on a batch of one image", "choose a batch_size"):
         finetune(model, (X, Y), None, config)
     assert not any(seen)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -566,7 +566,7 @@ def test_no_remainder_of_one_image_trains(fields):
 )
 def test_one_image_that_is_attacked_in_train_mode_is_named_before_training(fields):
     config = FinetuneConfig(steps=1, epochs=1, attack_mode="train", **fields)
-    with raises("BatchNorm1d", "one image"):
+    with raises("BatchNorm", "one image"):
         finetune(normalised(), (X, Y), None, config)
 
 
