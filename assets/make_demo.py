@@ -29,8 +29,11 @@ from companion import files
 from companion.architectures import new_stand_in
 from companion.data import cifar, floats
 from companion.files import digest, write_sums
-from companion.records import SCHEMA, core_digest, device_name, pack, plain, versions, write_record
+from companion.kinds import SCHEMA
+from companion.machine import core_digest, device_name, versions
+from companion.records import write_record
 from companion.settings import METRICS
+from companion.values import pack, plain
 from wdat_core import FinetuneConfig, Threat, evaluate, finetune
 
 # The one trainer, from weights drawn anew: TRADES with averaged weights, or PGD. Nothing is measured along the way.

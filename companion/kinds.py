@@ -142,8 +142,6 @@ def accuracy_name(threat: Threat) -> str:
 
 def images_of(record: Any, when: str) -> int:
     """How many images the accuracies "before" and "after", or those of a part of the data, are of."""
-    if isinstance(record, dict):  # TEMPORARY, as above
-        return record["data"].get(when, record["data"].get("test"))
     return getattr(record.data, when, None) or record.data.test or 0
 
 
@@ -189,29 +187,6 @@ class Record(Begun):
         fields = self.model_dump(by_alias=True, exclude_unset=True)
         origin = ("seconds", "device", "versions", "core", "created", "command")
         return {**{k: v for k, v in fields.items() if k not in origin}, **{k: fields[k] for k in origin}}
-
-    # TEMPORARY, until everything reads attributes: a record as the dict that it is on disk.
-
-    def __getitem__(self, key: str) -> Any:
-        return self.stored()[key]
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return self.stored().get(key, default)
-
-    def keys(self) -> Any:
-        return self.stored().keys()
-
-    def items(self) -> Any:
-        return self.stored().items()
-
-    def __contains__(self, key: str) -> bool:
-        return key in self.stored()
-
-    def __eq__(self, other: object) -> bool:
-        return self.stored() == other if isinstance(other, dict) else super().__eq__(other)
-
-    def __or__(self, other: dict[str, Any]) -> dict[str, Any]:
-        return self.stored() | other
 
 
 class OfNetwork(Record):

@@ -9,14 +9,15 @@ from typing import Any
 from companion.answers import answer
 from companion.effects import KINDS
 from companion.evidence import ALONG, along, studies
+from companion.kinds import FinetuneRecord
 from companion.open_points import budget_below_pointwise, how_much
-from companion.records import Record, read_records
+from companion.records import read_records
 from companion.settings import OPEN_POINTS
 from companion.tables import labels_of
 from companion.words import markdown
 
 
-def kept_table(what: str, recorded: Sequence[Record]) -> Any:
+def kept_table(what: str, recorded: Sequence[FinetuneRecord]) -> Any:
     """Figure 7.2, 7.3 or 7.4 in three numbers a curve: before, at the epoch that was kept, after the last epoch.
 
     Means over seeds, of fine-tuning records with curves; accuracies in per cent.

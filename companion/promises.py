@@ -28,7 +28,7 @@ def promises_table(record: ReliabilityRecord | None) -> Any:
         figures = record.figures
         lines.append(
             f"\n{figures['tests'] - figures['skipped']} tests passed, {figures['skipped']} skipped (no GPU here),"
-            f" in {record['seconds']['total'] / 60:.0f} minutes on {record['device']}; core {record['core'][:8]}, torch"
-            f" {record['versions']['torch']}; `{record['command']}`."
+            f" in {record.seconds['total'] / 60:.0f} minutes on {record.device}; core {record.core[:8]}, torch"
+            f" {record.versions['torch']}; `{record.command}`."
         )
     return Markdown("\n".join(lines))

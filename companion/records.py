@@ -14,11 +14,9 @@ from pydantic import ValidationError
 
 from companion import files
 from companion.files import digest, one_line, write_whole
-from companion.kinds import KINDS, SCHEMA, Begun, FinetuneRecord, Record, images_of  # noqa: F401
-from companion.machine import core_digest, device_name, versions  # noqa: F401
-from companion.machine import made_on as provenance  # noqa: F401  TEMPORARY, as the other names that are not used here
+from companion.kinds import KINDS, SCHEMA, Begun, FinetuneRecord, Record
 from companion.settings import ParameterError
-from companion.values import pack, plain, unpack  # noqa: F401
+from companion.values import plain
 from wdat_core import FinetuneConfig
 
 if TYPE_CHECKING:
@@ -124,31 +122,20 @@ def record_name(record: Begun) -> str:
     return f"{record_stem(record)}-{protocol(record)[:8]}.json"
 
 
-def record_stem(record: Any) -> str:
+def record_stem(record: Begun) -> str:
     """Kind, network (of a benchmark: device), perturbation, tau, eta and seed, as they begin the name of a file."""
-    if isinstance(record, dict):  # TEMPORARY
-        config = record["config"]
-        what = [record["kind"], record["network"]["name"], config.get("perturb", "")]
-        what += [f"{key}{str(config[key]).removesuffix('.0')}" for key in ("tau", "eta", "seed") if key in config]
-        return "-".join(filter(None, what))
-    about = record.network.name if record.network else re.sub(r"\W+", "_", record.device)
+    about = record.network.name if record.network else re.sub(r"\W+", "_", getattr(record, "device", ""))
     config = _config_of(record)
     what = [record.kind, about, config.get("perturb", "")]
     what += [f"{key}{str(config[key]).removesuffix('.0')}" for key in ("tau", "eta", "seed") if key in config]
     return "-".join(filter(None, what))
 
 
-def protocol(record: Begun | dict[str, Any]) -> str:
+def protocol(record: Begun) -> str:
     """A digest of everything that decides a record's numbers but for tau, eta, the seed and rounding.
 
     A field that came with a later version counts only where it is not as before, so that older records stay comparable.
     """
-    if isinstance(record, dict):  # TEMPORARY
-        config = {
-            k: v for k, v in record["config"].items() if k not in ("tau", "eta", "seed") and v != LATER.get(k, ...)
-        }
-        what = [record["kind"], record.get("network"), record.get("data"), config]
-        return digest(json.dumps(what, sort_keys=True).encode())
     config = {k: v for k, v in _config_of(record).items() if k not in ("tau", "eta", "seed")}
     config = {k: v for k, v in config.items() if v != _later(record.config).get(k, ...)}
     parts = (part and part.model_dump(exclude_unset=True) for part in (record.network, record.data))

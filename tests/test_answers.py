@@ -7,8 +7,9 @@ import torch
 from altered import altered, recorded
 
 from companion.answers import PAGES, answer
-from companion.records import pack, read_records
+from companion.records import read_records
 from companion.settings import GRIDS, NOTEBOOKS
+from companion.values import pack
 
 N = 10_000  # test images, so that a percentage point is a hundred of them
 BASE = recorded("finetune-small_trades-whole-tau0.01-eta1-seed2-*")

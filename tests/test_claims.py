@@ -17,8 +17,9 @@ from companion.claims import CLAIMS, outcome, used, verdict
 from companion.effects import Effect, stated
 from companion.evidence import by_setting, studies
 from companion.intervals import median_interval
-from companion.records import pack, read_records
+from companion.records import read_records
 from companion.settings import PAPER_NETWORKS, STAND_INS
+from companion.values import pack
 from companion.words import OUTCOMES, VERDICTS
 
 N = 400  # test images; half are right under attack before fine-tuning

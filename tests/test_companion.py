@@ -29,10 +29,11 @@ from companion.machine import pick_device
 from companion.origins import describe
 from companion.plots import plot_changes
 from companion.promises import promises, promises_table
-from companion.records import LATER, make_record, pack, read_records, recorded_like, unpack, write_record
+from companion.records import LATER, make_record, read_records, recorded_like, write_record
 from companion.runs import finetune_grid
 from companion.settings import GRIDS, METRICS, PAPER_NETWORKS, PRESETS, STRONGER, ParameterError, Settings
 from companion.tables import compare, grid_rows, grid_table
+from companion.values import pack, unpack
 from wdat_core import Scores
 
 
@@ -477,7 +478,7 @@ def test_table_shows_paper_beside_this_run_and_an_honest_dash(run):
     table = grid_table(4, records, []).data
     assert "| W₂ | paper: Zhang et al. (2019) | 42.99 | 45.20 (+2.21) | 50.53 (+7.54) |" in table
     assert "| recorded here: demo | – | – | – |" in table
-    assert f"{100 * records[1]['metrics']['after']['w_2']:.2f} (" in table
+    assert f"{100 * records[1].metrics['after']['w_2']:.2f} (" in table
     assert "paper: Zhang et al. (2019) | 42.99 | – |" in grid_table(4, [altered(records[0], {"tau": 0.3})], []).data
 
 

@@ -7,7 +7,6 @@ import numpy as np
 import pyautoattack
 import pytest
 import torch
-import torch.nn.functional as F
 from altered import altered, recorded
 from matplotlib.collections import PathCollection
 from torch import nn
@@ -15,8 +14,10 @@ from torch import nn
 import wdat_core
 from companion import architectures, evidence, files, intervals, networks, open_points, plots, runs, tables, words
 from companion.evidence import paper_value
-from companion.records import images_of, pack, parse_record, read_records, record_bytes, record_name, unpack
+from companion.kinds import images_of
+from companion.records import parse_record, read_records, record_bytes, record_name
 from companion.settings import METRICS, OPEN_POINTS, STAND_INS, STRONGER, ParameterError, Settings
+from companion.values import pack, unpack
 from wdat_core import Threat, wpgd
 
 SMALL = {"train_images": 60, "val_images": 20, "test_images": 50, "batch_size": 20, "steps": 2, "epochs": 1}
@@ -101,14 +102,14 @@ def test_the_first_attacks_are_those_of_the_tables(harder):
     settings, record = harder
     (scores,) = runs.attack_each([settings], "test", notebook="table1")
     for metric in ("w_inf", "w_2"):
-        assert record.metrics[metric]["accuracy"] == scores["metrics"]["test"][metric]
+        assert record.metrics[metric]["accuracy"] == scores.metrics["test"][metric]
 
 
 def test_autoattack_turns_images_and_mends_none(harder):
     settings, record = harder
     left = unpack(record.correct["autoattack"]["accuracy"], 6)
     (scores,) = runs.attack_each([settings], "test", notebook="table1")
-    right = unpack(scores["correct"]["test"]["clean"], 50)[:6]
+    right = unpack(scores.correct["test"]["clean"], 50)[:6]
     assert (left <= right).all() and left.sum() < right.sum()
 
 
@@ -337,41 +338,20 @@ def test_a_point_is_changed_and_nothing_else(harder):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_pgd_trains_on_attacked_images_alone():
-    """One step by hand: the gradient of the cross-entropy of the attacked images, and of nothing else."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
-    x, y = torch.rand(5, 3, 2, 2), torch.tensor([0, 1, 2, 0, 1])
-    before = [p.detach().clone() for p in model.parameters()]
-    options = {"epochs": 1, "batch_size": 5, "augment": False, "momentum": 0.0, "weight_decay": 0.0, "steps": 1}
-    threat = Threat(p=math.inf, delta=0.1)
-    # A step that long ends at the same corner of the ball from wherever it starts: the steepest one.
-    config = wdat_core.PretrainConfig(method="pgd", threat=threat, step_ratio=1e6, **options)
-    wdat_core.pretrain(model, (x, y), None, config)
-    weight, bias = (p.clone().requires_grad_() for p in before)
-    corner = x.clone().requires_grad_()
-    (up,) = torch.autograd.grad(F.cross_entropy(F.linear(corner.flatten(1), weight, bias), y), corner)
-    attacked = (x + 0.1 * up.sign()).clamp(0, 1)
-    grads = torch.autograd.grad(F.cross_entropy(F.linear(attacked.flatten(1), weight, bias), y), (weight, bias))
-    moved = [b - p for b, p in zip(before, model.parameters(), strict=True)]
-    ratio = moved[0].norm() / grads[0].norm()
-    assert ratio > 0
-    for a, b in zip(moved, grads, strict=True):
-        assert torch.allclose(a, ratio * b, rtol=1e-3, atol=1e-6)
-
-
 def test_pgd_has_no_beta_and_trades_does():
     def weights(**fields):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
         x, y = torch.rand(5, 3, 2, 2), torch.tensor([0, 1, 2, 0, 1])
-        wdat_core.pretrain(model, (x, y), None, wdat_core.PretrainConfig(epochs=2, batch_size=5, steps=2, **fields))
+        options = {"perturb": "none", "threat": Threat(p=math.inf), "loss": "ce", "tau": 0.1}
+        config = wdat_core.FinetuneConfig(epochs=2, batch_size=5, steps=2, augment=False, **options, **fields)
+        wdat_core.finetune(model, (x, y), None, config)
         return model[1].weight.detach()
 
-    assert torch.equal(weights(method="pgd", beta=1.0), weights(method="pgd", beta=6.0))
-    assert not torch.equal(weights(beta=1.0), weights(beta=6.0))
-    with pytest.raises(wdat_core.WdatError, match="method must be one of trades, pgd"):
-        wdat_core.PretrainConfig(method="madry")
+    assert torch.equal(weights(objective="pgd", beta=1.0), weights(objective="pgd", beta=6.0))
+    assert not torch.equal(weights(objective="trades", beta=1.0), weights(objective="trades", beta=6.0))
+    with pytest.raises(wdat_core.WdatError, match="objective must be one of wdat, trades, pgd"):
+        wdat_core.FinetuneConfig(objective="madry")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

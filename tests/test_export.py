@@ -15,9 +15,10 @@ from companion.data import embedded, floats
 from companion.exports import check_export, export
 from companion.intervals import accuracy, change
 from companion.networks import load_network
-from companion.records import parse_record, unpack
+from companion.records import parse_record
 from companion.runs import finetune_grid
 from companion.settings import METRICS, ParameterError, Settings
+from companion.values import unpack
 
 SIZES = {"train_images": 60, "val_images": 20, "test_images": 50, "batch_size": 20, "steps": 2, "epochs": 1}
 ROBUSTBENCH = "Gowal2020Uncovering_28_10_extra"

@@ -9,8 +9,11 @@ from altered import altered
 
 from companion import agreement, evidence, files, origins, plots, runs, tables
 from companion.bench import command
-from companion.records import core_digest, images_of, parse_record, read_records, record_name, unpack, write_record
+from companion.kinds import images_of
+from companion.machine import core_digest
+from companion.records import parse_record, read_records, record_name, write_record
 from companion.settings import NOTEBOOKS, ONE_COLUMN, ParameterError, Settings
+from companion.values import unpack
 
 SMALL = {"train_images": 60, "val_images": 20, "test_images": 50, "batch_size": 20, "steps": 2, "epochs": 3}
 ONE = Settings(tau=0.1, eta=1, **SMALL).resolved()
@@ -131,7 +134,7 @@ def test_network_table_has_a_dash_for_what_was_not_measured(folder):
     table = tables.network_table(1, [record], []).data
     assert "| Zhang et al. (2019) | paper | 10,000 test images, CIFAR-10 | 84.92 | 57.05 | 42.99 |" in table
     assert table.count("|  | recorded here | – | – | – | – |") == 5
-    assert f"| demo | this run | 50 test images, {record['data']['source']}, `steps=2`, `batch_size=20` |" in table
+    assert f"| demo | this run | 50 test images, {record.data.source}, `steps=2`, `batch_size=20` |" in table
     renamed = record.network.model_copy(update={"name": "Wang2023Better_WRN-28-10"})
     other = record.model_copy(update={"network": renamed})
     assert tables.network_table(1, [], [other]).data.count("| recorded here | – |") == 4
