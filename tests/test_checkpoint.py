@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +23,7 @@ import torch
 from killable import RUNS, remembering, result, train
 from tiny import images, network
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 import wdat_core
 from wdat_core import CHECKPOINT, FinetuneConfig, Threat, WdatError, _Checkpoint, ce, code_digest, finetune, wpgd
@@ -92,6 +93,29 @@ def test_a_finished_run_is_not_repeated(unstopped, tmp_path):
     assert epochs == [1, 2, 3]
 
 
+@pytest.mark.parametrize("name", ["whole", "last layer", "trades"])
+def test_a_run_goes_on_with_the_model_as_the_stop_left_it(name, unstopped, tmp_path):
+    model = network("full")
+    data, val = images(14, model), images(9, model, seed=1)
+    finished = False
+    while not finished:
+        history = finetune(model, data, val, RUNS[name], resume=tmp_path / "run", stop_after=0)
+        finished = history.finished
+    assert_same(result(model, history), unstopped(name))
+
+
+def test_what_on_epoch_asks_of_the_model_is_no_part_of_the_run(unstopped, tmp_path):
+    """Although the stop after the last minibatch of an epoch leaves it to a process that has trained nothing."""
+    x, _ = images(6, network("full"), seed=2)
+    ask, finished = lambda epoch, shown: {"asked": shown(x).mean()}, False
+    while not finished:
+        model, history = train("whole", resume=tmp_path / "run", stop_after=0, on_epoch=ask)
+        finished = history.finished
+    asked = [row.pop("asked") for row in history.epochs]
+    assert asked == [row["asked"] for row in train("whole", on_epoch=ask)[1].epochs]
+    assert_same(result(model, history), unstopped("whole"))
+
+
 @pytest.mark.parametrize("exception", [KeyError, KeyboardInterrupt])
 def test_the_run_goes_on_after_an_exception(exception, unstopped, tmp_path):
     """Everything up to the last checkpoint is kept, also when `on_epoch` fails, or somebody presses Ctrl-C in it."""
@@ -115,6 +139,59 @@ def test_numbers_of_the_caller_go_into_the_checkpoint_as_numbers(tmp_path):
     assert rows == 3 * [{"numpy": 0.5, "integer": 2, "tensor": 0.25, "plain": 1}]
     assert {type(value) for row in run[1].epochs for name, value in row.items() if name in kinds} == {float}
     assert contents(tmp_path / "run")["rows"] == run[1].epochs
+
+
+NUMBERS = [{"tau": 0.01, "beta": 6.0, "gamma": 0.0}, {"tau": np.float64(0.01), "beta": 6, "gamma": np.float64(0)}]
+
+
+@pytest.mark.parametrize("first, second", [NUMBERS, NUMBERS[::-1]])
+def test_equal_numbers_of_other_types_are_one_run(first, second, tmp_path):
+    x, y = images(10, network("full"))
+    p, delta = (2, np.float64(0.05)) if first is NUMBERS[1] else (2.0, 0.05)
+    for fields, threat, stop_after in ((first, Threat(p=p, delta=delta), 0), (second, Threat(delta=0.05), None)):
+        config = replace(small(**fields), threat=threat)
+        numbers = [*asdict(config.threat).values(), *(getattr(config, name) for name in fields)]
+        assert {type(number) for number in numbers} == {float}
+        history = finetune(network("full"), (x, y), None, config, resume=tmp_path / "run", stop_after=stop_after)
+    assert history.finished
+
+
+class Extra(nn.Module):
+    """A network with a state that is no tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.calls = network("full"), 0
+
+    def forward(self, x):
+        self.calls += self.training
+        return self.inner(x)
+
+    def get_extra_state(self):
+        return {"calls": self.calls}
+
+    def set_extra_state(self, state):
+        self.calls = state["calls"]
+
+
+def counting(batch):
+    """An objective that remembers a number."""
+    batch.memory.setdefault("sizes", []).append(float(len(batch.x)))
+    return sum(batch.memory["sizes"]) * ce(batch.net(batch.x), batch.y).mean()
+
+
+@pytest.mark.parametrize("kind, objective", [(Extra, "wdat"), (lambda: network("full"), counting)])
+def test_what_is_no_tensor_is_kept_too(kind, objective, tmp_path):
+    """The extra state of a module, and the numbers that an objective remembers."""
+    x, y = images(10, network("full"))
+    whole, finished = kind(), False
+    finetune(whole, (x, y), None, small(objective=objective))
+    while not finished:
+        model = kind()
+        run = finetune(model, (x, y), None, small(objective=objective), resume=tmp_path / "run", stop_after=0)
+        finished = run.finished
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, whole.state_dict()[name]) if isinstance(value, torch.Tensor) else value["calls"] == 8
 
 
 class Weighted:
@@ -336,6 +413,29 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_difference(case, tmp_pa
         finetune(model, *arguments, resume=path)
     assert path.read_bytes() == before
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def scaled(batch, weight=1.0):
+    return weight * ce(batch.net(batch.x), batch.y).mean()
+
+
+@pytest.mark.parametrize(
+    "name, one, other",
+    [
+        ("objective", lambda b: 0.5 * scaled(b), lambda b: 0.6 * scaled(b)),
+        ("objective", lambda b: scaled(b) * 2.0, lambda b: scaled(b) + 2.0),
+        ("objective", partial(scaled, weight=0.5), partial(scaled, weight=0.6)),
+        ("loss", lambda z, y: 2.0 * ce(z, y), lambda z, y: 3.0 * ce(z, y)),
+        ("loss", partial(cross_entropy, reduction="none"), partial(cross_entropy, reduction="none", ignore_index=9)),
+    ],
+)
+def test_a_checkpoint_of_another_function_is_refused(name, one, other, tmp_path):
+    """Whatever it is called."""
+    x, y = images(10, network("full"))
+    finetune(network("full"), (x, y), None, small(**{name: one}), resume=tmp_path / "run", stop_after=0)
+    with pytest.raises(WdatError, match=f"belongs to another run, it differs in {name}"):
+        finetune(network("full"), (x, y), None, small(**{name: other}), resume=tmp_path / "run")
+    assert finetune(network("full"), (x, y), None, small(**{name: one}), resume=tmp_path / "run").finished
 
 
 def with_other_words(source):

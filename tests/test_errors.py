@@ -216,6 +216,29 @@ def test_model_of_another_precision_than_float32_images():
         wpgd(MODEL, X.float(), Y, THREAT)
 
 
+COARSE = [(torch.bfloat16, Threat(delta=8 / 255)), (torch.float16, Threat(delta=1 / 255))]
+
+
+@pytest.mark.parametrize("dtype, threat", [*COARSE, *((torch.float32, threat) for _, threat in COARSE)])
+def test_images_that_round_a_step_away(dtype, threat):
+    """The step would leave them where they are, and the network would seem robust."""
+    model = network("conv", dtype=dtype)
+    x = X.to(dtype)
+    config = FinetuneConfig(threat=threat, epochs=1, augment=False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for call_ in (
+        lambda: wpgd(model, x, Y, threat),
+        lambda: wpgd_budget(model, x, Y, threat, upsilon=1.0),
+        lambda: finetune(model, (x, Y), None, config),
+    ):
+        if dtype == torch.float32:
+            call_()
+        else:
+            with raises(f"images of {dtype} are too coarse for 20 steps of delta", "float32 images and model"):
+                call_()
+            assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 not_finite = pytest.mark.parametrize("value", [math.nan, INF, -INF])
 
 
@@ -370,6 +393,13 @@ def test_upsilon(value):
 def test_evaluate_names_a_bad_delta():
     with raises("delta must be a number above 0"):
         evaluate(MODEL, X, Y, delta=0)
+
+
+def test_evaluate_takes_no_random_start():
+    """The clean accuracy would be that of the start."""
+    with raises("clean accuracy", "no random_start"):
+        evaluate(MODEL, X, Y, random_start=0.5)
+    assert evaluate(MODEL, X, Y, random_start=0.0).clean == (predict(MODEL, X) == Y).double().mean().item()
 
 
 @pytest.mark.parametrize("name", ["wpgd", "wpgd_budget", "sensitivity"])
@@ -556,6 +586,15 @@ def test_no_remainder_of_one_image_trains(fields):
     finetune(normalised(), (X, Y), None, FinetuneConfig(**({"steps": 1, "epochs": 1} | fields)))
 
 
+def test_a_remainder_of_one_image_matters_where_it_leaves_one_value_a_channel():
+    config = FinetuneConfig(steps=1, epochs=1, batch_size=5)
+    one = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 4)).double()
+    with raises("BatchNorm cannot train on a batch of one image", "choose a batch_size"):
+        finetune(one, (X, Y), None, config)
+    nine = nn.Sequential(nn.Flatten(2), nn.BatchNorm1d(2), nn.Flatten(), nn.Linear(18, 4)).double()
+    assert finetune(nine, (X, Y), None, config).finished
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -597,6 +636,17 @@ def test_perturb():
     with raises("needs a linear or convolutional layer"):
         perturb_(nn.Sequential(nn.Flatten(), nn.LayerNorm(18)), "last_layer", x=X)
     assert len(perturb_(convolutional, "whole")) == 2
+
+
+def test_a_last_layer_that_computes_its_weight_is_named():
+    """A weight drawn anew would be computed once more from what it was before."""
+    model = network("mlp")
+    nn.utils.parametrizations.weight_norm(model[-1])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for fields in ({"x": X}, {"head": "4"}):
+        with raises("last layer computes its weight", "weight_norm", "remove that"):
+            perturb_(model, "last_layer", **fields)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

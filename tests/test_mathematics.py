@@ -11,7 +11,20 @@ from hypothesis import strategies as st
 from tiny import INF, PIXELS, SHAPE, conjugate, images, lengths, mean, network, predict, reference_wpgd
 from torch import nn
 
-from wdat_core import LOSSES, Threat, ce, dlr, evaluate, project, redlr, sensitivity, wpgd, wpgd_budget
+from wdat_core import (
+    LOSSES,
+    Threat,
+    _pack,
+    _unpack,
+    ce,
+    dlr,
+    evaluate,
+    project,
+    redlr,
+    sensitivity,
+    wpgd,
+    wpgd_budget,
+)
 
 ORDERS = (1.1, 1.3, 1.5, 2.0, 3.0, INF)
 DTYPES = (torch.float64, torch.float32)
@@ -144,6 +157,27 @@ def test_redlr_has_gradient_zero_exactly_on_misclassified_images(seed):
 def test_dlr_ignores_shift_and_scale_of_the_logits(seed, shift, scale):
     logits, y = logits_and_labels(seed)
     torch.testing.assert_close(dlr(scale * logits + shift, y), dlr(logits, y), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("loss", [dlr, redlr])
+def test_dlr_is_flat_where_the_three_largest_logits_are_equal(loss, dtype):
+    """As they often are in 16 bits; 0 / 1e-12 has a gradient of 1e12, and is 0 / 0 in float16."""
+    logits = torch.tensor([[2.0, 2, 2, 1], [0, 3, 3, 3]], dtype=dtype, requires_grad=True)
+    values = loss(logits, logits.argmax(1))
+    (gradient,) = torch.autograd.grad(values.sum(), logits)
+    assert not values.any() and not gradient.any()
+
+
+@pytest.mark.parametrize("logits", [[1 + 1e-9, 1.0, 1 - 1e-9, 0.0], [1.0, 1.0, 1 - 1e-9, 0.0]])
+def test_dlr_keeps_its_slope_where_logits_are_nearly_equal(logits):
+    logits = torch.tensor([logits], dtype=torch.float64, requires_grad=True)
+    written = (logits[:, 1] - logits[:, 0]) / (logits[:, 0] - logits[:, 2] + 1e-12)
+    value = dlr(logits, torch.tensor([0]))
+    assert torch.equal(value, written)
+    slope, expected = (torch.autograd.grad(v.sum(), logits)[0] for v in (value, written))
+    assert slope.abs().max() > 1e8
+    torch.testing.assert_close(slope, expected)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -512,3 +546,36 @@ def test_distances_whose_inverse_is_infinite_are_projected(r):
     x = torch.tensor([[5.5e-309], [1.0]], dtype=torch.float64)
     x_adv = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
     assert (project(x_adv, x, Threat(r=r, delta=5e-324)) - x).abs().max() <= 5e-324
+
+
+@pytest.mark.parametrize("shape", [(18,), (2, 3, 3), (1, 1, 1), (2, 2, 3), (1, 1, 7)])
+def test_signs_are_packed_and_unpacked(shape):
+    signs = torch.randint(-1, 2, (5, *shape), generator=torch.Generator().manual_seed(0)).double()
+    packed = _pack(signs)
+    assert packed.shape == (5, math.ceil(math.prod(shape) / 4)) and packed.dtype == torch.uint8
+    assert torch.equal(_unpack(packed, signs).double(), signs)
+
+
+@pytest.mark.parametrize("p", [2, INF])
+@pytest.mark.parametrize("shape", [SHAPE, (1, 1, 1), (1, 1, 7), (2, 2, 3)], ids=str)
+def test_any_number_of_pixels_is_attacked_as_plainly_written(shape, p):
+    """Four pixels share a byte; the images need not have four times as many."""
+    model = network("smooth", shape=shape)
+    x, y = images(9, model, shape=shape)
+    attack = wpgd(model, x, y, Threat(p, INF, 0.05), loss="ce", steps=3)
+    iterates, _ = reference_wpgd(model, x, y, p, INF, 0.05, ce, 3, 1.0)
+    best = 1 + attack.history["accuracy"][1:].index(attack.accuracy)
+    torch.testing.assert_close(attack.x_adv, iterates[best], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(8,), (1, 2, 4)], ids=str)
+def test_images_that_are_transposed_in_memory(shape):
+    """Also with four times as many pixels as bytes, where packing makes no copy."""
+    model = network("smooth", shape=(1, 2, 4))
+    x, y = images(9, model, shape=shape)
+    transposed = x.movedim(0, -1).contiguous().movedim(-1, 0)
+    assert torch.equal(transposed, x) and not transposed.is_contiguous()
+    for p in (2, INF):
+        attack = wpgd(model, transposed, y, Threat(p, INF, 0.05), steps=3)
+        plain = wpgd(model, x, y, Threat(p, INF, 0.05), steps=3)
+        torch.testing.assert_close(attack.x_adv, plain.x_adv, rtol=0, atol=1e-12)

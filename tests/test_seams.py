@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import INF, conjugate, images, lengths, mean, network, reference_wpgd
+from torch import nn
 
 import wdat_core
 from wdat_core import FinetuneConfig, Threat, ce, finetune, sensitivity, wpgd
@@ -165,6 +166,17 @@ def test_along_any_rule_the_images_stay_in_the_ball(threat):
     assert attack.x_adv.min() >= 0 and attack.x_adv.max() <= 1
 
 
+def test_a_rule_with_a_parameter_that_is_learned_leaves_no_trace_of_it():
+    model, weight = network("smooth"), torch.ones((), dtype=torch.float64, requires_grad=True)
+    x, y = images(9, model)
+    for threat in THREATS:
+        attack = wpgd(model, x, y, threat, rule=lambda gradient, before: weight * gradient, steps=3)
+        assert not attack.x_adv.requires_grad
+        assert torch.equal(
+            attack.x_adv, wpgd(model, x, y, threat, rule=lambda gradient, before: gradient, steps=3).x_adv
+        )
+
+
 def test_out_of_memory_the_rule_is_given_the_same(monkeypatch):
     model, x_y = network("smooth"), images(20, network("smooth"))
     options = {"loss": "ce", "steps": 4, "rule": defined("momentum")}
@@ -302,3 +314,48 @@ def test_an_attack_in_the_middle_of_an_objective_leaves_its_gradients_alone():
         states.append(model.state_dict())
     for name, value in states[0].items():
         torch.testing.assert_close(value, states[1][name], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("r", [INF, 2.0])
+def test_a_look_serves_any_number_of_attacks(r):
+    """It is left as it was."""
+    threat = Threat(r=r, delta=0.05)
+
+    def objective(batch):
+        look = batch.look(batch.x, batch.y, threat, "ce")
+        before = copy.deepcopy(look)
+        fresh = batch.attack(threat, "ce")
+        for _ in range(2):
+            assert torch.equal(batch.attack(threat, "ce", first=look), fresh)
+        for name in ("correct", "loss", "norm", "direction", "finite"):
+            assert torch.equal(getattr(look, name), getattr(before, name)), name
+        return ce(batch.net(fresh), batch.y).mean()
+
+    model = network("full")
+    finetune(model, images(20, model), None, FinetuneConfig(**STEP, objective=objective))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_that_does_more_in_train_than_to_set_its_mode_is_given_back_in_it(training):
+    """As adapters do, which are merged into the weights in eval mode."""
+
+    class Merging(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = network("smooth")
+
+        def train(self, mode=True):
+            self.merged = not mode
+            return super().train(mode)
+
+        def forward(self, x):
+            assert self.merged != self.training
+            return self.inner(x)
+
+    model = Merging().train(training)
+    x, y = images(8, model.inner)
+    for call in (wpgd, sensitivity):
+        call(model, x, y, Threat())
+        assert model.training == training and model.merged != training
+    finetune(model, (x, y), None, FinetuneConfig(epochs=1, steps=1, augment=False))
+    assert model.training == training and model.merged != training

@@ -184,6 +184,15 @@ def test_whole_adds_noise_of_the_given_relative_size(noise):
         assert relative == pytest.approx(noise, rel=4 / math.sqrt(2 * old.numel()), abs=0)
 
 
+def test_noise_of_weights_whose_squares_are_zero_in_float16():
+    layer = nn.Linear(50, 50, bias=False)
+    with torch.no_grad():
+        layer.half().weight.normal_(0, 1e-4, generator=torch.Generator().manual_seed(0))
+    old = layer.weight.detach().double()
+    perturb_(layer, "whole", noise=0.5)
+    assert ((layer.weight.double() - old).norm() / old.norm()).item() == pytest.approx(0.5, rel=0.1)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("reinit", ["default", "xavier"])
 def test_last_layer_is_drawn_anew(reinit, bias):
@@ -234,12 +243,36 @@ class Tempered(nn.Module):
         return self.head(self.body(x.flatten(1)).relu()) / 2
 
 
+class Shifted(nn.Module):
+    """The logits are a layer's output, scaled and shifted; a layer before it is as wide."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.body = nn.Linear(4, 4), nn.Linear(PIXELS, 4)
+
+    def forward(self, x):
+        return 3 * self.head(self.body(x.flatten(1)).relu()) + 1
+
+
+class Cosine(nn.Module):
+    """Cosines to weights of its own give the logits; `width` is that of a layer before, `aside` is never called."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.body, self.aside = nn.Linear(PIXELS, width), nn.Linear(width, 4 if width != 4 else 5)
+        self.weight = nn.Parameter(torch.randn(4, width))
+
+    def forward(self, x):
+        return 9 * F.normalize(self.body(x.flatten(1)), dim=1) @ F.normalize(self.weight, dim=1).T
+
+
 @pytest.mark.parametrize(
     "kind, fields, layer",
     [
         (Gated, {}, "head"),
         (Gated, {"head": "gate.2"}, "gate.2"),
         (Tempered, {}, "head"),
+        (Shifted, {}, "head"),
         (Summed, {"head": "one"}, "one"),
     ],
 )
@@ -263,6 +296,17 @@ def test_a_last_layer_that_cannot_be_told_is_asked_for(train):
     before = state(model)
     with pytest.raises(WdatError, match=r"give head, its name; 'one', 'two'"):
         train(model)
+    assert all(same(before, state(model)).values())
+
+
+@pytest.mark.parametrize("width", [8, 4])
+def test_a_layer_that_is_only_as_wide_as_the_logits_is_not_the_last(width):
+    """Neither one that is never called nor one in the middle."""
+    with seeded(0):
+        model = Cosine(width).double()
+    before = state(model)
+    with pytest.raises(WdatError, match=r"no layer is plainly .* give head, its name; 'body', 'aside'"):
+        perturb_(model, "last_layer", x=X)
     assert all(same(before, state(model)).values())
 
 
@@ -390,6 +434,33 @@ def test_first_upsilon_of_the_full_training_set():
     whole = sensitivity(network("full"), *data(12), THREAT)
     assert history.upsilon[0] == pytest.approx(whole, rel=1e-12, abs=0)
     assert trained(noise=0.0)[1].upsilon[0] != pytest.approx(history.upsilon[0], rel=1e-3)
+
+
+def test_first_upsilon_of_the_full_training_set_is_taken_once():
+    """Also by an objective that keeps no Upsilon itself."""
+    estimates = []
+
+    def objective(batch):
+        estimates.append(batch.estimate_upsilon(torch.ones((), dtype=torch.float64)).item())
+        return F.cross_entropy(batch.net(batch.x), batch.y)
+
+    config = replace(quick(first_upsilon="full", noise=0.0, tau=1e-30), objective=objective)
+    finetune(network("mlp"), data(12, "mlp"), None, config)
+    whole = sensitivity(network("mlp"), *data(12, "mlp"), THREAT)
+    assert [estimate == pytest.approx(whole, rel=1e-9) for estimate in estimates] == [True] + 5 * [False]
+
+
+def test_an_upsilon_estimated_as_zero_leaves_the_batch_its_delta():
+    """All the images of the sample are misclassified, and not all of the batch."""
+    x, _ = images(12, network("smooth"), low=0.3, high=0.7)
+    guess = predict(network("smooth"), x)
+    y = torch.where(torch.arange(12) < 2, guess, (guess + 1) % 4)
+    model = Recorder(network("smooth"))
+    config = quick(epochs=1, batch_size=12, sample=1e-9, noise=0.0, augment=False, seed=1)
+    assert finetune(model, (x, y), None, config).upsilon == [0]
+    clean, attacked = (seen for training, seen in model.shown if training)
+    distance = (attacked - clean).flatten(1).abs().amax(1).square().mean().sqrt().item()
+    assert 0 < distance <= THREAT.delta * (1 + 1e-9)
 
 
 def test_both_sensitivities_of_a_radius_are_of_the_same_labels():
@@ -643,6 +714,21 @@ def test_on_epoch_may_call_another_threat_by_its_name():
 
 
 @both
+@pytest.mark.parametrize("val", [True, False])
+def test_on_epoch_sees_a_model_in_eval_mode(objective, val):
+    """It may call it, and the batch statistics stay as they are."""
+    modes = []
+
+    def on_epoch(epoch, model):
+        modes.append(model.training)
+        model(data(12)[0] / 2)
+
+    model, _ = trained(objective, val=val, on_epoch=on_epoch)
+    assert modes == [False, False]
+    assert all(same(state(model), state(trained(objective, val=val)[0])).values())
+
+
+@both
 def test_without_validation_the_last_epoch_stays(objective):
     states = []
     model, history = trained(objective, epochs=3, on_epoch=lambda _, m: states.append(state(m)) or {})
@@ -809,6 +895,31 @@ def test_average_of_the_weights_by_hand():
         expected = {name: 0.7 * expected[name] + 0.3 * weights[name] for name in weights}
         for name in got.keys() - {"2.num_batches_tracked"}:
             torch.testing.assert_close(got[name], expected[name], rtol=1e-9, atol=1e-12)
+
+
+class Buffered(nn.Module):
+    """A network with an order of its logits and a mask, which are buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = network("full")
+        self.register_buffer("order", torch.tensor([3, 2, 1, 0]))
+        self.register_buffer("mask", torch.tensor([0.0, 0.0, -INF, 0.0], dtype=torch.float64))
+
+    def forward(self, x):
+        return self.inner(x)[:, self.order] * (1 + self.mask.softmax(0))
+
+
+@pytest.mark.parametrize("average", [0.0, 0.9])
+@pytest.mark.parametrize("buffers", [{"order"}, {"order", "mask"}])
+def test_buffers_of_whole_or_infinite_numbers_stay_as_they_are(buffers, average):
+    """Three ninths and one of 3 are rounded to 2, and the difference of two infinities is no number."""
+    model = Buffered()
+    if "mask" not in buffers:
+        model.mask.zero_()
+    before = state(model)
+    trained(model=model, average=average, val=True)
+    assert {name for name, value in same(before, state(model)).items() if value} == {"order", "mask"}
 
 
 @pytest.mark.parametrize("warm_up", [0.2, 0.5, 0.9])
