@@ -1460,13 +1460,16 @@ def _named(value: Any) -> str:
     if not callable(value):
         return repr(value)
     if isinstance(value, functools.partial):
-        return f"partial of {_named(value.func)} {value.args} {value.keywords}"
+        given = [*value.args, *(part for pair in value.keywords.items() for part in pair)]
+        return f"partial({', '.join(map(_named, [value.func, *given]))})"
     name = f"{value.__module__}.{getattr(value, '__qualname__', type(value).__qualname__)}"
     code = getattr(value, "__code__", None)
     if code is None:
         return name
-    constants = [c for c in code.co_consts if isinstance(c, int | float | str)]
-    return f"{name} {hashlib.sha256(repr((code.co_code, code.co_names, constants)).encode()).hexdigest()[:8]}"
+    closed = (cell.cell_contents for cell in value.__closure__ or ())
+    values = [*code.co_consts, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *closed]
+    plain = [v for v in values if isinstance(v, int | float | str)]
+    return f"{name} {hashlib.sha256(repr((code.co_code, code.co_names, plain)).encode()).hexdigest()[:8]}"
 
 
 def code_digest(path: str | os.PathLike[str] = __file__) -> str:

@@ -419,12 +419,17 @@ def scaled(batch, weight=1.0):
     return weight * ce(batch.net(batch.x), batch.y).mean()
 
 
+def weighted(weight):
+    return lambda batch: weight * scaled(batch)
+
+
 @pytest.mark.parametrize(
     "name, one, other",
     [
         ("objective", lambda b: 0.5 * scaled(b), lambda b: 0.6 * scaled(b)),
         ("objective", lambda b: scaled(b) * 2.0, lambda b: scaled(b) + 2.0),
         ("objective", partial(scaled, weight=0.5), partial(scaled, weight=0.6)),
+        ("objective", weighted(0.5), weighted(0.6)),
         ("loss", lambda z, y: 2.0 * ce(z, y), lambda z, y: 3.0 * ce(z, y)),
         ("loss", partial(cross_entropy, reduction="none"), partial(cross_entropy, reduction="none", ignore_index=9)),
     ],
@@ -436,6 +441,10 @@ def test_a_checkpoint_of_another_function_is_refused(name, one, other, tmp_path)
     with pytest.raises(WdatError, match=f"belongs to another run, it differs in {name}"):
         finetune(network("full"), (x, y), None, small(**{name: other}), resume=tmp_path / "run")
     assert finetune(network("full"), (x, y), None, small(**{name: one}), resume=tmp_path / "run").finished
+
+
+def test_a_function_has_one_name_in_every_process():
+    assert "0x" not in wdat_core._named(partial(scaled, weight=ce))
 
 
 def with_other_words(source):
