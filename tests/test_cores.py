@@ -1,0 +1,86 @@
+"""A record is current where its code is known to give the numbers of the present code: by measurement, not by text."""
+
+import copy
+import json
+
+import pytest
+
+from companion import cores
+from companion.kinds import FinetuneRecord
+from companion.records import read_records
+from wdat_core import code_digest
+
+ENTRY = {
+    "core": "a" * 64,
+    "file": "b" * 64,
+    "device": "a processor, 1 thread",
+    "versions": {"torch": "2.11.0"},
+    "sample": {"demo, attacked": {"accuracy": {"clean": 0.6567, "w_2": 0.2624}, "bits": "c" * 64}},
+}
+
+
+def other(core="d" * 64, **changes):
+    entry = copy.deepcopy(ENTRY) | {"core": core, "file": core}
+    part = entry["sample"]["demo, attacked"]
+    part["bits"] = changes.pop("bits", part["bits"])
+    part["accuracy"] |= changes.pop("accuracy", {})
+    return entry | changes
+
+
+ELSEWHERE = {"device": "another processor, 1 thread"}
+
+
+@pytest.mark.parametrize(
+    "entry, same",
+    [
+        (other(), True),
+        (other(bits="e" * 64), False),  # on one machine every bit counts
+        (other(bits="e" * 64, **ELSEWHERE), True),
+        (other(bits="e" * 64, versions={"torch": "2.12.0"}), True),
+        (other(bits="e" * 64, accuracy={"w_2": 0.2628}, **ELSEWHERE), True),
+        (other(bits="e" * 64, accuracy={"w_2": 0.2630}, **ELSEWHERE), False),
+        (other(sample={}), False),
+    ],
+)
+def test_two_cores_are_the_same_where_their_numbers_are(entry, same):
+    assert cores.gives_the_same(ENTRY, entry) is cores.gives_the_same(entry, ENTRY) is same
+
+
+@pytest.fixture
+def known(tmp_path, monkeypatch):
+    """A table of cores, and the present one in it."""
+
+    def write(*entries):
+        path = tmp_path / "cores.json"
+        path.write_text(json.dumps(entries), encoding="utf-8")
+        monkeypatch.setattr(cores, "CORES", path)
+        cores.is_current.cache_clear()
+
+    yield write
+    cores.is_current.cache_clear()
+
+
+def test_a_record_is_current_by_the_digest_of_its_code_or_of_its_file(known):
+    known(ENTRY, other(core=code_digest()), other(core="f" * 64, bits="e" * 64))
+    assert cores.is_current(code_digest())
+    assert cores.is_current(ENTRY["core"]) and cores.is_current(ENTRY["file"])
+    assert not cores.is_current("f" * 64) and not cores.is_current("0" * 64)
+
+
+def test_without_a_table_only_the_present_code_is_current(known, tmp_path):
+    known(ENTRY)
+    assert cores.is_current(code_digest()) and not cores.is_current(ENTRY["core"])
+
+
+def test_a_comment_changes_no_core_and_a_number_does(tmp_path):
+    file = tmp_path / "core.py"
+    digests = []
+    for text in ("x = 1\n", '"""Words."""\n# more\nx = (\n    1  # one\n)\n', "x = 2\n"):
+        file.write_text(text, encoding="utf-8")
+        digests.append(code_digest(file))
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_what_the_claims_count_was_made_by_code_that_gives_the_present_numbers():
+    full = [r for r in read_records() if isinstance(r, FinetuneRecord) and r.config.epochs == 20]
+    assert len(full) > 10 and [r.network.name for r in full if not cores.is_current(r.core)] == []
