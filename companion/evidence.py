@@ -167,9 +167,7 @@ def best_setting(study: Sequence[FinetuneRecord]) -> list[FinetuneRecord]:
 def on_validation(records: Sequence[FinetuneRecord]) -> float:
     """The accuracy under the training's threat on validation images of the epochs that were kept, mean over records."""
     kept = [record.history.epochs[record.history.best - 1] for record in records]
-    names = [accuracy_name(record.config.threat) for record in records]
-    # The first record of the pointwise control has it under "w_2".
-    return sum(row[name] if name in row else row["w_2"] for name, row in zip(names, kept, strict=True)) / len(kept)
+    return sum(row[accuracy_name(r.config.threat)] for r, row in zip(records, kept, strict=True)) / len(kept)
 
 
 def unusual(record: Record) -> str:

@@ -259,9 +259,7 @@ class FinetuneRecord(Trained):
     )
 
     def _columns(self) -> tuple[str, ...]:
-        # One record of the pointwise control is older than this name: it goes when that control is measured again.
-        former = self.core == "713a5c12c8277047cc33286134d6e5c4846ccd2bbda0d3f5cd0d850d5141d9f7"
-        return ("epoch", "loss", "clean", "w_2" if former else accuracy_name(self.config.threat))
+        return ("epoch", "loss", "clean", accuracy_name(self.config.threat))
 
 
 class PretrainRecord(Trained):
