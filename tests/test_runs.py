@@ -194,7 +194,7 @@ def test_provenance_names_records_and_marks_old_code(curves):
 
 
 def test_committed_records_have_the_names_that_they_would_be_given():
-    for path in files.RESULTS.glob("*.json"):
+    for path in (p for p in files.RESULTS.glob("*.json") if p.name != "cores.json"):
         assert path.name == record_name(parse_record(path.read_bytes()))
     assert read_records()
 
