@@ -40,7 +40,7 @@ def test_no_module_of_the_companion_is_long():
 def test_the_guide_names_files_that_exist_and_asks_for_three_at_most():
     text = (files.ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`([\w/]+(?:/|\.(?:py|json|csv|md|yml)))`", text))
-    assert len(named) > 20 and [name for name in named if not (files.ROOT / name).exists()] == []
+    assert len(named) > 20 and [name for name in named - {"runs/"} if not (files.ROOT / name).exists()] == []
     recipes = re.findall(r"^## (Add .*?)$(.*?)(?=^## )", text, re.MULTILINE | re.DOTALL)
     assert [title for title, _ in recipes] == [
         "Add a step rule", "Add an objective", "Add a data set", "Add a network", "Add a table"
