@@ -16,12 +16,20 @@ The method of Bai, He, Jiang, Obłój, *Wasserstein distributional adversarial t
     Algorithm 1              the loop over minibatches                     `finetune`
     Section 5                a network perturbed before its fine-tuning    `perturb_`
     Section 6                clean, W_inf and W_2 accuracy                 `evaluate`
+    beyond the paper         the lowest accuracy in the ball, for every    `boundary`
+                             p and delta, from minimum-norm distances
 
 Three lines attack a network of your own::
 
     from wdat_core import Threat, wpgd
     attack = wpgd(model, x, y, Threat(p=2, delta=8 / 255))
     attack.accuracy, attack.distance, attack.x_adv
+
+And three say how robust it is for every budget::
+
+    from wdat_core import Threat, boundary
+    found = boundary(model, x, y)
+    found.accuracy(Threat(p=2, delta=8 / 255)), found.curve(p=2)
 
 Three things can be replaced by a function: the loss of the attacker (`wpgd`), the vector along which it steps (`wpgd`)
 and the objective of the training (`Minibatch`); each has an example where it is described.
@@ -52,7 +60,7 @@ import os
 import pickle
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -64,12 +72,14 @@ from torch import Tensor, nn
 
 __all__ = [
     "Attack",
+    "Boundary",
     "FinetuneConfig",
     "History",
     "Minibatch",
     "Scores",
     "Threat",
     "WdatError",
+    "boundary",
     "ce",
     "code_digest",
     "dlr",
@@ -114,7 +124,8 @@ class Threat:
     """An adversary who may move the data distribution by `delta` in Wasserstein distance W_p over the pixel norm l_r.
 
     Args:
-        p: order of the Wasserstein distance, in (1, inf]. inf bounds every image alone, as in ordinary PGD.
+        p: order of the Wasserstein distance, in [1, inf]. inf bounds every image alone, as in ordinary PGD. 1 is for
+            `boundary` and `project`; W-PGD needs a p above it.
         r: norm between images, in (1, inf].
         delta: radius, > 0, in [0, 1] pixel units.
     """
@@ -124,8 +135,8 @@ class Threat:
     delta: float = 8 / 255
 
     def __post_init__(self) -> None:
-        for name in ("p", "r"):
-            _check_number(name, getattr(self, name), above=1, at_most=math.inf)
+        _check_number("p", self.p, at_least=1, at_most=math.inf)
+        _check_number("r", self.r, above=1, at_most=math.inf)
         _check_number("delta", self.delta, above=0)
         _as_plain_numbers(self)
 
@@ -271,13 +282,16 @@ def _budgets(distance: Tensor, p: float, delta: Tensor | float) -> Tensor:
 
 def _pull_back(x_adv: Tensor, x: Tensor, distance: Tensor, budget: Tensor, r: float) -> Tensor:
     """Images at `distance` > `budget` (n,) brought to their budget: clipped for r = inf, scaled for another r."""
-    move = x_adv - x
-    if r == math.inf:
-        limit = _per_image(budget, x)
-        shrunk = x + move.clamp(-limit, limit)
-    else:
-        shrunk = x + move * _per_image(budget / torch.where(distance > 0, distance, 1.0), x)
+    shrunk = x + _shortened(x_adv - x, distance, budget, r)
     return torch.where(_per_image(distance <= budget, x), x_adv, shrunk)
+
+
+def _shortened(move: Tensor, distance: Tensor, budget: Tensor, r: float) -> Tensor:
+    """Moves (n, ...) as long as `distance` (n,) brought to `budget`: clipped for r = inf, scaled for another r."""
+    if r == math.inf:
+        limit = _per_image(budget, move)
+        return move.clamp(-limit, limit)
+    return move * _per_image(budget / torch.where(distance > 0, distance, 1.0), move)
 
 
 @dataclass(frozen=True)
@@ -794,9 +808,8 @@ class Minibatch:
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits (b, m) of the network as it is attacked, without gradient."""
-        with self._run.attacked() as on, torch.no_grad():
-            parts = [on.passes.call(part.to(on.passes.device)) for part in x.split(on.passes.batch_size)]
-            return torch.cat(parts).to(x)
+        with self._run.attacked() as on:
+            return _logits(on, x)
 
     def random_start(self, threat: Threat, fraction: float) -> Tensor:
         """The images, each moved `fraction` of delta in a random direction, then clamped; x itself for 0."""
@@ -1154,22 +1167,33 @@ class Scores:
 
     Attributes:
         clean, w_inf, w_2: accuracy without attack, under PGD with CE, and under (W_2, l_inf) W-PGD with ReDLR.
-        correct: the same three names to bool (n,).
+        correct: the same names to bool (n,).
+        w_2_found: the lowest accuracy that `boundary` finds in the ball of w_2, where it was asked for. No certificate:
+            the true one may be lower still.
     """
 
     clean: float
     w_inf: float
     w_2: float
     correct: dict[str, Tensor] = field(repr=False)
+    w_2_found: float | None = None
 
 
 def evaluate(
-    model: nn.Module, x: Tensor, y: Tensor, *, delta: float = 8 / 255, loss: str | Loss = "redlr", **options: Any
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    delta: float = 8 / 255,
+    loss: str | Loss = "redlr",
+    found_steps: int = 0,
+    **options: Any,
 ) -> Scores:
     """The three accuracies of the paper's tables (Section 6): clean, W_inf (20 steps, CE) and W_2 (20 steps, ReDLR).
 
     Args:
         loss: of the W_2 attack; a network with two classes needs "ce".
+        found_steps: of `boundary`, for the lowest W_2 accuracy that it finds; 0 leaves that out, 40 is its default.
         options: of both attacks, as `wpgd` takes them: steps, batch_size, precision, compiled, progress and others.
 
     Raises:
@@ -1178,9 +1202,318 @@ def evaluate(
     if options.get("random_start"):
         raise WdatError("evaluate measures the clean accuracy where the attack starts: it takes no random_start")
     pointwise = wpgd(model, x, y, Threat(p=math.inf, delta=delta), loss="ce", **options)
-    distributional = wpgd(model, x, y, Threat(p=2, delta=delta), loss=loss, **options)
+    w_2 = Threat(p=2, delta=delta)
+    distributional = wpgd(model, x, y, w_2, loss=loss, **options)
     correct = {"clean": pointwise.was_correct, "w_inf": pointwise.correct, "w_2": distributional.correct}
+    if found_steps:
+        how = {name: value for name, value in options.items() if name in ("batch_size", "precision", "compiled")}
+        found = boundary(model, x, y, steps=found_steps, keep=False, **how)
+        correct["w_2_found"] = ~found.bought(w_2)
     return Scores(**{name: c.sum().item() / len(x) for name, c in correct.items()}, correct=correct)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Beyond the paper: the lowest accuracy in the ball, from the distance of each image to the nearest misclassified one
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """How far each image is from the nearest misclassified one that was found, and what follows for every budget.
+
+    An attacker who may move the images by delta in W_p, and wants as many errors as possible, buys the cheapest images
+    first. This is the lowest accuracy in the ball (the dual of Blanchet and Murthy, 2019, for the 0-1 loss; up to the
+    1/n of one image that could be split):
+
+        A_p(delta) = 1 - max{k / n : the k smallest distances have sum d_i^p <= n delta^p}.
+
+    The distances come from an attack, so they may be too large: the accuracies are upper bounds of the true ones, and
+    no certificate. Each of them is reached by images that were found, see `spend`.
+
+    Attributes:
+        distance: (n,), the l_r distance: 0 where the image itself is misclassified, inf where nothing was found.
+        r: that norm.
+        x_adv: the nearest misclassified images, as x; the image itself where the distance is 0 or inf. None without
+            `keep`.
+    """
+
+    distance: Tensor
+    r: float = math.inf
+    x_adv: Tensor | None = field(default=None, repr=False)
+
+    def bought(self, threat: Threat) -> Tensor:
+        """Which images are misclassified in the worst case, bool (n,): the cheapest ones that the budget pays for."""
+        self._check(threat)
+        prices, order = self.distance.double().sort(stable=True)
+        if threat.p == math.inf:
+            paid = prices <= threat.delta
+        else:
+            paid = (prices / threat.delta).pow(threat.p).cumsum(0) <= len(prices)
+        return torch.zeros_like(paid).index_put((order,), paid)
+
+    def accuracy(self, threat: Threat) -> float:
+        """A_p(delta), the accuracy that is left in the worst case found, for any p in [1, inf] and delta."""
+        return 1 - self.bought(threat).sum().item() / len(self.distance)
+
+    def curve(self, p: float = 2.0) -> tuple[Tensor, Tensor]:
+        """All of A_p: from each radius delta (k,), 0 first, up to the next one the accuracy (k,); float64."""
+        _check_number("p", p, at_least=1, at_most=math.inf)
+        n, prices = len(self.distance), self.distance.double().sort().values
+        first, last = int((prices == 0).sum()), int((prices < math.inf).sum())
+        prices = prices[first:last]  # in logarithms: powers of high order would underflow
+        costs = prices if p == math.inf else (((p * prices.log()).logcumsumexp(0) - math.log(n)) / p).exp()
+        accuracy = 1 - torch.arange(first, last + 1, device=prices.device, dtype=torch.float64) / n
+        return torch.cat([prices.new_zeros(1), costs]), accuracy
+
+    def shares(self, threat: Threat) -> Tensor:
+        """What each image adds to the accuracy, float64 (n,): their mean is A_p(delta), but for the split image.
+
+        They are min(1, (d_i / t)^p) - (delta / t)^p, where t is the price of the next image to be bought. That is the
+        dual, so to first order it is also how A_p depends on the sample: from their spread comes the standard error,
+        and for two networks on the same images that of the difference.
+        """
+        bought, p = self.bought(threat), threat.p
+        distance = self.distance.double()
+        price = torch.where(bought, math.inf, distance).min()
+        if p == math.inf or price == math.inf:
+            return (~bought).double()
+        return (distance / price).clamp(max=1) ** p - (threat.delta / price) ** p
+
+    def interval(self, threat: Threat) -> tuple[float, float]:
+        """An interval that holds A_p(delta) of the distribution, whose sample the images are, in 95 % of samples."""
+        shares, accuracy = self.shares(threat), self.accuracy(threat)
+        half = 1.96 * shares.std(correction=0).item() / math.sqrt(len(shares))
+        return max(0.0, accuracy - half), min(1.0, accuracy + half)
+
+    def spend(self, x: Tensor, threat: Threat) -> Attack:
+        """The attacked images of the worst case found, as `wpgd` returns them; its loss is the fraction misclassified.
+
+        Args:
+            x: the images that `boundary` was given, in one tensor.
+
+        Raises:
+            WdatError: the images were not kept, or x is not alike, or the norm of the threat is another.
+        """
+        if self.x_adv is None:
+            raise WdatError("the nearest images were not kept: call boundary with keep=True")
+        if not isinstance(x, Tensor) or (x.shape, x.dtype) != (self.x_adv.shape, self.x_adv.dtype):
+            raise WdatError(f"x must be the images that boundary was given, {_kind(self.x_adv)}, not {_kind(x)}")
+        bought, right = self.bought(threat), self.distance > 0
+        clean, accuracy = right.sum().item() / len(x), self.accuracy(threat)
+        return Attack(
+            x_adv=torch.where(_per_image(bought, x), self.x_adv.to(x.device), x),
+            accuracy=accuracy,
+            loss=1 - accuracy,
+            distance=_mean(torch.where(bought, self.distance, 0.0).double(), threat.p).item(),
+            correct=~bought,
+            was_correct=right,
+            history={"accuracy": [clean, accuracy], "loss": [1 - clean, 1 - accuracy], "upsilon": []},
+        )
+
+    def _check(self, threat: Threat) -> None:
+        _check_threat(threat)
+        if threat.r != self.r:
+            raise WdatError(f"the distances are in the norm r = {self.r:g}, the threat has r = {threat.r:g}")
+
+
+def boundary(
+    model: nn.Module,
+    x: Tensor | Iterable[Images],
+    y: Tensor | None = None,
+    *,
+    r: float = math.inf,
+    steps: int = 40,
+    keep: bool = True,
+    batch_size: int = 512,
+    precision: str = "float32",
+    compiled: bool = False,
+    progress: Progress | None = None,
+) -> Boundary:
+    """The distance from each image to the nearest misclassified one: how robust a network is, for every budget at once.
+
+    An image is attacked within a radius that shrinks where the network is fooled and grows where it is not, as in FMN
+    (Pintor et al., 2021). The first radius is where a linear network would err, |z_y - z_j| / ||grad (z_y - z_j)||_s;
+    the steps are steepest ascent of z_j - z_y; the steps are shared between the likeliest rivals j of the class y.
+    An image that is misclassified as it is costs no step.
+
+    Every image found was seen misclassified by a margin that rounding does not bridge, lies in [0, 1], and is looked at
+    once more at the end: what fails then counts as not found.
+
+    Args:
+        model: as `wpgd` takes it.
+        x: images as `wpgd` takes them; or, without y, pairs (images, labels) in any iterable, such as a DataLoader:
+            each is taken once, and not kept.
+        y: labels (n,), int64.
+        r: norm of the distance, in (1, inf].
+        steps: gradients for each image, >= 1, in all.
+        keep: keep the nearest images too, not only 4 bytes an image.
+        progress: what the batches are wrapped in.
+
+    The others are those of `wpgd`. The result does not depend on how the images come beyond rounding.
+
+    Raises:
+        WdatError: names what is wrong with the images, the labels, the model or a parameter. Whatever stops it, the
+            exception has an attribute `found`: the Boundary of the images before, or None.
+    """
+    _check_number("r", r, above=1, at_most=math.inf)
+    _check_flag("keep", keep)
+    _check_function("progress", progress)
+    threat = Threat(p=math.inf, r=r)
+
+    def attacker(x: Any, y: Any) -> _Attacker:
+        on = _attacker(model, x, y, threat, _lead, batch_size, precision, compiled, steps)
+        _check_fine(x, on)
+        return on
+
+    batches: Any = x
+    if isinstance(x, Tensor) or y is not None:
+        attacker(x, y)
+        batches = list(zip(x.split(batch_size), y.split(batch_size), strict=True))  # type: ignore[union-attr]
+    search = _Search(keep)
+    try:
+        with _prepared(model):
+            for on, xb, yb in _checked(progress(batches) if progress else batches, attacker):
+                search.take(on, _plain(xb), _plain(yb))
+                while search.waiting() >= batch_size:
+                    search.attack(on, batch_size)
+            while search.waiting():
+                search.attack(on, batch_size)
+    except BaseException as error:
+        error.found = search.found(r)  # type: ignore[attr-defined]
+        raise
+    found = search.found(r)
+    assert found is not None
+    return found
+
+
+def _checked(
+    batches: Any, attacker: Callable[[Tensor, Tensor], _Attacker]
+) -> Iterator[tuple[_Attacker, Tensor, Tensor]]:
+    """Pairs of images and labels, each checked, with the attacker that the first of them gives."""
+    if not isinstance(batches, Iterable):
+        raise WdatError(f"x must be images, or an iterable of pairs (images, labels), not {type(batches).__name__}")
+    on, count = None, 0
+    for count, batch in enumerate(batches, 1):
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            raise WdatError(f"batch {count} must be a pair (images, labels), not {type(batch).__name__}")
+        x, y = batch
+        if on is None:
+            on = attacker(x, y)
+            first = (x.shape[1:], x.dtype, x.device)
+        else:
+            _check_images(x, y)
+            if (x.shape[1:], x.dtype, x.device) != first:
+                raise WdatError(
+                    f"batch {count} has images of shape {tuple(x.shape[1:])}, {x.dtype} on {x.device}; the first has"
+                    f" {tuple(first[0])}, {first[1]} on {first[2]}"
+                )
+            _check_labels(y, on.classes)
+        yield on, x, y
+    if on is None:
+        raise WdatError("there are no images: the iterable of batches is empty")
+    if isinstance(batches, Sized) and count < len(batches):
+        raise WdatError(f"the batches ended after {count} of {len(batches)}")
+
+
+@dataclass
+class _Search:
+    """What `boundary` has found, and the images that wait until a batch is full."""
+
+    keep: bool
+    count: int = 0  # images taken
+    known: list[Tensor] = field(default_factory=list)  # of each batch taken: 0 where misclassified, else NaN
+    images: list[Tensor] = field(default_factory=list)  # the same batches, if they are kept
+    queue: list[tuple[Tensor, ...]] = field(default_factory=list)  # which image, it, its label, its rivals
+    done: list[tuple[Tensor, ...]] = field(default_factory=list)  # which image, its distance, the nearest
+
+    def take(self, on: _Attacker, x: Tensor, y: Tensor) -> None:
+        logits = _logits(on, x)
+        right = logits.argmax(1) == y
+        self.known.append(torch.where(right, math.nan, x.new_zeros(())))
+        if self.keep:
+            self.images.append(x)
+        own = F.one_hot(y, on.classes).bool()
+        rivals = logits.masked_fill(own, -math.inf).topk(_shared(on.steps, on.classes)).indices
+        places = torch.arange(self.count, self.count + len(x), device=x.device)
+        self.queue.append(tuple(part[right] for part in (places, x, y, rivals)))
+        self.count += len(x)
+
+    def waiting(self) -> int:
+        return sum(len(places) for places, *_ in self.queue)
+
+    def attack(self, on: _Attacker, most: int) -> None:
+        parts = [torch.cat(parts) for parts in zip(*self.queue, strict=True)]
+        places, x, y, rivals = (part[:most] for part in parts)
+        device = on.passes.device
+        distance, nearest = _nearest(on, x.to(device), y.to(device), rivals.to(device))
+        self.done.append((places, distance.to(x.device), *[nearest.to(x.device)] * self.keep))
+        self.queue = [tuple(part[most:] for part in parts)]
+
+    def found(self, r: float) -> Boundary | None:
+        """Of all images before the first that still waits."""
+        if not self.known:
+            return None
+        distance, x_adv = torch.cat(self.known), torch.cat(self.images) if self.keep else None
+        for places, far, *nearest in self.done:
+            distance[places] = far
+            if x_adv is not None:
+                x_adv[places] = nearest[0]
+        waits = distance.isnan().nonzero()
+        end = int(waits[0]) if len(waits) else len(distance)
+        return Boundary(distance[:end], r, None if x_adv is None else x_adv[:end]) if end else None
+
+
+def _shared(steps: int, classes: int) -> int:
+    """How many rivals share the steps: enough to find the nearest, few enough to come near it."""
+    return min(classes - 1, max(1, round(math.sqrt(steps / 4))))
+
+
+def _lead(logits: Tensor, sides: Tensor) -> Tensor:
+    """How far the likeliest other class is above the own one, relative to the greatest logit: > 0 where misclassified.
+
+    `sides` (b, m) is 1 for the own class y and -1 for a rival j; the slope is that of z_j - z_y alone.
+    """
+    z, own = logits.detach(), sides > 0
+    lead = z.masked_fill(own, -math.inf).amax(1) - z.masked_fill(~own, -math.inf).amax(1)
+    towards = -(logits * sides).sum(1)
+    return (towards - towards.detach() + lead) / z.abs().amax(1).clamp(min=torch.finfo(z.dtype).tiny)
+
+
+def _nearest(on: _Attacker, x: Tensor, y: Tensor, rivals: Tensor) -> tuple[Tensor, Tensor]:
+    """The distance (n,) of images that are classified correctly to the nearest others found, and these, as x."""
+    r, runs = on.threat.r, rivals.shape[1]
+    most = x[0].numel() ** (1 / r)  # no two images are further apart
+    margin = 16 * on.passes.rounding  # logits differ by rounding from batch to batch
+    best, nearest = x.new_full((len(x),), math.inf), x.clone()
+    own = F.one_hot(y, on.classes)
+    for run, rival in enumerate(rivals.T):
+        sides, steps = own - F.one_hot(rival, on.classes), (on.steps + run) // runs  # which add up to on.steps
+        x_adv, move, known, radius = x, torch.zeros_like(x), _blank(on, x, packed=False), best
+        assert known.direction is not None
+        for k in range(steps + 1):
+            _look(on, x_adv, sides, known, backward=k < steps)
+            distance, wrong = _norm(move, r), known.loss > margin
+            better = wrong & (distance < best)
+            best = torch.where(better, distance, best)
+            nearest.lerp_(x_adv, _per_image(better.to(x.dtype), x))  # the one or the other, exactly
+            if k == steps:
+                break
+            ease = (1 + math.cos(math.pi * k / steps)) / 2  # from 1 to 0
+            change, stride = 0.005 + 0.195 * ease, 0.05 + 0.95 * ease
+            linear = distance + (2 * margin - known.loss) / known.norm  # where a linear network would err
+            larger = torch.where(best < math.inf, torch.minimum(radius * (1 + change), 0.995 * best), linear)
+            radius = torch.where(wrong, torch.minimum(radius, best) * (1 - change), larger)
+            radius = radius.nan_to_num(most).clamp(max=most)
+            move.addcmul_(_per_image(stride * radius, x), known.direction)
+            length = radius if r == math.inf else _norm(move, r)  # clipping asks for none
+            x_adv = x + _shortened(move, length, torch.minimum(radius, length), r)
+            x_adv.clamp_(0, 1)
+            torch.sub(x_adv, x, out=move)
+        _check_finite(known.finite)
+    _look(on, nearest, own, known, backward=False)
+    sound = ~known.correct & (nearest.flatten(1).amin(1) >= 0) & (nearest.flatten(1).amax(1) <= 1)
+    distance = torch.where(sound, _norm(nearest - x, r), math.inf)
+    return distance, torch.where(_per_image(sound, x), nearest, x)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1210,15 +1543,16 @@ class _Attacker:
     steps: int
     step_ratio: float
     rule: Rule | None
+    classes: int
 
 
-def _blank(on: _Attacker, x: Tensor, directions: bool = True) -> _Look:
+def _blank(on: _Attacker, x: Tensor, directions: bool = True, packed: bool = True) -> _Look:
     """What is known of images before the first look."""
     numbers = (x.new_zeros(len(x), dtype=torch.bool), x.new_zeros(len(x)), x.new_zeros(len(x)))
     direction = None
     if directions:  # signs take two bits a pixel, so that an attack holds little more than x, x_adv and the best x_adv
         shape = (len(x), math.ceil(x[0].numel() / 4))
-        direction = x.new_empty(shape, dtype=torch.uint8) if on.threat.s == 1 else torch.empty_like(x)
+        direction = x.new_empty(shape, dtype=torch.uint8) if on.threat.s == 1 and packed else torch.empty_like(x)
     return _Look(*numbers, direction, torch.zeros_like(x) if on.rule else None, x.new_ones((), dtype=torch.bool))
 
 
@@ -1226,12 +1560,30 @@ def _look(
     on: _Attacker, x: Tensor, y: Tensor, known: _Look, batches: Sequence[Rows] | None = None, backward: bool = True
 ) -> _Look:
     """A look at all images, or at those of `batches`: it changes what is `known` of them, which is returned."""
-    passes = on.passes
-    todo = [*(passes.batches(x) if batches is None else batches)][::-1]
+    rows = on.passes.batches(x) if batches is None else batches
+    _in_parts(on.passes, x, rows, lambda rows: _look_at(on, x, y, known, rows, backward))
+    return known
+
+
+def _logits(on: _Attacker, x: Tensor) -> Tensor:
+    """Logits (n, m) without gradient, where the images are and of their type."""
+    logits = x.new_empty(len(x), on.classes)
+
+    def write(rows: Rows) -> None:
+        logits[rows] = on.passes.call(x[rows].to(on.passes.device)).to(logits)
+
+    with torch.no_grad():
+        _in_parts(on.passes, x, on.passes.batches(x), write)
+    return logits
+
+
+def _in_parts(passes: _Passes, x: Tensor, batches: Sequence[Rows], work: Callable[[Rows], None]) -> None:
+    """`work` for each of the batches, which are halved where the device has no room for them."""
+    todo = [*batches][::-1]
     while todo:
         rows = todo.pop()
         try:
-            _look_at(on, x, y, known, rows, backward)
+            work(rows)
             continue
         except RuntimeError as error:
             if not _out_of_memory(error):
@@ -1248,7 +1600,6 @@ def _look(
         todo += [indices[half:], indices[:half]]
         if passes.device.type == "cuda":
             torch.cuda.empty_cache()
-    return known
 
 
 def _look_at(on: _Attacker, images: Tensor, labels: Tensor, known: _Look, rows: Rows, backward: bool) -> None:
@@ -1281,7 +1632,7 @@ def _look_at(on: _Attacker, images: Tensor, labels: Tensor, known: _Look, rows: 
         known.norm[rows] = norm.to(home)
         if known.direction is not None:
             direction = _steepest(gradient, norm, on.threat.s)
-            known.direction[rows] = (_pack(direction) if on.threat.s == 1 else direction).to(home)
+            known.direction[rows] = (_pack(direction) if known.direction.dtype == torch.uint8 else direction).to(home)
     # Soft labels stand for their likeliest class.
     known.correct[rows] = (classes == (y if y.ndim == 1 else y.argmax(1))).to(home)
     known.loss[rows] = value.to(home)
@@ -1529,7 +1880,7 @@ def _set_random_state(model: nn.Module, generator: torch.Generator, state: dict[
 
 
 def _conjugate(p: float) -> float:
-    return 1.0 if p == math.inf else p / (p - 1)
+    return 1.0 if p == math.inf else math.inf if p == 1 else p / (p - 1)
 
 
 def _power(x: Tensor, exponent: float) -> Tensor:
@@ -1601,6 +1952,7 @@ class _Passes:
 
     call: Callable[[Tensor], Tensor]
     device: torch.device  # of the model; images elsewhere come to it a batch at a time
+    rounding: float  # relative, of the numbers that the model computes with
     batch_size: int  # images at once, at most; halved where the device has no room for them
     fixed: bool  # always as many, since the model is compiled for one shape
     whole: bool = False  # never fewer, since the model is in train mode and looks at the batch
@@ -1644,13 +1996,13 @@ def _passes(
         return logits
 
     if precision == "float32":
-        return _Passes(call, device, batch_size, compiled)
+        return _Passes(call, device, torch.finfo(x.dtype).eps, batch_size, compiled)
 
     def lower(x: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16):
             return call(x)
 
-    return _Passes(lower, device, batch_size, compiled)
+    return _Passes(lower, device, torch.finfo(torch.bfloat16).eps, batch_size, compiled)
 
 
 @contextmanager
@@ -1721,24 +2073,9 @@ def _attacker(
 ) -> _Attacker:
     """Names the first fault of what an attack is given; what comes back has none."""
     _check_threat(threat)
-    if not isinstance(x, Tensor) or x.dtype not in FLOATS:
-        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise WdatError(f"images must be a floating-point tensor in [0, 1], not {kind}: divide bytes by 255")
-    _check_dense("images", x)
-    if x.ndim < 2 or x.numel() == 0:
-        raise WdatError(f"images must have shape (n, c, h, w) with at least one image, not {tuple(x.shape)}")
-    least, most = x.aminmax()
-    if not (least >= 0 and most <= 1):
-        raise WdatError(
-            f"images must lie in [0, 1], these span [{least:.4g}, {most:.4g}]: normalisation belongs in the model"
-        )
-    if not isinstance(y, Tensor) or y.dtype != torch.int64:
-        raise WdatError(f"labels must be an int64 tensor, not {y.dtype if isinstance(y, Tensor) else type(y).__name__}")
-    _check_dense("labels", y, meta_is_fine=True)
-    if y.shape != x.shape[:1]:
-        raise WdatError(f"labels must have shape ({len(x)},), one for each image, not {tuple(y.shape)}")
-    if y.device != x.device:
-        raise WdatError(f"images are on {x.device} and labels on {y.device}: put both on one device")
+    if threat.p == 1:
+        raise WdatError("W-PGD needs a threat with p above 1: boundary takes p = 1")
+    _check_images(x, y)
     _check_number("batch_size", batch_size, at_least=1, whole=True)
     _check_choice("precision", precision, PRECISIONS)
     _check_flag("compiled", compiled)
@@ -1765,11 +2102,38 @@ def _attacker(
     classes = logits.shape[1]
     if function in (dlr, redlr) and classes < 3:
         raise WdatError(f"DLR and ReDLR need 3 classes or more, the model has {classes}: use loss='ce'")
+    if function is _lead and classes < 2:
+        raise WdatError("a network with one class can make no error: there is nothing to search for")
+    _check_labels(y, classes)
+    passes = _passes(model, x, batch_size, precision, compiled, classes)
+    return _Attacker(passes, threat, function, int(steps), float(step_ratio), rule, classes)
+
+
+def _check_images(x: Tensor, y: Tensor) -> None:
+    if not isinstance(x, Tensor) or x.dtype not in FLOATS:
+        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise WdatError(f"images must be a floating-point tensor in [0, 1], not {kind}: divide bytes by 255")
+    _check_dense("images", x)
+    if x.ndim < 2 or x.numel() == 0:
+        raise WdatError(f"images must have shape (n, c, h, w) with at least one image, not {tuple(x.shape)}")
+    least, most = x.aminmax()
+    if not (least >= 0 and most <= 1):
+        raise WdatError(
+            f"images must lie in [0, 1], these span [{least:.4g}, {most:.4g}]: normalisation belongs in the model"
+        )
+    if not isinstance(y, Tensor) or y.dtype != torch.int64:
+        raise WdatError(f"labels must be an int64 tensor, not {y.dtype if isinstance(y, Tensor) else type(y).__name__}")
+    _check_dense("labels", y, meta_is_fine=True)
+    if y.shape != x.shape[:1]:
+        raise WdatError(f"labels must have shape ({len(x)},), one for each image, not {tuple(y.shape)}")
+    if y.device != x.device:
+        raise WdatError(f"images are on {x.device} and labels on {y.device}: put both on one device")
+
+
+def _check_labels(y: Tensor, classes: int) -> None:
     low, high = int(y.min()), int(y.max())
     if low < 0 or high >= classes:
         raise WdatError(f"labels must lie in 0..{classes - 1} for this model, these span {low}..{high}")
-    passes = _passes(model, x, batch_size, precision, compiled, classes)
-    return _Attacker(passes, threat, function, int(steps), float(step_ratio), rule)
 
 
 def _check_fine(x: Tensor, on: _Attacker) -> None:
