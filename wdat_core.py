@@ -1483,7 +1483,7 @@ def _nearest(on: _Attacker, x: Tensor, y: Tensor, rivals: Tensor) -> tuple[Tenso
     """The distance (n,) of images that are classified correctly to the nearest others found, and these, as x."""
     r, runs = on.threat.r, rivals.shape[1]
     most = x[0].numel() ** (1 / r)  # no two images are further apart
-    margin = 16 * on.passes.rounding  # logits differ by rounding from batch to batch
+    margin = 16 * on.rounding  # logits differ by rounding from batch to batch
     best, nearest = x.new_full((len(x),), math.inf), x.clone()
     own = F.one_hot(y, on.classes)
     for run, rival in enumerate(rivals.T):
@@ -1544,6 +1544,7 @@ class _Attacker:
     step_ratio: float
     rule: Rule | None
     classes: int
+    rounding: float  # relative, of the numbers that the network computes with
 
 
 def _blank(on: _Attacker, x: Tensor, directions: bool = True, packed: bool = True) -> _Look:
@@ -1952,7 +1953,6 @@ class _Passes:
 
     call: Callable[[Tensor], Tensor]
     device: torch.device  # of the model; images elsewhere come to it a batch at a time
-    rounding: float  # relative, of the numbers that the model computes with
     batch_size: int  # images at once, at most; halved where the device has no room for them
     fixed: bool  # always as many, since the model is compiled for one shape
     whole: bool = False  # never fewer, since the model is in train mode and looks at the batch
@@ -1996,13 +1996,13 @@ def _passes(
         return logits
 
     if precision == "float32":
-        return _Passes(call, device, torch.finfo(x.dtype).eps, batch_size, compiled)
+        return _Passes(call, device, batch_size, compiled)
 
     def lower(x: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16):
             return call(x)
 
-    return _Passes(lower, device, torch.finfo(torch.bfloat16).eps, batch_size, compiled)
+    return _Passes(lower, device, batch_size, compiled)
 
 
 @contextmanager
@@ -2106,7 +2106,8 @@ def _attacker(
         raise WdatError("a network with one class can make no error: there is nothing to search for")
     _check_labels(y, classes)
     passes = _passes(model, x, batch_size, precision, compiled, classes)
-    return _Attacker(passes, threat, function, int(steps), float(step_ratio), rule, classes)
+    rounding = torch.finfo(torch.bfloat16 if precision == "bfloat16" else x.dtype).eps
+    return _Attacker(passes, threat, function, int(steps), float(step_ratio), rule, classes, rounding)
 
 
 def _check_images(x: Tensor, y: Tensor) -> None:
