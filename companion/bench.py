@@ -27,7 +27,7 @@ from companion.networks import Network, check_fit, load_network
 from companion.records import make_record, parse_record, protocol, record_name, subject, write_record
 from companion.settings import NOTEBOOKS, PAPER_NETWORKS, PARAMETERS, PRESETS, ParameterError, Settings
 from companion.terminal import progress
-from wdat_core import Attack, Images, Threat
+from wdat_core import Attack, Boundary, Images, Threat
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,12 @@ class Bench:
         """W-PGD as in the paper's tables; the pointwise one, p = inf, is PGD with CE."""
         usual = {"loss": self.loss if p < math.inf else "ce", "steps": self.settings.steps, "batch_size": self.at_once}
         return wdat_core.wpgd(self.model, *images, self.threat(p), **{**usual, **self.how, **options})
+
+    def boundary(self, images: Images, *, steps: int) -> Boundary:
+        """The distances of images to the nearest misclassified ones."""
+        show = self.progress("worst case")
+        how = {"batch_size": self.at_once, "progress": show, **self.how}
+        return wdat_core.boundary(self.model, *images, r=self.settings.r, steps=steps, keep=False, **how)
 
     def sensitivity(self, images: Images) -> float:
         return wdat_core.sensitivity(

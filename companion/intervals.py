@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from companion.kinds import Scored, images_of, unpack
+from companion.kinds import Record, Scored, images_of, unpack
+from companion.settings import FOUND
+from companion.values import unpack_floats
+from wdat_core import Boundary, Threat
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,45 @@ def estimate_of(per_seed: Sequence[Any]) -> Estimate:
 
 
 def bits(record: Scored, when: str, metric: str) -> Any:
-    """Whether each image is classified correctly, a numpy array (n,) of 0 and 1."""
+    """Whether each image is classified correctly, a numpy array (n,) of 0 and 1; of `FOUND` what it adds, see `shares`.
+
+    Raises:
+        KeyError: the record does not have it.
+    """
+    if metric in FOUND:
+        threat = record.config.threat
+        return shares(record, when, Threat(p=2, r=threat.r, delta=threat.delta))
     return unpack(record.correct[when][metric], images_of(record, when))
+
+
+def shares(record: Scored, when: str, threat: Threat) -> Any:
+    """What each image adds to the lowest accuracy found in the ball, a numpy array (n,): see `Boundary.shares`.
+
+    Raises:
+        KeyError: the record has no distances of these images.
+    """
+    return boundary_of(record, when).shares(threat).numpy()
+
+
+def boundary_of(record: Scored, when: str) -> Boundary:
+    """The distances of the images of a record.
+
+    Raises:
+        KeyError: the record has none.
+    """
+    import torch
+
+    if not has_found(record, when):
+        raise KeyError(when)
+    assert record.boundary is not None
+    distance = torch.from_numpy(unpack_floats(record.boundary.distance[when]))
+    return Boundary(distance, record.config.threat.r)
+
+
+def has_found(record: Record, when: str) -> bool:
+    """Whether a record has the distances of these images."""
+    boundary = getattr(record, "boundary", None)
+    return boundary is not None and when in boundary.distance
 
 
 def accuracy(records: Sequence[Scored], when: str, metric: str) -> Estimate:

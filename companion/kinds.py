@@ -17,6 +17,7 @@ from companion.values import (
     Bits,
     ConfigField,
     Count,
+    Distances,
     Fraction,
     Label,
     Scores,
@@ -60,31 +61,25 @@ class DataPart(Part):
     autoattack: Count | None = None  # how many of the test images, from the first one on
 
 
-class AttackConfig(Part):
+class OfAttack(Part):
     threat: ThreatField
-    steps: Count
     precision: Text = "float32"
     compiled: bool = False
     loss: Text = "redlr"  # of the distributional attack
 
 
-class EvaluateConfig(Part):
-    threat: ThreatField
+class AttackConfig(OfAttack):
     steps: Count
+
+
+class EvaluateConfig(AttackConfig):
     batch_size: Count
-    precision: Text = "float32"
-    compiled: bool = False
-    loss: Text = "redlr"  # of the distributional attack
 
 
-class SensitivityConfig(Part):
-    threat: ThreatField
+class SensitivityConfig(OfAttack):
     samples: Count
     fraction: Fraction
     seed: Seed
-    precision: Text = "float32"
-    compiled: bool = False
-    loss: Text = "redlr"  # of the distributional attack
 
 
 class PrecisionConfig(Part):
@@ -112,6 +107,18 @@ class FormerPretrainConfig(Part):
     precision: Text
     compiled: bool = False
     seed: Seed
+
+
+class BoundaryPart(Part):
+    """Distances to the nearest misclassified image that `wdat_core.boundary` found, and which code found them where.
+
+    `distance` has them of the images that accuracies "before" and "after", or of a part of the data, are of.
+    """
+
+    steps: Count
+    core: Sha256
+    device: Text
+    distance: dict[str, Distances]
 
 
 class ReliabilityConfig(Part):
@@ -201,6 +208,14 @@ class Scored(OfNetwork):
 
     metrics: Scores
     correct: Bits
+    boundary: BoundaryPart | None = None
+
+    @model_validator(mode="after")
+    def _a_distance_for_each_image(self) -> Self:
+        for when, text in self.boundary.distance.items() if self.boundary else ():
+            if len(base64.b64decode(text)) != 4 * images_of(self, when):
+                raise ValueError(f"boundary.distance.{when} is not of {images_of(self, when)} images")
+        return self
 
     @model_validator(mode="after")
     def _bits_are_those_of_the_accuracies(self) -> Self:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from companion.datasets import DATASETS, EMBEDDED, is_own
 
 METRICS = {"clean": "Clean", "w_inf": "W∞", "w_2": "W₂"}
+FOUND = {"w_2_found": "W₂, worst case found"}  # from the distances of `wdat_core.boundary`, where a record has them
 PAPER_NETWORKS: dict[str, dict[str, Any]] = {
     "Zhang2019Theoretically": {"paper": "Zhang et al. (2019)", "architecture": "WRN-34-10", "clean": 84.92},
     "Chen2024Data_WRN_34_10": {"paper": "Chen and Lee (2024)", "architecture": "WRN-34-10", "clean": 86.54},
@@ -104,6 +105,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "test_images": 1000,
         "epochs": 4,
         "batch_size": 512,
+        "found_steps": 40,
     },
     # Section 6 of the paper.
     "paper": {
@@ -114,6 +116,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "test_images": 10_000,
         "epochs": 20,
         "batch_size": 512,
+        "found_steps": 100,
     },
 }
 
@@ -166,6 +169,9 @@ class Settings(BaseModel):
     )
     beta: Annotated[float, Field(ge=0)] = Field(6.0, description="weight of the distributional term, eq. 5.1")
     steps: Count = Field(20, description="of every attack")
+    found_steps: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="of the search for the worst case over the ball; 0: no search; None: the preset's"
+    )
     consistency: Literal["ce_detached", "ce", "kl"] = Field(
         "ce_detached", description='reading of CE(f(x), f(x\')): "ce_detached", "ce" or "kl"'
     )
@@ -359,12 +365,13 @@ def _unknown(name: str, known: Sequence[str]) -> str:
 _ALL = [name for name in Settings.model_fields if name not in ("point", "value", "autoattack")]
 _WHERE = ["precision", "compiled", "device", "models", "fresh"]
 _ATTACK = ["preset", "network", "dataset", "data", "test_images", "norm", "delta", "steps", *_WHERE]
+_FOUND = [*_ATTACK[:8], "found_steps", *_WHERE]
 PARAMETERS = {  # of the notebooks, by what they do
     "fine-tune": _ALL,
     "fine-tune both ways": [name for name in _ALL if name not in ("tau", "eta", "export")],
     "follow": [name for name in _ALL if name != "export"],
     "change a point": ["point", "value", *(name for name in _ALL if name not in ("consistency", "export"))],
-    "attack": _ATTACK,
+    "attack": _FOUND,
     "attack harder": [*_ATTACK[:5], "autoattack", *_ATTACK[5:]],
     "show attacks": _ATTACK[:-1],
     "bring your own": ["tau", "epochs", "delta", "steps", "seed"],

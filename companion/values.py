@@ -42,6 +42,30 @@ def unpack(text: str, n: int) -> Any:
     return np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8), count=n).astype(float)
 
 
+def pack_floats(values: Tensor) -> str:
+    """Numbers (n,) as text, float32."""
+    return base64.b64encode(values.cpu().numpy().astype("<f4").tobytes()).decode()
+
+
+def unpack_floats(text: str) -> Any:
+    """What `pack_floats` packed, as a numpy array of float64."""
+    import numpy as np
+
+    return np.frombuffer(base64.b64decode(text), "<f4").astype(float)
+
+
+def _distances(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("not distances")
+    try:
+        numbers = unpack_floats(base64.b64encode(base64.b64decode(value, validate=True)).decode())
+    except ValueError as error:
+        raise ValueError("not distances") from error
+    if not (numbers >= 0).all():
+        raise ValueError("a distance is negative or not a number")
+    return value
+
+
 def _within(low: float, high: float) -> PlainValidator:
     """A number in a range, left as it is: 1 does not become 1.0, and True is no number."""
 
@@ -95,5 +119,6 @@ Fraction = Annotated[float, _within(0, 1)]
 Amount = Annotated[float, _within(0, sys.float_info.max)]
 ThreatField = Annotated[Threat, PlainValidator(_threat), _AS_JSON]
 ConfigField = Annotated[FinetuneConfig, PlainValidator(finetune_config), _AS_JSON]
+Distances = Annotated[str, PlainValidator(_distances)]  # float32, of the images in their order; inf: none was found
 Scores = dict[str, dict[str, Fraction]]  # of images ("before", "after", "test", ...), under an attack ("w_2", ...)
 Bits = dict[str, dict[str, str]]  # which of these images are classified correctly, as `pack` has it
