@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from companion.claims import CLAIMS, Claim, counted, on_claimed_side, outcome, outcomes, verdict
+from companion.claims import CLAIMS, RADII, Claim, counted, on_claimed_side, outcome, outcomes, verdict
 from companion.effects import Effect
 from companion.intervals import span
 from companion.kinds import Record
@@ -47,6 +47,20 @@ def details(records: Sequence[Record]) -> Any:
         if claim.why and verdict(effects, claim) not in ("holds", "not yet measured"):
             parts.append(f"*A possible reason:* {claim.why}")
     return Markdown("\n\n".join(parts))
+
+
+def by_worst_case(records: Sequence[Record]) -> Any:
+    """For each claim about accuracies, as Markdown: each study's effect by the worst case found, at each radius."""
+    lines = []
+    for number, claim in enumerate(CLAIMS, 1):
+        at = [counted(claim.found(records, delta)) for delta in RADII] if claim.found else []
+        for effects in zip(*at, strict=True):
+            lines.append([f"{number}", claim.text, effects[0].study, effects[0].comparison])
+            lines[-1] += [
+                f"{e.value:+z.2f} ({e.low:+z.2f} to {e.high:+z.2f}) {OUTCOMES[outcome(e, claim)]}" for e in effects
+            ]
+    heads = ["", "claim", "network and run", "comparison", *(f"δ = {delta}/255" for delta in RADII)]
+    return markdown(heads, lines)
 
 
 def verdict_text(effects: Sequence[Effect], claim: Claim) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from companion import evidence
 from companion.evidence import Setting, alike, best_setting, by_setting, paper_value, setting_of, studies
-from companion.intervals import bits, estimate_of, median_interval
+from companion.intervals import bits, estimate_of, median_interval, with_metrics
 from companion.kinds import EvaluateRecord, FinetuneRecord, OfNetwork, Record, SensitivityRecord, images_of
 from companion.settings import GRIDS, METRICS, PAPER_NETWORKS
 from companion.words import HOW, name_of, setting_words, short_name, training_words
@@ -110,6 +110,7 @@ def best_changes(
     for study in studies(stated(records, "finetune")):
         # The settings that are not chosen are evidence too: of the choice.
         those = [record for record in study if perturb in ("", record.config.perturb)]
+        those = with_metrics(those, metrics, "before", "after")
         if not those or (only and those[0].network.name not in only):
             continue
         best, n = best_setting(those), len(by_setting(those))
@@ -119,17 +120,17 @@ def best_changes(
     return effects
 
 
-def contrasts(records: Sequence[Record], pairs: Sequence[Pair]) -> list[Effect]:
-    """For each study and each pair of settings in it: W_2 accuracy in the first minus in the second, in points.
+def contrasts(records: Sequence[Record], pairs: Sequence[Pair], metric: str = "w_2") -> list[Effect]:
+    """For each study and each pair of settings in it: the accuracy in the first minus in the second, in points.
 
     Of the same test images, and of the seeds that both have.
     """
     effects = []
-    settings = map(by_setting, studies(stated(records, "finetune")))
+    settings = map(by_setting, studies(with_metrics(stated(records, "finetune"), [metric], "after")))
     for study, (better, worse) in itertools.product(settings, pairs):
         first, second = ({r.config.seed: r for r in study.get(setting, [])} for setting in (better, worse))
         if seeds := sorted(first.keys() & second.keys()):
-            per_seed = [bits(first[s], "after", "w_2") - bits(second[s], "after", "w_2") for s in seeds]
+            per_seed = [bits(first[s], "after", metric) - bits(second[s], "after", metric) for s in seeds]
             drawn = [those[s] for those in (first, second) for s in seeds]
             effects.append(_of_images(_label(drawn[0]), _against(better, worse), per_seed, drawn))
     return effects

@@ -6,12 +6,14 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from companion.kinds import Record, Scored, images_of, unpack
 from companion.settings import FOUND
 from companion.values import unpack_floats
 from wdat_core import Boundary, Threat
+
+S = TypeVar("S", bound=Scored)
 
 
 @dataclass(frozen=True)
@@ -44,14 +46,15 @@ def estimate_of(per_seed: Sequence[Any]) -> Estimate:
 
 
 def bits(record: Scored, when: str, metric: str) -> Any:
-    """Whether each image is classified correctly, a numpy array (n,) of 0 and 1; of `FOUND` what it adds, see `shares`.
+    """Whether each image is classified correctly, a numpy array (n,) of 0 and 1; of `found_at` what it adds: `shares`.
 
     Raises:
         KeyError: the record does not have it.
     """
-    if metric in FOUND:
+    if is_found(metric):
         threat = record.config.threat
-        return shares(record, when, Threat(p=2, r=threat.r, delta=threat.delta))
+        _, p, delta, *_ = *metric.split(":"), 2, 255 * threat.delta
+        return shares(record, when, Threat(p=float(p), r=threat.r, delta=float(delta) / 255))
     return unpack(record.correct[when][metric], images_of(record, when))
 
 
@@ -79,10 +82,25 @@ def boundary_of(record: Scored, when: str) -> Boundary:
     return Boundary(distance, record.config.threat.r)
 
 
-def has_found(record: Record, when: str) -> bool:
+def has_found(record: Record, *when: str) -> bool:
     """Whether a record has the distances of these images."""
     boundary = getattr(record, "boundary", None)
-    return boundary is not None and when in boundary.distance
+    return boundary is not None and boundary.distance.keys() >= set(when)
+
+
+def found_at(p: float, delta: float) -> str:
+    """The name, as `bits` takes it, of the lowest accuracy found in the W_p ball of radius delta / 255."""
+    return f"found:{p:g}:{delta:g}"
+
+
+def is_found(metric: str) -> bool:
+    """Whether a metric comes from distances; "w_2_found" is `found_at` 2 and the record's own radius."""
+    return metric in FOUND or metric.startswith("found:")
+
+
+def with_metrics(records: Sequence[S], metrics: Sequence[str], *when: str) -> list[S]:
+    """Those of the records that have the metrics; distances not all have."""
+    return [r for r in records if not any(map(is_found, metrics)) or has_found(r, *when)]
 
 
 def accuracy(records: Sequence[Scored], when: str, metric: str) -> Estimate:

@@ -22,6 +22,7 @@ STUDIES = [(RECORDED, "o"), ("#007a5a", "^"), ("#a6467f", "v"), ("#8a5a00", "P")
 WIDTH = 5.0  # of a figure in inches, at 100 dots to the inch
 # Of the panels; what the paper is about comes first.
 TITLES = {metric: f"{METRICS[metric]} accuracy" for metric in ("w_2", "w_inf", "clean")}
+EVERY = {"w_2": TITLES["w_2"], "w_2_found": "W₂ accuracy, worst case found", **TITLES}
 Data = dict[str, list[Any]]  # a column a key, as seaborn takes it
 
 
@@ -37,12 +38,12 @@ def plot_changes(table: int, records: Sequence[FinetuneRecord], recorded: Sequen
             styles.setdefault(name, _style(row["source"], len(styles) - 1))
         for column, (_, moved) in cells.items():
             half = moved.half or 0
-            values = (TITLES[row["metric"]], column_words(*column), name, moved.value)
+            values = (EVERY[row["metric"]], column_words(*column), name, moved.value)
             _append(data, *values, moved.value - half, moved.value + half)
-    rows = len(set(data["column"])) * len(styles)
-    figure = _figure(1.1 + 0.25 * len(styles) + 3 * (0.45 + 0.16 * rows))
+    rows, shown = len(set(data["column"])) * len(styles), [t for t in EVERY.values() if t in data["accuracy"]]
+    figure = _figure(1.1 + 0.25 * len(styles) + len(shown) * (0.45 + 0.16 * rows))
     plot = so.Plot(data, x="change", y="column", color="evidence", marker="evidence")
-    plot = plot.facet(row="accuracy", order=list(TITLES.values()))
+    plot = plot.facet(row="accuracy", order=shown)
     plot = plot.add(so.Range(linewidth=1.8), so.Dodge(), xmin="low", xmax="high").add(so.Dot(pointsize=7), so.Dodge())
     plot = plot.label(x="change, percentage points", y="")
     return _drawn(plot, figure, styles, zero=True)

@@ -61,7 +61,7 @@ def _attacked(on: Bench, part: str, notebook: str) -> Any:
     def measure() -> dict[str, Any]:
         images: wdat_core.Images = getattr(on.data, part)
         start, show = time.perf_counter(), on.progress(f"{part} images")
-        correct = _scores(on, images, show)
+        correct = scores(on, images, show)
         if part == "test":
             check_clean(on.network, _mean(correct["clean"]), len(images[1]))
         if not correct["clean"].any():
@@ -85,7 +85,7 @@ def _attacked(on: Bench, part: str, notebook: str) -> Any:
         return {
             "metrics": {part: {name: _mean(bits) for name, bits in correct.items()}},
             "correct": {part: {name: pack(bits) for name, bits in correct.items()}},
-            **_found(on, steps, part),
+            **found(on, steps, part),
             "upsilon": upsilon,
             "distance": budget.distance,
             "seconds": {"evaluate": round(time.perf_counter() - start, 1)},
@@ -94,7 +94,7 @@ def _attacked(on: Bench, part: str, notebook: str) -> Any:
     return measured(begun, on, command(on.settings, notebook), measure)
 
 
-def _found(on: Bench, steps: int, when: str, **known: str) -> dict[str, Any]:
+def found(on: Bench, steps: int, when: str, **known: str) -> dict[str, Any]:
     """How far each test image is from the nearest misclassified one, beside what is known; nothing for 0 steps.
 
     Args:
@@ -113,7 +113,7 @@ def _is_found(record: Any, settings: Settings) -> bool:
     return not settings.found_steps or bool(record.boundary and record.boundary.steps == settings.found_steps)
 
 
-def _scores(on: Bench, images: wdat_core.Images, progress: Any = None) -> dict[str, Tensor]:
+def scores(on: Bench, images: wdat_core.Images, progress: Any = None) -> dict[str, Tensor]:
     """Which images are classified correctly, bool (n,), for each of `METRICS`."""
     shown = {} if progress is None else {"progress": progress}
     pointwise, distributional = (on.attack(images, p, **shown) for p in (math.inf, 2.0))
@@ -321,7 +321,7 @@ def _trained(
             f" {config.epochs} epochs of {label} done: the same command goes on from there"
         )
     start = time.perf_counter()
-    after = _scores(on.with_model(tuned), on.data.test, on.progress(label))
+    after = scores(on.with_model(tuned), on.data.test, on.progress(label))
     steps = int(on.settings.found_steps or 0)
     known = {"before": before.boundary.distance["test"]} if before.boundary else {}
     rows: dict[str, Any] = {"epochs": history.epochs, "best": history.best, "upsilon": history.upsilon}
@@ -334,7 +334,7 @@ def _trained(
             "before": {m: before.correct["test"][m] for m in METRICS},
             "after": {m: pack(after[m]) for m in METRICS},
         },
-        **_found(on.with_model(tuned), steps, "after", **known),
+        **found(on.with_model(tuned), steps, "after", **known),
         "history": rows | ({"start": _start(on, config)} if follow else {}),
         "seconds": {
             "baseline": before.seconds["evaluate"],
@@ -347,7 +347,7 @@ def _trained(
 def _along(on: Bench, model: nn.Module) -> dict[str, float]:
     """What Figures 7.2 to 7.4 show of a network, beyond what `finetune` measures itself."""
     there = on.with_model(model)
-    test, val = _scores(there, on.data.test), there.attack(on.data.val, math.inf)
+    test, val = scores(there, on.data.test), there.attack(on.data.val, math.inf)
     found = {"test_w_inf": _mean(test["w_inf"]), "test_w_2": _mean(test["w_2"]), "val_w_inf": val.accuracy}
     return found | {f"{part}_upsilon": there.sensitivity(getattr(on.data, part)) for part in ("test", "train")}
 

@@ -21,9 +21,20 @@ from companion.evidence import (
     studies,
     unusual,
 )
-from companion.intervals import Estimate, accuracy, bits, change, change_of_each, estimate_of, outcome_of_change, span
+from companion.intervals import (
+    Estimate,
+    accuracy,
+    bits,
+    change,
+    change_of_each,
+    estimate_of,
+    has_found,
+    outcome_of_change,
+    span,
+    with_metrics,
+)
 from companion.kinds import EvaluateRecord, FinetuneRecord, PretrainRecord, SensitivityRecord, StrongerRecord, images_of
-from companion.settings import FINETUNED, GRIDS, METRICS, PAPER_NETWORKS, STAND_INS, STRONGER, ParameterError
+from companion.settings import FINETUNED, FOUND, GRIDS, METRICS, PAPER_NETWORKS, STAND_INS, STRONGER, ParameterError
 from companion.words import (
     NOTHING,
     OUTCOMES,
@@ -57,7 +68,8 @@ def network_rows(
         part: the images of the measured rows, "test" or "train".
         records, recorded: of kind "evaluate"; those of another part are left out.
     """
-    metrics = list(METRICS) if table == 1 else ["budget", "w_inf", "w_2"]
+    found = FOUND if any(has_found(r, part) for r in (*records, *recorded)) else {}
+    metrics = [*METRICS, *found] if table == 1 else ["budget", "w_inf", "w_2"]
     rows = []
     for name in PAPER_NETWORKS:
         values = {m: paper_value(table, name, m) for m in metrics}
@@ -65,7 +77,7 @@ def network_rows(
         rows.append({"network": name, "source": "paper", "images": None, "upsilon": None, "cells": cells})
     for source, those in (("recorded here", recorded), ("this run", records)):
         for r in (r for r in those if part in r.metrics):
-            cells = {m: accuracy([r], part, m) for m in metrics}
+            cells = {m: accuracy([r], part, m) if with_metrics([r], [m], part) else None for m in metrics}
             images = f"{images_of(r, part):,} {PARTS[part]}, {r.data.source}{unusual(r)}"
             row: dict[str, Any] = {"network": r.network.name, "source": source, "images": images}
             rows.append(row | {"upsilon": r.upsilon, "cells": cells})
@@ -82,7 +94,7 @@ def network_table(
     names = list(dict.fromkeys(row["network"] for row in rows))
     rows.sort(key=lambda row: names.index(row["network"]))  # the rows of a network stand together
     measured = {row["network"] for row in rows if row["source"] != "paper"}
-    labels = METRICS | {"budget": "W-PGD-budget"}
+    labels = METRICS | FOUND | {"budget": "W-PGD-budget"}
     lines = []
     for row in rows:
         images = row["images"] or ("10,000 test images, CIFAR-10" if table == 1 else "not stated")
@@ -134,19 +146,22 @@ def grid_rows(
     Each row has "metric", "source" ("paper", "recorded here", "this run"), "network", "before" (an Estimate) and
     "cells": for each (tau, eta) of the run (of the recorded ones without a run) a pair of Estimates (accuracy, change),
     or None where there is no evidence. A recorded row has "outcomes" too, for each of its cells that the paper has as
-    well. Without a table there is no paper, and no row for records that are not there.
+    well. Without a table there is no paper, and no row for records that are not there. The worst case found has rows
+    where some record has it.
     """
     grid = list(columns_of(records or recorded))
-    kept = studies([r for r in recorded if column_of(r) in grid])
+    kept_all = [r for r in recorded if column_of(r) in grid]
+    kept = studies(kept_all)
     parts = [("recorded here", label, those) for label, those in zip(labels_of(kept), kept, strict=True)]
     if table and not kept and records:
         parts.append(("recorded here", short_name(records[0].network.name), []))
     if records:
         parts.append(("this run", short_name(records[0].network.name), list(records)))
     rows: list[dict[str, Any]] = []
-    for metric in METRICS:
+    found = FOUND if with_metrics([*kept_all, *records], [*FOUND], "before", "after") else {}
+    for metric in (*METRICS, *found):
         printed = paper_changes(table, metric, grid) if table else {}
-        if table:
+        if table and metric in METRICS:
             name = GRIDS[table][0]
             base = paper_value(1, name, metric)
             known = {c: None if p is None else (Estimate(p[0]), Estimate(p[1])) for c, p in printed.items()}
@@ -154,10 +169,10 @@ def grid_rows(
             paper = {"metric": metric, "source": "paper", "network": short_name(name)}
             rows.append({**paper, "before": before, "cells": known})
         for source, label, those in parts:
-            columns = columns_of(those)
+            columns = columns_of(with_metrics(those, [metric], "before", "after"))
             cells = {c: (accuracy(columns[c], "after", metric), change(columns[c], metric)) for c in columns}
             # Records of other seeds share the baseline: one is enough.
-            before = accuracy(those[:1], "before", metric) if those else None
+            before = accuracy(next(iter(columns.values()))[:1], "before", metric) if columns else None
             row: dict[str, Any] = {"metric": metric, "source": source, "network": label, "before": before}
             row["cells"] = {c: cells.get(c) for c in grid}
             if source == "recorded here":
@@ -189,7 +204,7 @@ def grid_table(table: int | None, records: Sequence[FinetuneRecord], recorded: S
     lines = []
     for row in grid_rows(table, records, recorded):
         marks = {} if row["metric"] == "clean" else row.get("outcomes", {})
-        cells = [METRICS[row["metric"]], f"{row['source']}: {row['network']}"]
+        cells = [(METRICS | FOUND)[row["metric"]], f"{row['source']}: {row['network']}"]
         cells.append("–" if row["before"] is None else row["before"].text())
         for column, cell in row["cells"].items():
             mark = f" {OUTCOMES[marks[column]][0]}" if column in marks else ""

@@ -1,0 +1,75 @@
+"""Gives the record of an exported network the distances of its worst case, where the run did not measure them.
+
+    python -m companion.complete EXPORT... --data data --found-steps 100
+
+The record goes to runs/, as that of a new run would. Its accuracies stay as they are, and are measured again first: a
+network or images that are others are refused. The distances say which code found them, and where.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from companion import files
+from companion.bench import bench
+from companion.files import from_root
+from companion.records import make_record, parse_record, write_record
+from companion.runs import found, scores
+from companion.settings import ParameterError, Settings
+
+WITHIN = 0.002  # of an accuracy as a fraction: another machine rounds otherwise
+
+
+def complete(export: str, data: str, models: str, steps: int) -> Path:
+    """Writes the record of an export with distances before and after, and returns its path.
+
+    Args:
+        export: the folder that `export` made.
+        data: the folder of the images, or "embedded".
+        models: the folder of published weights.
+        steps: of the search.
+
+    Raises:
+        ParameterError: as `bench`; or the images are others than those of the record, or the accuracies differ.
+    """
+    record: Any = parse_record((from_root(export) / "record.json").read_bytes())
+    threat = record.config.threat
+    sizes = {f"{part}_images": getattr(record.data, part) for part in ("train", "val", "test")}
+    usual = {"data": data, "models": models, "steps": record.config.steps, "found_steps": steps, "delta": threat.delta}
+    norm: Any = "Linf" if threat.r == math.inf else "L2"
+    settings = [Settings(**usual, **sizes, norm=norm, network=n).resolved() for n in (record.network.name, export)]
+    packed: dict[str, str] = {}
+    part: dict[str, Any] = {}
+    for when, one in zip(("before", "after"), settings, strict=True):
+        on = bench(one)
+        if on.data.digest("train", "val", "test") != record.data.digest:
+            raise ParameterError(f"the images in {data} are not those of the record in {export}")
+        for metric, bits in scores(on, on.data.test).items():
+            here, there = bits.sum().item() / len(bits), record.metrics[when][metric]
+            if abs(here - there) > WITHIN:
+                raise ParameterError(f"{export}, {metric} {when}: {here:.4f} here and {there:.4f} in the record")
+        part = found(on, steps, when, **packed)
+        packed = part["boundary"]["distance"]
+    return write_record(make_record(record.stored() | part), files.RUNS)
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("exports", nargs="+", help="folders of exports")
+    parser.add_argument("--data", default="data", help="folder of the images")
+    parser.add_argument("--models", default="models", help="folder of published weights")
+    parser.add_argument("--found-steps", type=int, default=100)
+    given = parser.parse_args(arguments)
+    for export in given.exports:
+        try:
+            print(complete(export, given.data, given.models, given.found_steps))
+        except (ParameterError, OSError, ValueError) as error:
+            sys.exit(f"complete: {error}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
