@@ -1362,7 +1362,9 @@ def boundary(
 
     def attacker(x: Any, y: Any) -> _Attacker:
         on = _attacker(model, x, y, threat, _lead, batch_size, precision, compiled, steps)
-        _check_fine(x, on)
+        if x.dtype.itemsize == 2:
+            how = 'give float32 images and model, and precision="bfloat16" for speed'
+            raise WdatError(f"images of {x.dtype} are too coarse for a distance: {how}")
         return on
 
     batches: Any = x
@@ -1428,6 +1430,7 @@ class _Search:
 
     def take(self, on: _Attacker, x: Tensor, y: Tensor) -> None:
         logits = _logits(on, x)
+        _check_finite(logits.isfinite().all())
         right = logits.argmax(1) == y
         self.known.append(torch.where(right, math.nan, x.new_zeros(())))
         if self.keep:
@@ -1483,7 +1486,7 @@ def _nearest(on: _Attacker, x: Tensor, y: Tensor, rivals: Tensor) -> tuple[Tenso
     """The distance (n,) of images that are classified correctly to the nearest others found, and these, as x."""
     r, runs = on.threat.r, rivals.shape[1]
     most = x[0].numel() ** (1 / r)  # no two images are further apart
-    margin = 16 * on.rounding  # logits differ by rounding from batch to batch
+    margin = on.rounding  # by which logits differ from batch to batch
     best, nearest = x.new_full((len(x),), math.inf), x.clone()
     own = F.one_hot(y, on.classes)
     for run, rival in enumerate(rivals.T):
@@ -1544,7 +1547,7 @@ class _Attacker:
     step_ratio: float
     rule: Rule | None
     classes: int
-    rounding: float  # relative, of the numbers that the network computes with
+    rounding: float  # of the logits, relative to the greatest
 
 
 def _blank(on: _Attacker, x: Tensor, directions: bool = True, packed: bool = True) -> _Look:
@@ -2106,7 +2109,8 @@ def _attacker(
         raise WdatError("a network with one class can make no error: there is nothing to search for")
     _check_labels(y, classes)
     passes = _passes(model, x, batch_size, precision, compiled, classes)
-    rounding = torch.finfo(torch.bfloat16 if precision == "bfloat16" else x.dtype).eps
+    short = x.dtype == torch.float32 and device.type == "cuda" and torch.backends.cudnn.allow_tf32
+    rounding = 0.03 if precision == "bfloat16" else 0.004 if short else 16 * torch.finfo(x.dtype).eps
     return _Attacker(passes, threat, function, int(steps), float(step_ratio), rule, classes, rounding)
 
 
