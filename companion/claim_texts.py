@@ -9,7 +9,7 @@ from companion.claims import CLAIMS, RADII, Claim, counted, on_claimed_side, out
 from companion.effects import Effect
 from companion.intervals import span
 from companion.kinds import Record
-from companion.words import OUTCOMES, VERDICTS, count, markdown
+from companion.words import NOTHING, OUTCOMES, VERDICTS, count, listed, markdown, name_of
 
 
 def rule(claim: Claim) -> str:
@@ -61,6 +61,21 @@ def by_worst_case(records: Sequence[Record]) -> Any:
             ]
     heads = ["", "claim", "network and run", "comparison", *(f"δ = {delta}/255" for delta in RADII)]
     return markdown(heads, lines)
+
+
+def worst_case_answer(records: Sequence[Record]) -> str:
+    """What fine-tuning the whole network changes in the worst case found, in one sentence of Markdown."""
+    (claim,) = [claim for claim in CLAIMS if claim.key == "whole-w2"]
+    assert claim.found is not None
+    at = [counted(claim.found(records, delta)) for delta in RADII]
+    if not any(at):
+        return f"By the worst case found: {NOTHING[:1].lower()}{NOTHING[1:]}"
+    radii = f"δ = {listed([str(delta) for delta in RADII])}/255"
+    parts = []
+    for effects in zip(*at, strict=True):
+        values = listed([f"{effect.value:+z.2f}" for effect in effects])
+        parts.append(f"{values} points on {name_of(effects[0].records[0])}")
+    return f"By the worst case found, fine-tuning the whole network changes W₂ accuracy at {radii} by {'; by '.join(parts)}."
 
 
 def verdict_text(effects: Sequence[Effect], claim: Claim) -> str:
