@@ -75,7 +75,8 @@ def worst_case_answer(records: Sequence[Record]) -> str:
     for effects in zip(*at, strict=True):
         values = listed([f"{effect.value:+z.2f}" for effect in effects])
         parts.append(f"{values} points on {name_of(effects[0].records[0])}")
-    return f"By the worst case found, fine-tuning the whole network changes W₂ accuracy at {radii} by {'; by '.join(parts)}."
+    what = "By the worst case found, fine-tuning the whole network changes W₂ accuracy"
+    return f"{what} at {radii} by {'; by '.join(parts)}."
 
 
 def verdict_text(effects: Sequence[Effect], claim: Claim) -> str:
