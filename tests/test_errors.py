@@ -319,11 +319,9 @@ def test_two_classes_take_another_loss_than_the_default(name):
 # ---------------------------------------------------------------------------------------------------------------------
 
 BAD_THREATS = [
-    ({"p": 1}, ("p must be a number above 1", "1")),
-    ({"p": 1.0}, ("p must be a number above 1",)),
-    ({"p": 0.5}, ("p must be a number above 1", "0.5")),
-    ({"p": -2}, ("p must be a number above 1", "-2")),
-    ({"p": math.nan}, ("p must be a number above 1", "nan")),
+    ({"p": 0.5}, ("p must be a number at least 1", "0.5")),
+    ({"p": -2}, ("p must be a number at least 1", "-2")),
+    ({"p": math.nan}, ("p must be a number at least 1", "nan")),
     ({"p": True}, ("p must be a number", "True")),
     ({"p": "inf"}, ("p must be a number", "inf")),
     ({"p": None}, ("p must be a number", "None")),
