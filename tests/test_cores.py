@@ -40,6 +40,7 @@ ELSEWHERE = {"device": "another processor, 1 thread"}
         (other(bits="e" * 64, accuracy={"w_2": 0.2628}, **ELSEWHERE), True),
         (other(bits="e" * 64, accuracy={"w_2": 0.2630}, **ELSEWHERE), False),
         (other(sample={}), False),
+        (other(sample=ENTRY["sample"] | {"distances": {"accuracy": {}, "bits": "1"}}), True),  # what both can do
     ],
 )
 def test_two_cores_are_the_same_where_their_numbers_are(entry, same):
