@@ -2052,7 +2052,7 @@ def _seeded(model: nn.Module, generator: torch.Generator) -> Iterator[None]:
 
 
 NOT_FINITE = (
-    "the model or the loss returns NaN or infinite values for these images, or its gradient there is not finite"
+    "the model, the loss or the rule returns NaN or infinite values for these images, or a gradient is not finite there"
 )
 
 
@@ -2076,8 +2076,10 @@ def _attacker(
 ) -> _Attacker:
     """Names the first fault of what an attack is given; what comes back has none."""
     _check_threat(threat)
-    if threat.p == 1:
-        raise WdatError("W-PGD needs a threat with p above 1: boundary takes p = 1")
+    if threat.p < 1.001:  # an order q above a thousand leaves float32 no digits
+        raise WdatError(
+            f"W-PGD needs a threat with p of 1.001 or more, not {threat.p:g}: boundary takes any p from 1 on"
+        )
     _check_images(x, y)
     _check_number("batch_size", batch_size, at_least=1, whole=True)
     _check_choice("precision", precision, PRECISIONS)
