@@ -2052,7 +2052,7 @@ def _seeded(model: nn.Module, generator: torch.Generator) -> Iterator[None]:
 
 
 NOT_FINITE = (
-    "the model, the loss or the rule returns NaN or infinite values for these images, or a gradient is not finite there"
+    "the model, the loss or the rule returns NaN or infinite values for these images, or a gradient there is not finite"
 )
 
 
