@@ -1253,7 +1253,7 @@ class Boundary:
 
     def accuracy(self, threat: Threat) -> float:
         """A_p(delta), the accuracy that is left in the worst case found, for any p in [1, inf] and delta."""
-        return 1 - self.bought(threat).sum().item() / len(self.distance)
+        return (~self.bought(threat)).sum().item() / len(self.distance)
 
     def curve(self, p: float = 2.0) -> tuple[Tensor, Tensor]:
         """All of A_p: from each radius delta (k,), 0 first, up to the next one the accuracy (k,); float64."""
@@ -1262,7 +1262,7 @@ class Boundary:
         first, last = int((prices == 0).sum()), int((prices < math.inf).sum())
         prices = prices[first:last]  # in logarithms: powers of high order would underflow
         costs = prices if p == math.inf else (((p * prices.log()).logcumsumexp(0) - math.log(n)) / p).exp()
-        accuracy = 1 - torch.arange(first, last + 1, device=prices.device, dtype=torch.float64) / n
+        accuracy = (n - torch.arange(first, last + 1, device=prices.device, dtype=torch.float64)) / n
         return torch.cat([prices.new_zeros(1), costs]), accuracy
 
     def shares(self, threat: Threat) -> Tensor:
@@ -1368,13 +1368,14 @@ def boundary(
         return on
 
     batches: Any = x
+    known = None
     if isinstance(x, Tensor) or y is not None:
-        attacker(x, y)
+        known = attacker(x, y)  # all of it, before the first is attacked
         batches = list(zip(x.split(batch_size), y.split(batch_size), strict=True))  # type: ignore[union-attr]
     search = _Search(keep)
     try:
         with _prepared(model):
-            for on, xb, yb in _checked(progress(batches) if progress else batches, attacker):
+            for on, xb, yb in _checked(progress(batches) if progress else batches, attacker, known):
                 search.take(on, _plain(xb), _plain(yb))
                 while search.waiting() >= batch_size:
                     search.attack(on, batch_size)
@@ -1389,32 +1390,33 @@ def boundary(
 
 
 def _checked(
-    batches: Any, attacker: Callable[[Tensor, Tensor], _Attacker]
+    batches: Any, attacker: Callable[[Any, Any], _Attacker], on: _Attacker | None
 ) -> Iterator[tuple[_Attacker, Tensor, Tensor]]:
-    """Pairs of images and labels, each checked, with the attacker that the first of them gives."""
+    """Pairs of images and labels, each checked, with the attacker: the one that is known, or that the first gives."""
     if not isinstance(batches, Iterable):
         raise WdatError(f"x must be images, or an iterable of pairs (images, labels), not {type(batches).__name__}")
-    on, count = None, 0
+    first, count = None, 0
     for count, batch in enumerate(batches, 1):
         if not isinstance(batch, tuple | list) or len(batch) != 2:
             raise WdatError(f"batch {count} must be a pair (images, labels), not {type(batch).__name__}")
         x, y = batch
         if on is None:
             on = attacker(x, y)
-            first = (x.shape[1:], x.dtype, x.device)
-        else:
-            _check_images(x, y)
-            if (x.shape[1:], x.dtype, x.device) != first:
-                raise WdatError(
-                    f"batch {count} has images of shape {tuple(x.shape[1:])}, {x.dtype} on {x.device}; the first has"
-                    f" {tuple(first[0])}, {first[1]} on {first[2]}"
-                )
-            _check_labels(y, on.classes)
+        _check_images(x, y)
+        _check_labels(y, on.classes)
+        alike = (tuple(x.shape[1:]), x.dtype, x.device)
+        first = first or alike
+        if alike != first:
+            raise WdatError(f"batch {count} has images of {_about(*alike)}, the first of {_about(*first)}")
         yield on, x, y
     if on is None:
         raise WdatError("there are no images: the iterable of batches is empty")
     if isinstance(batches, Sized) and count < len(batches):
         raise WdatError(f"the batches ended after {count} of {len(batches)}")
+
+
+def _about(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> str:
+    return f"shape {shape}, {dtype} on {device}"
 
 
 @dataclass

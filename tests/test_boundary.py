@@ -1,0 +1,423 @@
+"""The worst case over the ball: the allocation against brute force, the distances against exact ones, bad input."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import linprog
+from tiny import INF, images, lengths, network, predict
+from torch import nn
+
+from wdat_core import (
+    Boundary,
+    FinetuneConfig,
+    Threat,
+    WdatError,
+    boundary,
+    evaluate,
+    finetune,
+    sensitivity,
+    wpgd,
+    wpgd_budget,
+)
+
+ORDERS = (1, 1.5, 2, 4, INF)
+
+
+def distances(n, seed, special=True):
+    """Random distances, some of them 0, infinite or equal."""
+    values = torch.rand(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    if special:
+        values[values < 0.2] = 0.0
+        values[values > 0.9] = INF
+        values[1::3] = values[:1]
+    return values
+
+
+def enough(values, p, delta):
+    """Whether a budget pays for these distances together, n of them all."""
+
+    def pays(chosen):
+        if p == INF:
+            return all(d <= delta for d in chosen)
+        return sum((d / delta) ** p for d in chosen) <= len(values)
+
+    return pays
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From distances to accuracies
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("p", ORDERS)
+@pytest.mark.parametrize("seed", range(6))
+def test_no_choice_of_images_makes_more_errors(p, seed):
+    values, delta = distances(8, seed), 0.1 + 0.15 * seed
+    pays = enough(values, p, delta)
+    most = max(k for k in range(9) for chosen in itertools.combinations(values.tolist(), k) if k == 0 or pays(chosen))
+    found = Boundary(values)
+    assert found.accuracy(Threat(p=p, delta=delta)) == pytest.approx(1 - most / 8, abs=1e-15)
+    bought = found.bought(Threat(p=p, delta=delta))
+    assert bought.sum() == most and pays(values[bought].tolist())
+
+
+@pytest.mark.parametrize("p", [1, 2, 4])
+@pytest.mark.parametrize("seed", range(5))
+def test_shares_average_to_the_linear_program_in_which_an_image_can_be_split(p, seed):
+    values, delta = distances(30, seed), 0.1 + 0.1 * seed
+    price = (values / delta) ** p
+    finite = price < INF
+    best = linprog(
+        -np.ones(int(finite.sum())),
+        A_ub=price[finite].numpy()[None],
+        b_ub=[len(values)],
+        bounds=[(0, 1)] * finite.sum(),
+    )
+    found, threat = Boundary(values), Threat(p=p, delta=delta)
+    assert found.shares(threat).mean() == pytest.approx(1 + best.fun / 30, abs=1e-8)
+    assert -1e-9 < found.accuracy(threat) - found.shares(threat).mean() < 1 / 30
+
+
+@pytest.mark.parametrize("p", [*ORDERS, 200.0])
+def test_the_curve_is_the_whole_staircase(p):
+    values = distances(50, 7)
+    found = Boundary(values)
+    radii, accuracies = found.curve(p)
+    assert radii[0] == 0 and accuracies[0] == (values > 0).double().mean()
+    assert (radii.diff() >= 0).all() and (accuracies.diff() < 0).all() and (radii[1:] > 0).all()
+    for delta in torch.linspace(0.01, 1.5, 40).tolist():
+        step = int((radii <= delta).sum()) - 1
+        assert found.accuracy(Threat(p=p, delta=delta)) == pytest.approx(accuracies[step].item(), abs=1e-12)
+    assert accuracies[-1] == pytest.approx((values == INF).double().mean().item())
+
+
+def test_a_larger_order_is_a_smaller_ball():
+    found = Boundary(distances(200, 3))
+    for delta in (0.05, 0.2, 0.5):
+        left = [found.accuracy(Threat(p=p, delta=delta)) for p in ORDERS]
+        assert left == sorted(left)
+
+
+def test_distances_of_nothing_and_of_everything():
+    wrong, never = Boundary(torch.zeros(4)), Boundary(torch.full((4,), INF))
+    for p in ORDERS:
+        threat = Threat(p=p, delta=0.1)
+        assert wrong.accuracy(threat) == 0 and never.accuracy(threat) == 1
+        assert wrong.interval(threat) == (0, 0) and never.interval(threat) == (1, 1)
+        assert [len(part) for part in never.curve(p)] == [1, 1] == [len(part) for part in wrong.curve(p)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How sure
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def sample(n, rng):
+    """Distances with an atom at 0: 30 % are 0, the others uniform on [0, 1]."""
+    return torch.from_numpy(np.where(rng.random(n) < 0.3, 0.0, rng.random(n)))
+
+
+def truth(p, delta):
+    """A_p of that distribution: 0.7 t^(p+1) / (p+1) = delta^p, A = 0.7 (1 - t)."""
+    t = delta if p == INF else ((p + 1) * delta**p / 0.7) ** (1 / (p + 1))
+    return 0.7 * (1 - t)
+
+
+@pytest.mark.parametrize("p", [1, 2, 4, INF])
+def test_the_interval_holds_the_truth_as_often_as_it_says(p):
+    rng, delta, held, runs = np.random.default_rng(0), 0.2, 0, 1000
+    for _ in range(runs):
+        low, high = Boundary(sample(400, rng)).interval(Threat(p=p, delta=delta))
+        held += low <= truth(p, delta) <= high
+    assert abs(held / runs - 0.95) < 4 * math.sqrt(0.95 * 0.05 / runs)
+
+
+@pytest.mark.parametrize("p", [1, 2, INF])
+def test_the_interval_is_that_of_a_bootstrap(p):
+    rng, threat = np.random.default_rng(1), Threat(p=p, delta=0.2)
+    values = sample(1000, rng)
+    again = [Boundary(values[rng.integers(1000, size=1000)]).accuracy(threat) for _ in range(600)]
+    low, high = Boundary(values).interval(threat)
+    assert (high - low) / 2 == pytest.approx(1.96 * np.std(again), rel=0.12)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The attack
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("r", [1.5, 2, 3, INF])
+def test_on_a_linear_network_the_distance_is_the_exact_one(r):
+    model = network("linear", classes=4)
+    x, y = images(60, model)
+    x = 0.4 + 0.2 * x  # far enough from 0 and 1 for most
+    y = predict(model, x)
+    weight, logits = model[-1].weight.detach() * 8, model(x).detach()
+    s = 1.0 if r == INF else r / (r - 1)
+    slopes = (weight[y][:, None] - weight[None]).abs().pow(s).sum(2).pow(1 / s)
+    exact = ((logits.gather(1, y[:, None]) - logits) / slopes).nan_to_num(INF)
+    exact[range(60), y] = INF
+    exact = exact.amin(1)
+    found = boundary(model, x, y, r=r, steps=100, keep=False).distance
+    assert (found >= exact * (1 - 1e-9)).all()  # the box makes it only larger
+    within = exact * (weight.shape[1] ** (1 / r) if r < INF else 1) < 0.3
+    assert within.sum() > 20 and (found[within] <= 1.01 * exact[within]).all()
+
+
+@pytest.mark.parametrize("kind", ["mlp", "smooth", "full"])
+@pytest.mark.parametrize(("r", "dtype"), [(INF, torch.float64), (2, torch.float64), (INF, torch.float32)])
+def test_each_image_found_is_what_it_is_said_to_be(kind, r, dtype):
+    model = network(kind, dtype=dtype)
+    x, y = images(50, model, dtype=dtype)
+    found = boundary(model, x, y, r=r, steps=20, batch_size=16)
+    assert ((found.distance == 0) == (predict(model, x) != y)).all() and (found.distance > 0).any()
+    there = (found.distance > 0) & (found.distance < INF)
+    assert there.any()
+    for size in (1, 7, 50):
+        answers = torch.cat([predict(model, part) for part in found.x_adv.split(size)])
+        assert (answers[there] != y[there]).all()
+    assert found.x_adv.min() >= 0 and found.x_adv.max() <= 1
+    assert lengths(found.x_adv - x, r)[there] == pytest.approx(found.distance[there].tolist(), rel=1e-5)
+    assert torch.equal(found.x_adv[~there], x[~there])
+
+
+@pytest.mark.parametrize("p", ORDERS)
+def test_the_attacked_images_keep_the_budget_and_the_promise(p):
+    model = network("mlp")
+    x, y = images(40, model)
+    found, threat = boundary(model, x, y, steps=20), Threat(p=p, delta=0.03)
+    attack = found.spend(x, threat)
+    assert attack.accuracy == (predict(model, attack.x_adv) == y).double().mean() == found.accuracy(threat)
+    assert attack.distance <= threat.delta * (1 + 1e-12)
+    moved = lengths(attack.x_adv - x, INF)
+    spent = moved.max() if p == INF else moved.pow(p).mean() ** (1 / p)
+    assert attack.distance == pytest.approx(spent.item())
+    assert torch.equal(attack.correct, ~found.bought(threat)) and attack.loss == 1 - attack.accuracy
+    assert torch.equal(attack.was_correct, predict(model, x) == y)
+    assert attack.history["accuracy"] == [attack.was_correct.double().mean(), attack.accuracy]
+
+
+def test_it_is_stronger_than_w_pgd_on_the_same_ball():
+    model = network("mlp")
+    x, y = images(200, model)
+    found = boundary(model, x, y, steps=40, keep=False)
+    for p, loss in ((2, "redlr"), (INF, "ce")):
+        for delta in (0.01, 0.03, 0.1):
+            threat = Threat(p=p, delta=delta)
+            assert found.accuracy(threat) <= wpgd(model, x, y, threat, loss=loss).accuracy
+
+
+def test_more_steps_find_nearer_images():
+    model = network("mlp")
+    x, y = images(100, model)
+    means = [boundary(model, x, y, steps=steps, keep=False).distance.mean() for steps in (2, 10, 50)]
+    assert means == sorted(means, reverse=True)
+
+
+@pytest.mark.parametrize("sizes", [(1, 30, 2, 7), (20, 20), (40,)])
+@pytest.mark.parametrize("batch_size", [1, 7, 512])
+def test_how_the_images_come_changes_nothing(sizes, batch_size):
+    model = network("mlp")
+    x, y = images(40, model)
+    whole = boundary(model, x, y, steps=6)
+    parts = zip(x.split(sizes), y.split(sizes), strict=True)
+    streamed = boundary(model, parts, steps=6, batch_size=batch_size)
+    assert streamed.distance.tolist() == pytest.approx(whole.distance.tolist(), rel=1e-6)
+    assert torch.allclose(streamed.x_adv, whole.x_adv, atol=1e-6)
+    parts = zip(x.split(sizes), y.split(sizes), strict=True)
+    assert boundary(model, parts, steps=6, batch_size=batch_size, keep=False).x_adv is None
+
+
+class Counted(nn.Module):
+    """Counts the images whose gradient is asked for."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.gradients = model, 0
+
+    def forward(self, x):
+        self.gradients += len(x) * x.requires_grad
+        return self.model(x)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 20, 41])
+def test_each_image_that_is_right_costs_its_steps_and_no_other_costs_any(steps):
+    model = Counted(network("mlp"))
+    x, y = images(30, model.model)
+    y[::2] = (y[::2] + 1) % 4
+    right = int((predict(model.model, x) == y).sum())
+    boundary(model, x, y, steps=steps, batch_size=8)
+    assert model.gradients == right * steps + 1  # the one with which the network is looked at first
+
+
+def test_the_model_and_the_images_are_left_as_they_were():
+    model = network("full").train()
+    x, y = images(20, model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    pixels, state = x.clone().requires_grad_(), torch.get_rng_state()
+    with torch.inference_mode():
+        boundary(model, pixels, y, steps=3)
+    assert model.training and all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert torch.equal(pixels, x) and pixels.grad is None and torch.equal(torch.get_rng_state(), state)
+
+
+class Constant(nn.Module):
+    def forward(self, x):
+        return x.flatten(1).sum(1, keepdim=True) * 0 + torch.tensor([[2.0, 1.0, 0.0]], dtype=x.dtype)
+
+
+class Scaled(nn.Module):
+    def __init__(self, model, factor):
+        super().__init__()
+        self.model, self.factor = model, factor
+
+    def forward(self, x):
+        return self.factor * self.model(x)
+
+
+def test_where_nothing_is_to_be_found_nothing_is():
+    x = torch.rand(5, 2, 3, 3)
+    found = boundary(Constant(), x, torch.zeros(5, dtype=torch.int64), steps=4)
+    assert (found.distance == INF).all() and torch.equal(found.x_adv, x)
+    assert found.spend(x, Threat()).accuracy == 1
+
+
+@pytest.mark.parametrize("factor", [1e-6, 1e6])
+def test_the_scale_of_the_logits_does_not_matter(factor):
+    model = network("mlp")
+    x, y = images(30, model)
+    plain = boundary(model, x, y, steps=10).distance.tolist()
+    assert boundary(Scaled(model, factor), x, y, steps=10).distance.tolist() == pytest.approx(plain, rel=1e-6)
+
+
+@pytest.mark.parametrize(("classes", "shape", "n"), [(2, (12,), 9), (50, (3, 2, 2), 1), (3, (1, 1, 1), 6)])
+def test_it_takes_two_classes_or_many_and_images_of_any_shape(classes, shape, n):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), classes)).double()
+    x = torch.rand(n, *shape, dtype=torch.float64)
+    found = boundary(model, x, predict(model, x), steps=9)
+    assert found.distance.shape == (n,) and (found.distance > 0).all() and found.x_adv.shape == x.shape
+
+
+def test_bfloat16_finds_nearly_the_same():
+    model = network("mlp", dtype=torch.float32)
+    x, y = images(60, model, dtype=torch.float32)
+    exact, short = (boundary(model, x, y, steps=20, precision=p).distance for p in ("float32", "bfloat16"))
+    both = (exact > 0) & (exact < INF) & (short > 0) & (short < INF)
+    assert both.sum() > 10 and short[both].median() < 2 * exact[both].median()
+
+
+def test_evaluate_has_a_fourth_number_on_request():
+    model = network("mlp")
+    x, y = images(40, model)
+    scores = evaluate(model, x, y, delta=0.02, found_steps=10)
+    found = boundary(model, x, y, steps=10)
+    assert scores.w_2_found == found.accuracy(Threat(p=2, delta=0.02)) <= scores.w_2
+    assert torch.equal(scores.correct["w_2_found"], ~found.bought(Threat(p=2, delta=0.02)))
+    plain = evaluate(model, x, y, delta=0.02)
+    assert plain.w_2_found is None and plain.correct.keys() == {"clean", "w_inf", "w_2"}
+
+
+def test_a_million_images_would_need_four_bytes_each():
+    model, seen = network("linear", dtype=torch.float32), []
+
+    def stream():
+        for i in range(40):
+            seen.append(i)
+            x = torch.rand(25, 2, 3, 3, generator=torch.Generator().manual_seed(i))
+            yield x, predict(model, x)
+
+    found = boundary(model, stream(), steps=2, keep=False, batch_size=64)
+    assert len(seen) == 40 and found.distance.shape == (1000,) and found.distance.dtype == torch.float32
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input
+# ---------------------------------------------------------------------------------------------------------------------
+
+MODEL = network("mlp")
+X, Y = images(20, MODEL)
+ATTACKS = {
+    "wpgd": lambda threat: wpgd(MODEL, X, Y, threat),
+    "wpgd_budget": lambda threat: wpgd_budget(MODEL, X, Y, threat, upsilon=1.0),
+    "sensitivity": lambda threat: sensitivity(MODEL, X, Y, threat),
+    "finetune": lambda threat: finetune(MODEL, (X, Y), None, FinetuneConfig(threat=threat, augment=False)),
+}
+
+
+@pytest.mark.parametrize("p", [1, 1.00001])
+@pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
+def test_w_pgd_says_that_it_cannot_take_p_of_one(attack, p):
+    with pytest.raises(WdatError, match=r"W-PGD needs a threat with p of 1.001 or more, not 1.*: boundary takes any p"):
+        attack(Threat(p=p))
+
+
+class Short(list):
+    """Says that it has more batches than it gives."""
+
+    def __iter__(self):
+        return iter(list(super().__iter__())[:1])
+
+
+MANY = [(X, Y), (X, Y)]
+WRONG = {
+    "r must be a number above 1": lambda: boundary(MODEL, X, Y, r=1),
+    "steps must be a whole number at least 1": lambda: boundary(MODEL, X, Y, steps=0),
+    "keep must be True or False": lambda: boundary(MODEL, X, Y, keep=1),
+    "labels must be an int64 tensor, not NoneType": lambda: boundary(MODEL, X),
+    "images must be a floating-point tensor": lambda: boundary(MODEL, [1], Y),
+    "x must be images, or an iterable of pairs": lambda: boundary(MODEL, 3),
+    "there are no images": lambda: boundary(MODEL, []),
+    "batch 1 must be a pair": lambda: boundary(MODEL, [X]),
+    "batch 2 must be a pair": lambda: boundary(MODEL, [(X, Y), X]),
+    "batch 2 has images of shape": lambda: boundary(MODEL, [(X, Y), (X[:, :, :1], Y)]),
+    "batch 2 has images of shape .* torch.float32": lambda: boundary(MODEL, [(X, Y), (X.float(), Y)]),
+    "the batches ended after 1 of 2": lambda: boundary(MODEL, Short(MANY)),
+    "labels must lie in 0..3": lambda: boundary(MODEL, [(X, Y), (X, Y + 4)]),
+    "one class can make no error": lambda: boundary(network("mlp", classes=1), X, 0 * Y),
+    "too coarse for a distance": lambda: boundary(network("mlp", dtype=torch.bfloat16), X.bfloat16(), Y),
+    "threat has r = 2": lambda: Boundary(torch.ones(3)).accuracy(Threat(r=2)),
+    "threat must be a Threat": lambda: Boundary(torch.ones(3)).accuracy(2),
+    "p must be a number at least 1": lambda: Boundary(torch.ones(3)).curve(0.5),
+    "call boundary with keep=True": lambda: boundary(MODEL, X, Y, steps=1, keep=False).spend(X, Threat()),
+    "x must be the images that boundary was given": lambda: boundary(MODEL, X, Y, steps=1).spend(X[:3], Threat()),
+}
+
+
+@pytest.mark.parametrize(("message", "call"), WRONG.items(), ids=WRONG)
+def test_bad_input_is_named(message, call):
+    with pytest.raises(WdatError, match=message):
+        call()
+
+
+class Breaks(nn.Module):
+    """Returns NaN for images whose first pixel is 1."""
+
+    def forward(self, x):
+        return torch.where(x.flatten(1)[:, :1] == 1, math.nan, MODEL(x))
+
+
+@pytest.mark.parametrize("error", [WdatError, OSError, KeyboardInterrupt])
+def test_what_was_found_before_an_error_is_not_lost(error):
+    whole = boundary(MODEL, X, Y, steps=5)
+    bad = X.clone()
+    bad[:, 0, 0, 0] = 1
+
+    def batches():
+        yield from MANY
+        if error is WdatError:
+            yield bad, Y
+        raise error
+
+    with pytest.raises(error) as caught:
+        boundary(Breaks(), batches(), steps=5, batch_size=8)
+    found = caught.value.found
+    assert 20 <= len(found.distance) <= 40 and torch.equal(found.distance[:20], whole.distance)
+    assert torch.equal(found.x_adv[:20], whole.x_adv)
+    with pytest.raises(WdatError) as caught:
+        boundary(MODEL, [])
+    assert caught.value.found is None
