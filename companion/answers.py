@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from companion import pictures
-from companion.claim_texts import paper_count
+from companion.claim_texts import paper_count, worst_case_answer
 from companion.claims import CIFAR10_ONLY, CLAIMS, Claim, counted, outcomes, verdict
 from companion.evidence import (
     COLUMNS,
@@ -44,6 +44,7 @@ from companion.words import (
     short_name,
     training_words,
 )
+from companion.worst import measured, worst_answer
 
 
 def answer(page: str, records: Sequence[Record]) -> str:
@@ -351,6 +352,8 @@ def _intro(records: Sequence[Record]) -> str:
         parts.append(_claims(records))
     if _of(records, "stronger"):
         parts.append(_stronger(records))
+    if measured(records):
+        parts.append(f"{worst_answer(records)} {worst_case_answer(records)}")
     return "\n\n".join(parts)
 
 
@@ -361,6 +364,7 @@ def _page_of_grid(table: int) -> Callable[[Sequence[Record]], str]:
 PAGES: dict[str, Callable[[Sequence[Record]], str]] = {
     "intro": _intro,
     "claims": _claims,
+    "worst_case": worst_answer,
     "table1": _networks,
     "table2": _budget,
     "table5": _best,

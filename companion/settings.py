@@ -380,6 +380,7 @@ PARAMETERS = {  # of the notebooks, by what they do
 }
 NOTEBOOKS = {  # what each does
     "table1": "attack",
+    "worst_case": "attack",
     "table2": "attack in batches",
     **{f"table{n}": "fine-tune" for n in GRIDS},
     "table5": "fine-tune both ways",
