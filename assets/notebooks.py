@@ -43,7 +43,7 @@ TABLE = r"""
 «shared»
 %% code answer answer hide-input
 fold: Code
-alt: Changes of accuracy in each column of Table «number», for the paper's network and each stand-in; the numbers are in the table below.
+alt: Changes of accuracy in each column of Table «number», for the paper's network and each network measured here; the numbers are in the table below.
 from IPython.display import Markdown, display
 
 from companion import evidence, plots, records, tables
@@ -58,8 +58,9 @@ display(plots.plot_changes(«number», [], full), tables.grid_table(«number», 
 %% markdown paper
 Accuracy in per cent; in brackets the change against the baseline, in percentage points. ± is half of a 95 % interval. A mark says
 whether what the paper reports in this place holds here (✓), is contradicted (✗) or is not visible (○):
-[how to read a table](../intro.md#how-to-read-a-table). Each stand-in was fine-tuned by the paper's whole protocol: 40,000
-training, 10,000 validation and 10,000 test images, 20 epochs.
+[how to read a table](../intro.md#how-to-read-a-table). Each network here was fine-tuned by the paper's whole protocol:
+40,000 training, 10,000 validation and 10,000 test images, 20 epochs. *Worst case found* is the lowest accuracy that
+[buying the cheapest images first](worst_case.ipynb) leaves in the same ball: an upper bound of the true one, no certificate.
 
 ## In the paper
 
@@ -137,7 +138,7 @@ display(Markdown(answer("«name»", known)))
 display(plots.plot_along("«what»", [], full), pages.kept_table("«what»", full))
 
 %% markdown paper
-The line is the mean over seeds, the band goes from the lowest to the highest. Each stand-in was fine-tuned by the paper's
+The line is the mean over seeds, the band goes from the lowest to the highest. Each network here was fine-tuned by the paper's
 whole protocol: 40,000 training, 10,000 validation and 10,000 test images, 20 epochs, $\tau = 0.01$ and $\eta = 1$.
 
 ## In the paper

@@ -17,7 +17,7 @@ from typing import Any
 from companion import files
 from companion.bench import bench
 from companion.files import from_root
-from companion.records import make_record, parse_record, write_record
+from companion.records import make_record, parse_record, record_name, write_record
 from companion.runs import found, scores
 from companion.settings import ParameterError, Settings
 
@@ -36,7 +36,7 @@ def complete(export: str, data: str, models: str, steps: int) -> Path:
     Raises:
         ParameterError: as `bench`; or the images are others than those of the record, or the accuracies differ.
     """
-    record: Any = parse_record((from_root(export) / "record.json").read_bytes())
+    record = _kept(parse_record((from_root(export) / "record.json").read_bytes()))
     threat = record.config.threat
     sizes = {f"{part}_images": getattr(record.data, part) for part in ("train", "val", "test")}
     usual = {"data": data, "models": models, "steps": record.config.steps, "found_steps": steps, "delta": threat.delta}
@@ -55,6 +55,15 @@ def complete(export: str, data: str, models: str, steps: int) -> Path:
         part = found(on, steps, when, **packed)
         packed = part["boundary"]["distance"]
     return write_record(make_record(record.stored() | part), files.RUNS)
+
+
+def _kept(record: Any) -> Any:
+    """The record in results/ of the same run to the bit, which may have curves too; else the one that is given."""
+    try:
+        known: Any = parse_record((files.RESULTS / record_name(record)).read_bytes())
+    except (OSError, ValueError):
+        return record
+    return known if (known.metrics, known.correct) == (record.metrics, record.correct) else record
 
 
 def main(arguments: list[str]) -> None:
