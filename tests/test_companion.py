@@ -19,7 +19,7 @@ from matplotlib.collections import PathCollection
 from PIL import Image
 from pydantic import ValidationError
 
-from companion import agreement, evidence, files, intervals, networks
+from companion import agreement, evidence, files, intervals, networks, worst
 from companion.bench import check_clean, command
 from companion.data import cifar, embedded, floats, load_data
 from companion.datasets import DATASETS, NORMS
@@ -573,6 +573,28 @@ def test_readme_quotes_the_strongest_attacks_from_the_records():
     text = " ".join((files.ROOT / "README.md").read_text(encoding="utf-8").split())
     assert f"six distributional attacks the first seed's networks change by {changes[0]} and {changes[1]}:" in text
     assert len(attacks) == 6
+
+
+def test_readme_quotes_the_worst_case_from_the_records():
+    text = " ".join((files.ROOT / "README.md").read_text(encoding="utf-8").split())
+    given = {r.network.name: r for r in worst.measured(read_records(kind="evaluate"))}
+
+    def left(name, metric):
+        return f"{intervals.accuracy([given[name]], 'test', metric).value:.2f} %"
+
+    trades = [left("small_trades", metric) for metric in ("w_2_found", "w_2")]
+    assert (
+        f"leaves {trades[0]} of the images of `small_trades` right where the paper's attack leaves {trades[1]}" in text
+    )
+    assert f"{left('small_pgd', 'w_2_found')} against {left('small_pgd', 'w_2')} on `small_pgd`" in text
+    (tuned,) = [
+        r
+        for r in read_records()
+        if r.network.name == "small_trades" and evidence.setting_of(r) == ("whole", 0.01, 1.0) and r.config.seed == 0
+        if evidence.is_full(r) and not evidence.deviations(r)
+    ]
+    gains = [change([tuned], intervals.found_at(2, d)).text(signed=True).replace("\u00a0", " ") for d in (4, 8)]
+    assert f"is {gains[0]} points at δ = 4/255 and {gains[1]} at 8/255" in text
 
 
 def test_readme_picture_is_of_the_records():
