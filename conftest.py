@@ -19,7 +19,7 @@ collect_ignore = [notebook.name for notebook in ROOT.glob("*.ipynb")]
 # Files that read what another of them has computed: one process takes them all, one after the other.
 FAMILIES = [
     ["figure7_2", "figure7_3", "figure7_4", "open_points", *(f"table{n}" for n in (3, 4, 5, 6, 7, 8, 9, 10, 11))],
-    ["table1", "table2"],
+    ["table1", "table2", "worst_case"],
     ["test_accessible", "test_book"],
 ]
 FAMILY = {stem: family[0] for family in FAMILIES for stem in family}
@@ -33,7 +33,13 @@ class ByFamily(LoadFileScheduling):
         return FAMILY.get(stem, stem)
 
 
+def pytest_collection_modifyitems(items):
+    """The family that takes longest comes first: begun last, it would keep one process busy when all others are done."""
+    items.sort(key=lambda item: FAMILY.get(item.path.stem) != FAMILIES[0][0])
+
+
 def pytest_xdist_make_scheduler(config, log):
+    config.option.loadscopereorder = False  # by number of tests, which is not by time
     return ByFamily(config, log)
 
 
