@@ -34,7 +34,7 @@ class ByFamily(LoadFileScheduling):
 
 
 def pytest_collection_modifyitems(items):
-    """The family that takes longest comes first: begun last, it would keep one process busy when all others are done."""
+    """The family that takes longest comes first: begun last, it would be run alone when all others are done."""
     items.sort(key=lambda item: FAMILY.get(item.path.stem) != FAMILIES[0][0])
 
 

@@ -116,7 +116,7 @@ def best_table(records: Sequence[FinetuneRecord], recorded: Sequence[FinetuneRec
         for metric in METRICS:
             value, base = paper_value(5, name, metric), paper_value(1, name, metric)
             cells.append("–" if value is None or base is None else f"{value:.2f} ({value - base:+z.2f})")
-        lines.append([short_name(name), "paper", setting_words(*PAPER_BEST[name]), *cells])
+        lines.append([short_name(name), "paper", setting_words(*PAPER_BEST[name]), *cells, "–"])
     for source, those in (("recorded here", recorded), ("this run", records)):
         for study in studies(those):
             best = best_setting(study)
@@ -124,9 +124,15 @@ def best_table(records: Sequence[FinetuneRecord], recorded: Sequence[FinetuneRec
             size = f"{one.data.train:,} training images, {plural(one.config.epochs, 'epoch')}"
             evidence = f"{source}: {size}, {seeds_words(best)}{unusual(one)}"
             setting = f"{setting_words(*setting_of(one))} ({f'best of {n}' if n > 1 else 'the only one'})"
-            cells = [f"{accuracy(best, 'after', m).value:.2f} ({change(best, m).text(signed=True)})" for m in METRICS]
+            cells = []
+            for m in (*METRICS, *FOUND):
+                those = with_metrics(best, [m], "before", "after")
+                text = (
+                    f"{accuracy(those, 'after', m).value:.2f} ({change(those, m).text(signed=True)})" if those else "–"
+                )
+                cells.append(text)
             lines.append([short_name(one.network.name), evidence, setting, *cells])
-    return markdown(["network", "evidence", "best setting", *METRICS.values()], lines)
+    return markdown(["network", "evidence", "best setting", *METRICS.values(), *FOUND.values()], lines)
 
 
 def labels_of(groups: Sequence[Sequence[FinetuneRecord]]) -> list[str]:
