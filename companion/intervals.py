@@ -53,7 +53,8 @@ def bits(record: Scored, when: str, metric: str) -> Any:
     """
     if is_found(metric):
         threat = record.config.threat
-        _, p, delta, *_ = *metric.split(":"), 2, 255 * threat.delta
+        half = 0.5 if metric.endswith("_half") else 1.0
+        _, p, delta, *_ = *metric.split(":"), 2, 255 * half * threat.delta
         return shares(record, when, Threat(p=float(p), r=threat.r, delta=float(delta) / 255))
     return unpack(record.correct[when][metric], images_of(record, when))
 
@@ -94,7 +95,7 @@ def found_at(p: float, delta: float) -> str:
 
 
 def is_found(metric: str) -> bool:
-    """Whether a metric comes from distances; "w_2_found" is `found_at` 2 and the record's own radius."""
+    """Whether a metric comes from distances; those of `FOUND` are `found_at` 2 and the record's radius, or its half."""
     return metric in FOUND or metric.startswith("found:")
 
 

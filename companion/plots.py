@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from companion.evidence import ALONG, COLUMNS, along, by_setting, paper_value, studies
 from companion.intervals import change, change_of_each
 from companion.kinds import FinetuneRecord, SensitivityRecord
-from companion.settings import GRIDS, METRICS
+from companion.settings import FOUND, GRIDS, METRICS
 from companion.tables import grid_rows, labels_of
 from companion.words import HOW, NOTHING, column_words, short_name
 
@@ -22,7 +22,7 @@ STUDIES = [(RECORDED, "o"), ("#007a5a", "^"), ("#a6467f", "v"), ("#8a5a00", "P")
 WIDTH = 5.0  # of a figure in inches, at 100 dots to the inch
 # Of the panels; what the paper is about comes first.
 TITLES = {metric: f"{METRICS[metric]} accuracy" for metric in ("w_2", "w_inf", "clean")}
-EVERY = {"w_2": TITLES["w_2"], "w_2_found": "W₂ accuracy, worst case found", **TITLES}
+EVERY = {"w_2": TITLES["w_2"], **FOUND, **TITLES}
 Data = dict[str, list[Any]]  # a column a key, as seaborn takes it
 
 

@@ -16,7 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from companion.datasets import DATASETS, EMBEDDED, is_own
 
 METRICS = {"clean": "Clean", "w_inf": "W∞", "w_2": "W₂"}
-FOUND = {"w_2_found": "W₂, worst case found"}  # from the distances of `wdat_core.boundary`, where a record has them
+FOUND = {  # from the distances of `wdat_core.boundary`, where a record has them: at its radius, and at half of it
+    "w_2_found": "W₂, worst case found",
+    "w_2_found_half": "W₂, worst case found at δ/2",
+}
 PAPER_NETWORKS: dict[str, dict[str, Any]] = {
     "Zhang2019Theoretically": {"paper": "Zhang et al. (2019)", "architecture": "WRN-34-10", "clean": 84.92},
     "Chen2024Data_WRN_34_10": {"paper": "Chen and Lee (2024)", "architecture": "WRN-34-10", "clean": 86.54},

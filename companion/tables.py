@@ -116,7 +116,7 @@ def best_table(records: Sequence[FinetuneRecord], recorded: Sequence[FinetuneRec
         for metric in METRICS:
             value, base = paper_value(5, name, metric), paper_value(1, name, metric)
             cells.append("–" if value is None or base is None else f"{value:.2f} ({value - base:+z.2f})")
-        lines.append([short_name(name), "paper", setting_words(*PAPER_BEST[name]), *cells, "–"])
+        lines.append([short_name(name), "paper", setting_words(*PAPER_BEST[name]), *cells, *["–"] * len(FOUND)])
     for source, those in (("recorded here", recorded), ("this run", records)):
         for study in studies(those):
             best = best_setting(study)
