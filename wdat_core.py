@@ -16,8 +16,7 @@ The method of Bai, He, Jiang, Obłój, *Wasserstein distributional adversarial t
     Algorithm 1              the loop over minibatches                     `finetune`
     Section 5                a network perturbed before its fine-tuning    `perturb_`
     Section 6                clean, W_inf and W_2 accuracy                 `evaluate`
-    beyond the paper         the lowest accuracy in the ball, for every    `boundary`
-                             p and delta, from minimum-norm distances
+    beyond the paper         the lowest accuracy in the ball               `boundary`
 
 Three lines attack a network of your own::
 
@@ -1332,7 +1331,7 @@ def boundary(
     """The distance from each image to the nearest misclassified one: how robust a network is, for every budget at once.
 
     An image is attacked within a radius that shrinks where the network is fooled and grows where it is not, as in FMN
-    (Pintor et al., 2021). The first radius is where a linear network would err, |z_y - z_j| / ||grad (z_y - z_j)||_s;
+    (Pintor et al., 2021). The first radius is where a linear network would err, (z_y - z_j) / ||grad (z_y - z_j)||_s;
     the steps are steepest ascent of z_j - z_y; the steps are shared between the likeliest rivals j of the class y.
     An image that is misclassified as it is costs no step.
 
