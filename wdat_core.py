@@ -61,7 +61,7 @@ import pickle
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -1411,8 +1411,9 @@ def _checked(
         yield on, x, y
     if on is None:
         raise WdatError("there are no images: the iterable of batches is empty")
-    if isinstance(batches, Sized) and count < len(batches):
-        raise WdatError(f"the batches ended after {count} of {len(batches)}")
+    with suppress(TypeError):  # a DataLoader has a length also where it does not know it
+        if isinstance(batches, Sized) and count < len(batches):
+            raise WdatError(f"the batches ended after {count} of {len(batches)}")
 
 
 def _about(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> str:

@@ -9,6 +9,8 @@ import torch
 from scipy.optimize import linprog
 from tiny import INF, images, lengths, network, predict
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+from tqdm import tqdm
 
 from wdat_core import (
     Boundary,
@@ -229,6 +231,20 @@ def test_how_the_images_come_changes_nothing(sizes, batch_size):
     assert torch.allclose(streamed.x_adv, whole.x_adv, atol=1e-6)
     parts = zip(x.split(sizes), y.split(sizes), strict=True)
     assert boundary(model, parts, steps=6, batch_size=batch_size, keep=False).x_adv is None
+
+
+class Endless(IterableDataset):
+    """A data set that does not know its length; a DataLoader of it has a len() that fails."""
+
+    def __iter__(self):
+        return iter(zip(*images(40, network("mlp")), strict=True))
+
+
+def test_the_batches_need_no_length():
+    model = network("mlp")
+    whole = boundary(model, *images(40, model), steps=4)
+    for batches in (DataLoader(Endless(), batch_size=15), tqdm(DataLoader(Endless(), batch_size=15), disable=True)):
+        assert torch.equal(boundary(model, batches, steps=4).distance, whole.distance)
 
 
 class Counted(nn.Module):
