@@ -1358,6 +1358,7 @@ def boundary(
     _check_number("r", r, above=1, at_most=math.inf)
     _check_flag("keep", keep)
     _check_function("progress", progress)
+    _check_model(model)
     threat = Threat(p=math.inf, r=r)
 
     def attacker(x: Any, y: Any) -> _Attacker:
@@ -1376,15 +1377,18 @@ def boundary(
     try:
         with _prepared(model):
             for on, xb, yb in _checked(progress(batches) if progress else batches, attacker, known):
-                search.take(on, _plain(xb), _plain(yb))
-                while search.waiting() >= batch_size:
-                    search.attack(on, batch_size)
+                if keep and known is None:
+                    xb = xb.clone()  # the next batch may come in the same memory
+                for part in zip(_plain(xb).split(batch_size), _plain(yb).split(batch_size), strict=True):
+                    search.take(on, *part)
+                    while search.waiting() >= batch_size:
+                        search.attack(on, batch_size)
             while search.waiting():
                 search.attack(on, batch_size)
+            found = search.found(r)
     except BaseException as error:
         error.found = search.found(r)  # type: ignore[attr-defined]
         raise
-    found = search.found(r)
     assert found is not None
     return found
 
@@ -1435,9 +1439,9 @@ class _Search:
         logits = _logits(on, x)
         _check_finite(logits.isfinite().all())
         right = logits.argmax(1) == y
-        self.known.append(torch.where(right, math.nan, x.new_zeros(())))
         if self.keep:
             self.images.append(x)
+        self.known.append(torch.where(right, math.nan, x.new_zeros(())))
         own = F.one_hot(y, on.classes).bool()
         rivals = logits.masked_fill(own, -math.inf).topk(_shared(on.steps, on.classes)).indices
         places = torch.arange(self.count, self.count + len(x), device=x.device)

@@ -9,6 +9,7 @@ import torch
 from scipy.optimize import linprog
 from tiny import INF, images, lengths, network, predict
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
@@ -247,6 +248,37 @@ def test_the_batches_need_no_length():
         assert torch.equal(boundary(model, batches, steps=4).distance, whole.distance)
 
 
+def test_a_batch_may_come_in_the_memory_of_the_last():
+    model = network("mlp")
+    x, y = images(40, model)
+
+    def batches():
+        pixels, labels = torch.empty_like(x[:8]), torch.empty_like(y[:8])
+        for part in zip(x.split(8), y.split(8), strict=True):
+            yield pixels.copy_(part[0]), labels.copy_(part[1])
+
+    found, whole = boundary(model, batches(), steps=4), boundary(model, x, y, steps=4)
+    assert found.distance.tolist() == pytest.approx(whole.distance.tolist(), rel=1e-6)
+    assert torch.allclose(found.x_adv, whole.x_adv, atol=1e-6)
+
+
+def test_one_pair_of_all_the_images_is_no_more_work_than_many():
+    """The images that wait were once copied for every batch of the attack."""
+    model = network("mlp", dtype=torch.float32)
+    x, y = images(64, model, dtype=torch.float32)
+    copied = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.cat.default:
+                copied.append(sum(part.numel() for part in args[0]))
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        boundary(model, [(x, y)], steps=1, batch_size=2, keep=False)
+    assert sum(copied) < 5 * x.numel()
+
+
 class Counted(nn.Module):
     """Counts the images whose gradient is asked for."""
 
@@ -275,7 +307,8 @@ def test_the_model_and_the_images_are_left_as_they_were():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     pixels, state = x.clone().requires_grad_(), torch.get_rng_state()
     with torch.inference_mode():
-        boundary(model, pixels, y, steps=3)
+        found = boundary(model, pixels, y, steps=3)
+    assert not found.distance.is_inference() and not found.x_adv.is_inference()
     assert model.training and all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert torch.equal(pixels, x) and pixels.grad is None and torch.equal(torch.get_rng_state(), state)
@@ -383,6 +416,7 @@ MANY = [(X, Y), (X, Y)]
 WRONG = {
     "r must be a number above 1": lambda: boundary(MODEL, X, Y, r=1),
     "steps must be a whole number at least 1": lambda: boundary(MODEL, X, Y, steps=0),
+    "model must be a torch.nn.Module": lambda: boundary(None, [(X, Y)]),
     "keep must be True or False": lambda: boundary(MODEL, X, Y, keep=1),
     "labels must be an int64 tensor, not NoneType": lambda: boundary(MODEL, X),
     "images must be a floating-point tensor": lambda: boundary(MODEL, [1], Y),
