@@ -1298,7 +1298,10 @@ class Boundary:
             raise WdatError("the nearest images were not kept: call boundary with keep=True")
         if not isinstance(x, Tensor) or (x.shape, x.dtype) != (self.x_adv.shape, self.x_adv.dtype):
             raise WdatError(f"x must be the images that boundary was given, {_kind(self.x_adv)}, not {_kind(x)}")
-        bought, right = self.bought(threat), self.distance > 0
+        bought, right, x = self.bought(threat), self.distance > 0, _plain(x)
+        far = _norm(self.x_adv.to(x.device) - x, self.r).to(self.distance)
+        if not torch.allclose(far, torch.where(self.distance < math.inf, self.distance, 0.0), rtol=1e-3):
+            raise WdatError("x must be the images that boundary was given, in that order: these are at other distances")
         clean, accuracy = right.sum().item() / len(x), self.accuracy(threat)
         return Attack(
             x_adv=torch.where(_per_image(bought, x), self.x_adv.to(x.device), x),

@@ -192,7 +192,8 @@ def test_the_attacked_images_keep_the_budget_and_the_promise(p):
     model = network("mlp")
     x, y = images(40, model)
     found, threat = boundary(model, x, y, steps=20), Threat(p=p, delta=0.03)
-    attack = found.spend(x, threat)
+    attack = found.spend(x.clone().requires_grad_(), threat)
+    assert not attack.x_adv.requires_grad
     assert attack.accuracy == (predict(model, attack.x_adv) == y).double().mean() == found.accuracy(threat)
     assert attack.distance <= threat.delta * (1 + 1e-12)
     moved = lengths(attack.x_adv - x, INF)
@@ -434,6 +435,7 @@ WRONG = {
     "threat must be a Threat": lambda: Boundary(torch.ones(3)).accuracy(2),
     "p must be a number at least 1": lambda: Boundary(torch.ones(3)).curve(0.5),
     "call boundary with keep=True": lambda: boundary(MODEL, X, Y, steps=1, keep=False).spend(X, Threat()),
+    "these are at other distances": lambda: boundary(MODEL, X, Y, steps=9).spend(X.flip(0), Threat()),
     "x must be the images that boundary was given": lambda: boundary(MODEL, X, Y, steps=1).spend(X[:3], Threat()),
 }
 
