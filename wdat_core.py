@@ -1369,7 +1369,7 @@ def boundary(
         if x.dtype.itemsize == 2:
             how = 'give float32 images and model, and precision="bfloat16" for speed'
             raise WdatError(f"images of {x.dtype} are too coarse for a distance: {how}")
-        return on
+        return replace(on, boxed=True)  # else an image with many such pixels seems far from any error
 
     batches: Any = x
     known = None
@@ -1558,6 +1558,7 @@ class _Attacker:
     rule: Rule | None
     classes: int
     rounding: float  # of the logits, relative to the greatest
+    boxed: bool = False  # no gradient at pixels of 0 and 1 that it would move out of [0, 1]
 
 
 def _blank(on: _Attacker, x: Tensor, directions: bool = True, packed: bool = True) -> _Look:
@@ -1632,6 +1633,8 @@ def _look_at(on: _Attacker, images: Tensor, labels: Tensor, known: _Look, rows: 
                     "no gradient comes from the loss to the images: remove no_grad or detach in the model or in it"
                 )
             (gradient,) = torch.autograd.grad(value.sum(), x, allow_unused=True, materialize_grads=True)
+            if on.boxed:
+                gradient = gradient * (gradient.sign().add_(x.detach()).clamp_(0, 1) != x.detach())
     value = value.detach().to(x.dtype)
     finite &= value.isfinite().all()
     if backward:

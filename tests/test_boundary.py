@@ -170,6 +170,25 @@ def test_on_a_linear_network_the_distance_is_the_exact_one(r):
     assert within.sum() > 20 and (found[within] <= 1.01 * exact[within]).all()
 
 
+@pytest.mark.parametrize("r", [1.1, 1.5, 2, 3, INF])
+def test_pixels_of_0_and_1_move_one_way_only(r):
+    """On a linear network the distance is that along the pixels that can move; 40 steps find it."""
+    model = network("linear", classes=4)
+    x = images(60, model)[0].round()
+    y = predict(model, x)
+    weight, logits = model[-1].weight.detach() * 8, model(x).detach()
+    s = 1.0 if r == INF else r / (r - 1)
+    rises = weight[None] - weight[y][:, None]  # of z_j - z_y, (60, 4, pixels)
+    free = (rises > 0) == (x.flatten(1) == 0)[:, None]
+    exact = ((logits.gather(1, y[:, None]) - logits) / (rises * free).abs().pow(s).sum(2).pow(1 / s)).nan_to_num(INF)
+    exact[range(60), y] = INF
+    exact = exact.amin(1)
+    found = boundary(model, x, y, r=r, keep=False).distance
+    assert (found >= exact * (1 - 1e-9)).all()
+    inside = exact < 1  # no pixel reaches the other end
+    assert inside.sum() > 20 and (found[inside] <= 1.03 * exact[inside]).all()
+
+
 @pytest.mark.parametrize("kind", ["mlp", "smooth", "full"])
 @pytest.mark.parametrize(("r", "dtype"), [(INF, torch.float64), (2, torch.float64), (INF, torch.float32)])
 def test_each_image_found_is_what_it_is_said_to_be(kind, r, dtype):
