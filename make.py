@@ -42,7 +42,8 @@ def python(*arguments):
 
 
 def benchmark():
-    problem = set_up(PEERS, ROOT / "benchmarks" / "requirements.txt")
+    wanted = ROOT / "benchmarks" / "requirements.txt"
+    problem = set_up(PEERS, wanted, alone=wanted.with_name("requirements-alone.txt"))
     if problem:
         say("without the other libraries:", problem)
     peers = [] if problem else ["--peers", python_of(PEERS)]
@@ -99,14 +100,15 @@ def python_of(environment):
     return environment / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 
-def set_up(environment, requirements, project=None):
+def set_up(environment, requirements, project=None, alone=None):
     """Make an environment as its requirements say, and with the project if given, unless it is so already.
 
-    Returns what went wrong, in one line, or None. The stamp is written last.
+    `alone` are requirements that are installed without what they ask for. Returns what went wrong, in one line, or None. The stamp is written last.
     """
     path, stamp = python_of(environment), environment / "installed"
     # The root belongs to it, since an environment that was moved is broken.
-    digest = hashlib.sha256(requirements.read_bytes() + str(ROOT).encode()).hexdigest()
+    wanted = requirements.read_bytes() + (alone.read_bytes() if alone else b"")
+    digest = hashlib.sha256(wanted + str(ROOT).encode()).hexdigest()
     if path.exists() and stamp.exists() and stamp.read_text(encoding="ascii") == digest:
         return None
     uv = shutil.which("uv")
@@ -125,6 +127,8 @@ def set_up(environment, requirements, project=None):
         return environment.name + " could not be made; the reason is above"
     if not run(*install, "-r", requirements):
         return "the packages could not be installed; the reason is above (no network or index?)"
+    if alone and not run(*install, "--no-deps", "-r", alone):
+        return "the packages of " + alone.name + " could not be installed; the reason is above"
     if project and not run(*install, "--quiet", "--no-deps", "--no-build-isolation", "--editable", project):
         return "the project itself could not be installed in " + environment.name + "; the reason is above"
     stamp.write_text(digest, encoding="ascii")

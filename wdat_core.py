@@ -60,7 +60,7 @@ import pickle
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -1297,7 +1297,10 @@ class Boundary:
             raise WdatError("the nearest images were not kept: call boundary with keep=True")
         if not isinstance(x, Tensor) or (x.shape, x.dtype) != (self.x_adv.shape, self.x_adv.dtype):
             raise WdatError(f"x must be the images that boundary was given, {_kind(self.x_adv)}, not {_kind(x)}")
-        bought, right = self.bought(threat), self.distance > 0
+        bought, right, x = self.bought(threat), self.distance > 0, _plain(x)
+        far = _norm(self.x_adv.to(x.device) - x, self.r).to(self.distance)
+        if not torch.allclose(far, torch.where(self.distance < math.inf, self.distance, 0.0), rtol=1e-3):
+            raise WdatError("x must be the images that boundary was given, in that order: these are at other distances")
         clean, accuracy = right.sum().item() / len(x), self.accuracy(threat)
         return Attack(
             x_adv=torch.where(_per_image(bought, x), self.x_adv.to(x.device), x),
@@ -1357,6 +1360,7 @@ def boundary(
     _check_number("r", r, above=1, at_most=math.inf)
     _check_flag("keep", keep)
     _check_function("progress", progress)
+    _check_model(model)
     threat = Threat(p=math.inf, r=r)
 
     def attacker(x: Any, y: Any) -> _Attacker:
@@ -1364,7 +1368,7 @@ def boundary(
         if x.dtype.itemsize == 2:
             how = 'give float32 images and model, and precision="bfloat16" for speed'
             raise WdatError(f"images of {x.dtype} are too coarse for a distance: {how}")
-        return on
+        return replace(on, boxed=True)  # else an image with many such pixels seems far from any error
 
     batches: Any = x
     known = None
@@ -1375,15 +1379,18 @@ def boundary(
     try:
         with _prepared(model):
             for on, xb, yb in _checked(progress(batches) if progress else batches, attacker, known):
-                search.take(on, _plain(xb), _plain(yb))
-                while search.waiting() >= batch_size:
-                    search.attack(on, batch_size)
+                if keep and known is None:
+                    xb = xb.clone()  # the next batch may come in the same memory
+                for part in zip(_plain(xb).split(batch_size), _plain(yb).split(batch_size), strict=True):
+                    search.take(on, *part)
+                    while search.waiting() >= batch_size:
+                        search.attack(on, batch_size)
             while search.waiting():
                 search.attack(on, batch_size)
+            found = search.found(r)
     except BaseException as error:
         error.found = search.found(r)  # type: ignore[attr-defined]
         raise
-    found = search.found(r)
     assert found is not None
     return found
 
@@ -1410,8 +1417,9 @@ def _checked(
         yield on, x, y
     if on is None:
         raise WdatError("there are no images: the iterable of batches is empty")
-    if isinstance(batches, Sized) and count < len(batches):
-        raise WdatError(f"the batches ended after {count} of {len(batches)}")
+    with suppress(TypeError):  # a DataLoader has a length also where it does not know it
+        if isinstance(batches, Sized) and count < len(batches):
+            raise WdatError(f"the batches ended after {count} of {len(batches)}")
 
 
 def _about(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> str:
@@ -1433,9 +1441,9 @@ class _Search:
         logits = _logits(on, x)
         _check_finite(logits.isfinite().all())
         right = logits.argmax(1) == y
-        self.known.append(torch.where(right, math.nan, x.new_zeros(())))
         if self.keep:
             self.images.append(x)
+        self.known.append(torch.where(right, math.nan, x.new_zeros(())))
         own = F.one_hot(y, on.classes).bool()
         rivals = logits.masked_fill(own, -math.inf).topk(_shared(on.steps, on.classes)).indices
         places = torch.arange(self.count, self.count + len(x), device=x.device)
@@ -1549,6 +1557,7 @@ class _Attacker:
     rule: Rule | None
     classes: int
     rounding: float  # of the logits, relative to the greatest
+    boxed: bool = False  # no gradient at pixels of 0 and 1 that it would move out of [0, 1]
 
 
 def _blank(on: _Attacker, x: Tensor, directions: bool = True, packed: bool = True) -> _Look:
@@ -1623,6 +1632,8 @@ def _look_at(on: _Attacker, images: Tensor, labels: Tensor, known: _Look, rows: 
                     "no gradient comes from the loss to the images: remove no_grad or detach in the model or in it"
                 )
             (gradient,) = torch.autograd.grad(value.sum(), x, allow_unused=True, materialize_grads=True)
+            if on.boxed:
+                gradient = gradient * (gradient.sign().add_(x.detach()).clamp_(0, 1) != x.detach())
     value = value.detach().to(x.dtype)
     finite &= value.isfinite().all()
     if backward:

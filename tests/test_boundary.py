@@ -9,6 +9,9 @@ import torch
 from scipy.optimize import linprog
 from tiny import INF, images, lengths, network, predict
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader, IterableDataset
+from tqdm import tqdm
 
 from wdat_core import (
     Boundary,
@@ -167,6 +170,25 @@ def test_on_a_linear_network_the_distance_is_the_exact_one(r):
     assert within.sum() > 20 and (found[within] <= 1.01 * exact[within]).all()
 
 
+@pytest.mark.parametrize("r", [1.1, 1.5, 2, 3, INF])
+def test_pixels_of_0_and_1_move_one_way_only(r):
+    """On a linear network the distance is that along the pixels that can move; 40 steps find it."""
+    model = network("linear", classes=4)
+    x = images(60, model)[0].round()
+    y = predict(model, x)
+    weight, logits = model[-1].weight.detach() * 8, model(x).detach()
+    s = 1.0 if r == INF else r / (r - 1)
+    rises = weight[None] - weight[y][:, None]  # of z_j - z_y, (60, 4, pixels)
+    free = (rises > 0) == (x.flatten(1) == 0)[:, None]
+    exact = ((logits.gather(1, y[:, None]) - logits) / (rises * free).abs().pow(s).sum(2).pow(1 / s)).nan_to_num(INF)
+    exact[range(60), y] = INF
+    exact = exact.amin(1)
+    found = boundary(model, x, y, r=r, keep=False).distance
+    assert (found >= exact * (1 - 1e-9)).all()
+    inside = exact < 1  # no pixel reaches the other end
+    assert inside.sum() > 20 and (found[inside] <= 1.03 * exact[inside]).all()
+
+
 @pytest.mark.parametrize("kind", ["mlp", "smooth", "full"])
 @pytest.mark.parametrize(("r", "dtype"), [(INF, torch.float64), (2, torch.float64), (INF, torch.float32)])
 def test_each_image_found_is_what_it_is_said_to_be(kind, r, dtype):
@@ -189,7 +211,8 @@ def test_the_attacked_images_keep_the_budget_and_the_promise(p):
     model = network("mlp")
     x, y = images(40, model)
     found, threat = boundary(model, x, y, steps=20), Threat(p=p, delta=0.03)
-    attack = found.spend(x, threat)
+    attack = found.spend(x.clone().requires_grad_(), threat)
+    assert not attack.x_adv.requires_grad
     assert attack.accuracy == (predict(model, attack.x_adv) == y).double().mean() == found.accuracy(threat)
     assert attack.distance <= threat.delta * (1 + 1e-12)
     moved = lengths(attack.x_adv - x, INF)
@@ -231,6 +254,51 @@ def test_how_the_images_come_changes_nothing(sizes, batch_size):
     assert boundary(model, parts, steps=6, batch_size=batch_size, keep=False).x_adv is None
 
 
+class Endless(IterableDataset):
+    """A data set that does not know its length; a DataLoader of it has a len() that fails."""
+
+    def __iter__(self):
+        return iter(zip(*images(40, network("mlp")), strict=True))
+
+
+def test_the_batches_need_no_length():
+    model = network("mlp")
+    whole = boundary(model, *images(40, model), steps=4)
+    for batches in (DataLoader(Endless(), batch_size=15), tqdm(DataLoader(Endless(), batch_size=15), disable=True)):
+        assert torch.equal(boundary(model, batches, steps=4).distance, whole.distance)
+
+
+def test_a_batch_may_come_in_the_memory_of_the_last():
+    model = network("mlp")
+    x, y = images(40, model)
+
+    def batches():
+        pixels, labels = torch.empty_like(x[:8]), torch.empty_like(y[:8])
+        for part in zip(x.split(8), y.split(8), strict=True):
+            yield pixels.copy_(part[0]), labels.copy_(part[1])
+
+    found, whole = boundary(model, batches(), steps=4), boundary(model, x, y, steps=4)
+    assert found.distance.tolist() == pytest.approx(whole.distance.tolist(), rel=1e-6)
+    assert torch.allclose(found.x_adv, whole.x_adv, atol=1e-6)
+
+
+def test_one_pair_of_all_the_images_is_no_more_work_than_many():
+    """The images that wait were once copied for every batch of the attack."""
+    model = network("mlp", dtype=torch.float32)
+    x, y = images(64, model, dtype=torch.float32)
+    copied = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.cat.default:
+                copied.append(sum(part.numel() for part in args[0]))
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        boundary(model, [(x, y)], steps=1, batch_size=2, keep=False)
+    assert sum(copied) < 5 * x.numel()
+
+
 class Counted(nn.Module):
     """Counts the images whose gradient is asked for."""
 
@@ -259,7 +327,8 @@ def test_the_model_and_the_images_are_left_as_they_were():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     pixels, state = x.clone().requires_grad_(), torch.get_rng_state()
     with torch.inference_mode():
-        boundary(model, pixels, y, steps=3)
+        found = boundary(model, pixels, y, steps=3)
+    assert not found.distance.is_inference() and not found.x_adv.is_inference()
     assert model.training and all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert torch.equal(pixels, x) and pixels.grad is None and torch.equal(torch.get_rng_state(), state)
@@ -367,6 +436,7 @@ MANY = [(X, Y), (X, Y)]
 WRONG = {
     "r must be a number above 1": lambda: boundary(MODEL, X, Y, r=1),
     "steps must be a whole number at least 1": lambda: boundary(MODEL, X, Y, steps=0),
+    "model must be a torch.nn.Module": lambda: boundary(None, [(X, Y)]),
     "keep must be True or False": lambda: boundary(MODEL, X, Y, keep=1),
     "labels must be an int64 tensor, not NoneType": lambda: boundary(MODEL, X),
     "images must be a floating-point tensor": lambda: boundary(MODEL, [1], Y),
@@ -384,6 +454,7 @@ WRONG = {
     "threat must be a Threat": lambda: Boundary(torch.ones(3)).accuracy(2),
     "p must be a number at least 1": lambda: Boundary(torch.ones(3)).curve(0.5),
     "call boundary with keep=True": lambda: boundary(MODEL, X, Y, steps=1, keep=False).spend(X, Threat()),
+    "these are at other distances": lambda: boundary(MODEL, X, Y, steps=9).spend(X.flip(0), Threat()),
     "x must be the images that boundary was given": lambda: boundary(MODEL, X, Y, steps=1).spend(X[:3], Threat()),
 }
 
