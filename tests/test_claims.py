@@ -13,13 +13,13 @@ from altered import altered, recorded
 
 import wdat_core
 from companion import claim_texts, effects, evidence, files
-from companion.claims import CLAIMS, outcome, used, verdict
+from companion.claims import CLAIMS, RADII, outcome, used, verdict
 from companion.effects import Effect, stated
 from companion.evidence import by_setting, studies
-from companion.intervals import median_interval
-from companion.records import read_records
+from companion.intervals import boundary_of, median_interval
+from companion.records import make_record, read_records
 from companion.settings import PAPER_NETWORKS, STAND_INS
-from companion.values import pack
+from companion.values import pack, pack_floats
 from companion.words import OUTCOMES, VERDICTS
 
 N = 400  # test images; half are right under attack before fine-tuning
@@ -416,3 +416,60 @@ def test_no_verdict_is_typed_by_hand():
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
             assert not re.search(r"\bdef\b|\bfor .*:\n|\d\.\d", ast.unparse(ast.parse("".join(cell["source"]))))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# By the worst case
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def with_distances(before, after):
+    """A record of the whole protocol on small_trades whose test images have these distances, in 255ths."""
+    record = recorded("finetune-small_trades-whole-tau0.01-eta1-seed1-*.json")
+    n = record.data.test
+    packed = {
+        when: pack_floats(torch.tensor(values).repeat(n)[:n] / 255)
+        for when, values in (("before", before), ("after", after))
+    }
+    part = {"steps": 10, "core": "a" * 64, "device": "a processor", "distance": packed}
+    return make_record(record.stored() | {"boundary": part})
+
+
+def test_the_worst_case_judges_by_the_distances_of_the_records():
+    record = with_distances([0.0, 3.0, 6.0, 9.0], [0.0, 4.0, 7.0, 12.0])
+    (claim,) = [claim for claim in CLAIMS if claim.key == "whole-w2"]
+    for delta in RADII:
+        (effect,) = claim.found([record], delta)
+        threat = wdat_core.Threat(p=2, delta=delta / 255)
+        left = [boundary_of(record, when).accuracy(threat) for when in ("before", "after")]
+        assert effect.value == pytest.approx(100 * (left[1] - left[0]), abs=100 / record.data.test)
+        assert outcome(effect, claim) == ("holds" if left[1] > left[0] else "not visible")
+    assert claim.effects([record]) == claim.effects([make_record(_without_boundary(record))])
+    assert claim.found([make_record(_without_boundary(record))], 4) == []
+
+
+def _without_boundary(record):
+    return {name: value for name, value in record.stored().items() if name != "boundary"}
+
+
+def test_a_claim_about_both_accuracies_takes_both_balls():
+    record = with_distances([0.0, 3.0, 6.0, 9.0], [0.0, 4.0, 7.0, 12.0])
+    both, two, inf = (next(c for c in CLAIMS if c.key == key) for key in ("whole-worth", "whole-w2", "whole-winf"))
+    values = [claim.found([record], 8)[0].value for claim in (both, two, inf)]
+    assert values[0] == pytest.approx(values[1] + values[2])
+
+
+def test_claims_about_the_attacks_have_no_worst_case():
+    about = [claim.key for claim in CLAIMS if claim.found is None]
+    assert about == ["budget-strong", "budget-slight", "upsilon-close", "upsilon-robust", "upsilon-volatile"]
+
+
+def test_the_worst_case_s_sentence_and_table_are_those_of_the_effects():
+    assert "Nothing is recorded" in claim_texts.worst_case_answer([]) or "nothing is" in claim_texts.worst_case_answer(
+        []
+    )
+    records = [r for r in read_records() if evidence.is_full(r)]
+    text, table = claim_texts.worst_case_answer(records), claim_texts.by_worst_case(records).data
+    (claim,) = [claim for claim in CLAIMS if claim.key == "whole-w2"]
+    for effect in claim.found(records, 4):
+        assert f"{effect.value:+z.2f}" in text and f"{effect.value:+z.2f}" in table
