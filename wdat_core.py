@@ -1432,10 +1432,12 @@ class _Search:
 
     keep: bool
     count: int = 0  # images taken
-    known: list[Tensor] = field(default_factory=list)  # of each batch taken: 0 where misclassified, else NaN
+    # 0 where misclassified, NaN where not known yet, and room for more: a small tensor for each batch would lie between
+    # the large ones that come and go, and break the heap into pieces
+    distance: Tensor | None = None
     images: list[Tensor] = field(default_factory=list)  # the same batches, if they are kept
     queue: list[tuple[Tensor, ...]] = field(default_factory=list)  # which image, it, its label, its rivals
-    done: list[tuple[Tensor, ...]] = field(default_factory=list)  # which image, its distance, the nearest
+    nearest: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # which image, the nearest, if they are kept
 
     def take(self, on: _Attacker, x: Tensor, y: Tensor) -> None:
         logits = _logits(on, x)
@@ -1443,7 +1445,10 @@ class _Search:
         right = logits.argmax(1) == y
         if self.keep:
             self.images.append(x)
-        self.known.append(torch.where(right, math.nan, x.new_zeros(())))
+        if self.distance is None or self.count + len(x) > len(self.distance):
+            more = x.new_empty(max(self.count + len(x), 65536))
+            self.distance = more if self.distance is None else torch.cat([self.distance, more])
+        self.distance[self.count : self.count + len(x)] = torch.where(right, math.nan, x.new_zeros(()))
         own = F.one_hot(y, on.classes).bool()
         rivals = logits.masked_fill(own, -math.inf).topk(_shared(on.steps, on.classes)).indices
         places = torch.arange(self.count, self.count + len(x), device=x.device)
@@ -1458,18 +1463,20 @@ class _Search:
         places, x, y, rivals = (part[:most] for part in parts)
         device = on.passes.device
         distance, nearest = _nearest(on, x.to(device), y.to(device), rivals.to(device))
-        self.done.append((places, distance.to(x.device), *[nearest.to(x.device)] * self.keep))
+        if self.keep:
+            self.nearest.append((places, nearest.to(x.device)))
+        assert self.distance is not None
+        self.distance[places] = distance.to(x.device)
         self.queue = [tuple(part[most:] for part in parts)]
 
     def found(self, r: float) -> Boundary | None:
         """Of all images before the first that still waits."""
-        if not self.known:
+        if self.distance is None or not self.count:
             return None
-        distance, x_adv = torch.cat(self.known), torch.cat(self.images) if self.keep else None
-        for places, far, *nearest in self.done:
-            distance[places] = far
-            if x_adv is not None:
-                x_adv[places] = nearest[0]
+        distance, x_adv = self.distance[: self.count].clone(), torch.cat(self.images) if self.keep else None
+        for places, nearest in self.nearest:
+            assert x_adv is not None
+            x_adv[places] = nearest
         waits = distance.isnan().nonzero()
         end = int(waits[0]) if len(waits) else len(distance)
         return Boundary(distance[:end], r, None if x_adv is None else x_adv[:end]) if end else None

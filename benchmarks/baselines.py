@@ -43,17 +43,17 @@ class Subject:
         return Subject(self.name, self.model, self.x[:n], self.y[:n])
 
 
-def demo(images: int, device: torch.device, part: str = "test") -> Subject:
-    """The demo network on embedded images; each is random, and called so, where its library is not installed."""
+def demo(images: int, device: torch.device, part: str = "test", network: str = "demo") -> Subject:
+    """A stand-in on embedded images; each is random, and called so, where its library is not installed."""
     try:
-        model = load_network("demo", Path()).model
+        model = load_network(network, Path()).model
     except ImportError:
-        return random_subject("demo", lambda: new_stand_in("demo"), images, device)
+        return random_subject(network, lambda: new_stand_in(network), images, device)
     try:
         x, y = (t[:images] for t in embedded(part))
     except ImportError:
-        return _subject("demo (random images)", model, _random_images(images), None, device)
-    return _subject("demo", model, x, y, device)
+        return _subject(f"{network} (random images)", model, _random_images(images), None, device)
+    return _subject(network, model, x, y, device)
 
 
 def random_subject(name: str, make: Callable[[], nn.Module], images: int, device: torch.device) -> Subject:

@@ -1,4 +1,4 @@
-"""Attacks of other libraries, bounded for each image (p = inf), on the subject that ours are timed on.
+"""Attacks of other libraries on the subject that ours run on: bounded for each image (p = inf), or of minimum norm.
 
 Run as a program, by a Python that has the libraries, it answers questions: a line of JSON on stdin, a line on stdout.
 So the peers keep to an environment of their own, and are timed in turn with ours without the time of starting them.
@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -52,7 +54,56 @@ def pyautoattack(model: nn.Module, device: torch.device) -> Attacker:
     return APGDAttack(model, n_iter=STEPS, norm="Linf", eps=DELTA, n_restarts=1, loss="ce", device=device).perturb
 
 
+def adv_lib(model: nn.Module, device: torch.device, steps: int) -> Attacker:
+    """FMN (Pintor et al., 2021) for the norm l_inf. It projects in place, and in vain where images are channels_last."""
+    sys.modules.setdefault("visdom", types.ModuleType("visdom")).__dict__.setdefault("Visdom", None)  # shows curves
+    from adv_lib.attacks import fmn
+
+    return lambda x, y: fmn(model, x.contiguous(), y, norm=math.inf, steps=steps)
+
+
+def foolbox_fmn(model: nn.Module, device: torch.device, steps: int) -> Attacker:
+    """FMN of foolbox, for the norm l_inf."""
+    from foolbox import PyTorchModel
+    from foolbox.attacks.fast_minimum_norm import LInfFMNAttack
+
+    wrapped = PyTorchModel(model, bounds=(0, 1), device=device)
+    attack = LInfFMNAttack(steps=steps)
+    return lambda x, y: attack.run(wrapped, x, y)
+
+
 PEERS = {attack.__name__: attack for attack in (foolbox, torchattacks, pyautoattack)}
+NEAREST = {attack.__name__: attack for attack in (adv_lib, foolbox_fmn)}
+
+
+def nearest(name: str, subject: Subject, batch_size: int, steps: int) -> dict[str, Any]:
+    """How far a peer's minimum-norm attack finds each image from an error: "distance", inf where what it returns is
+    classified correctly, 0 where the image itself is not; the "gradients" it took, its "version".
+
+    Raises:
+        UnavailableError: its library is not installed.
+    """
+    x, y = subject.x, subject.y
+    batches = list(zip(x.split(batch_size), y.split(batch_size), strict=True))
+    found: list[Tensor] = []
+
+    def work(model: nn.Module) -> None:
+        try:
+            attack = NEAREST[name](model, x.device, steps)
+        except ImportError as error:
+            raise UnavailableError(f"{name.split('_fmn')[0]} is not installed ({one_line(error)})") from error
+        found.extend(attack(xb, yb).detach() for xb, yb in batches)
+
+    passes = passes_of(subject.model, work)
+    distance = []
+    with torch.no_grad():
+        for (xb, yb), found_b in zip(batches, found, strict=True):
+            far = (found_b - xb).flatten(1).abs().amax(1)
+            far[subject.model(found_b).argmax(1) == yb] = math.inf
+            far[subject.model(xb).argmax(1) != yb] = 0
+            distance += far.tolist()
+    version = metadata.version(name.split("_fmn")[0])
+    return {"distance": distance, "gradients": gradients(passes), "version": version}
 
 
 def run(name: str, subject: Subject, batch_size: int) -> dict[str, Any]:
@@ -95,8 +146,9 @@ def synchronise(device: torch.device) -> None:
 
 
 @contextlib.contextmanager
-def worker(python: str, subject: Subject, batch_size: int) -> Iterator[Callable[[str], dict[str, Any]]]:
-    """`run` in another Python: a function from a peer's name to what `run` returns there, or raises.
+def worker(python: str, subject: Subject, batch_size: int) -> Iterator[Callable[..., dict[str, Any]]]:
+    """`run` in another Python: a function from a peer's name to what `run` returns there, or raises. With the `steps`
+    of a minimum-norm attack it is `nearest` there.
 
     Between two questions the other Python waits, and takes no time of the processor.
     """
@@ -113,10 +165,10 @@ def worker(python: str, subject: Subject, batch_size: int) -> Iterator[Callable[
     except OSError as error:
         raise UnavailableError(f"the Python of the peers does not start ({one_line(error)})") from error
 
-    def ask(name: str) -> dict[str, Any]:
+    def ask(name: str, steps: int | None = None) -> dict[str, Any]:
         assert process.stdin and process.stdout
         with contextlib.suppress(BrokenPipeError):
-            print(json.dumps({"peer": name, **question}), file=process.stdin, flush=True)
+            print(json.dumps({"peer": name, "steps": steps, **question}), file=process.stdin, flush=True)
         answer = process.stdout.readline()
         if not answer:
             raise UnavailableError(f"the Python of the peers stopped with exit code {process.wait()}")
@@ -140,7 +192,8 @@ def answer_questions() -> None:
             question = json.loads(line)
             if subject is None:
                 torch.set_num_threads(question["threads"])
-                subject = demo(question["images"], torch.device(question["device"]))
+                network = question["network"].split()[0]  # without what is said of it
+                subject = demo(question["images"], torch.device(question["device"]), network=network)
             try:
                 answer = answer_to(question, subject)
             except UnavailableError as error:
@@ -153,6 +206,8 @@ def answer_questions() -> None:
 def answer_to(question: dict[str, Any], subject: Subject) -> dict[str, Any]:
     if subject.name != question["network"]:
         raise UnavailableError(f"pillow or safetensors is not installed: {subject.name} in place of the network")
+    if question["steps"] is not None:
+        return nearest(question["peer"], subject, question["batch_size"], question["steps"])
     return run(question["peer"], subject, question["batch_size"])
 
 

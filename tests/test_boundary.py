@@ -1,5 +1,6 @@
 """The worst case over the ball: the allocation against brute force, the distances against exact ones, bad input."""
 
+import gc
 import itertools
 import math
 
@@ -392,16 +393,19 @@ def test_evaluate_has_a_fourth_number_on_request():
 
 
 def test_a_million_images_would_need_four_bytes_each():
+    """And no tensor for each batch: many small ones between large ones break the heap into pieces."""
     model, seen = network("linear", dtype=torch.float32), []
 
     def stream():
-        for i in range(40):
-            seen.append(i)
+        for _ in range(40):
+            i = len(seen)
+            seen.append(sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects()))
             x = torch.rand(25, 2, 3, 3, generator=torch.Generator().manual_seed(i))
             yield x, predict(model, x)
 
     found = boundary(model, stream(), steps=2, keep=False, batch_size=64)
-    assert len(seen) == 40 and found.distance.shape == (1000,) and found.distance.dtype == torch.float32
+    assert len(seen) == 40 and max(seen[20:]) <= max(seen[5:20])
+    assert found.distance.shape == (1000,) and found.distance.dtype == torch.float32
 
 
 # ---------------------------------------------------------------------------------------------------------------------
