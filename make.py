@@ -103,7 +103,7 @@ def python_of(environment):
 def set_up(environment, requirements, project=None, alone=None):
     """Make an environment as its requirements say, and with the project if given, unless it is so already.
 
-    `alone` are requirements that are installed without what they ask for. Returns what went wrong, in one line, or None.
+    `alone` are requirements that are installed without what they ask for. Returns what went wrong in one line, or None.
     The stamp is written last.
     """
     path, stamp = python_of(environment), environment / "installed"
