@@ -322,16 +322,16 @@ def gallery(record: SpendRecord, pixels_of: Mapping[str, Any], which: Mapping[st
 
 def _card(image: Image, pixels_of: Mapping[str, Any], times: int) -> str:
     x, name = pixels_of["x"][image.index], class_name(image.label)
-    original = _png(x)
+    original = png(x)
     cells = [f'<div><img src="{original}" alt="Image {image.index}, {name}">original</div>']
     for attacker, symbol in NAMES.items():
         attacked, read = pixels_of[attacker][image.index], class_name(image.after[attacker])
         read = f"<b>{read}</b>" if image.after[attacker] != image.label else read
         said = f"after {symbol}, moved by {pixels(image.moved[attacker])}/255"
         cells += [
-            f'<div><img src="{_png(0.5 + times * (attacked - x))}" alt="the move of {symbol}, {times} times">'
+            f'<div><img src="{png(0.5 + times * (attacked - x))}" alt="the move of {symbol}, {times} times">'
             f"{symbol}: {pixels(image.moved[attacker])}/255</div>",
-            f'<div><span class="swap" tabindex="0"><img src="{_png(attacked)}" alt="{said}"></span>{read}</div>',
+            f'<div><span class="swap" tabindex="0"><img src="{png(attacked)}" alt="{said}"></span>{read}</div>',
         ]
     return (
         f"<figure style=\"--original: url('{original}')\"><figcaption>Image {image.index}, <b>{name}</b>,"
@@ -339,7 +339,7 @@ def _card(image: Image, pixels_of: Mapping[str, Any], times: int) -> str:
     )
 
 
-def _png(x: Any) -> str:
+def png(x: Any) -> str:
     """An image (3, h, w) in [0, 1] as the address of a PNG that holds it."""
     from PIL import Image as Picture
 
