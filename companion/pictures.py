@@ -211,8 +211,7 @@ def _sums(images: Sequence[Image], groups: Mapping[str, Sequence[Image]], names:
     head = "".join(f'<th colspan="2" scope="colgroup">{name} spends</th>' for name in NAMES.values())
     heads = "<th>r.m.s., /255</th><th>of its total</th>" * len(NAMES)
     if "found" in names:
-        head += f'<th colspan="2" scope="colgroup">{names["found"]}</th>'
-        heads += "<th>bought</th><th>of its total</th>"
+        head += f'<th rowspan="2">{names["found"]}: bought</th>'
     rows = []
     for name, members in [*groups.items(), ("", images)]:
         cells = [f'<th scope="row">{GROUPS[name][1] if name else "all"}</th><td>{len(members):,}</td>']
@@ -222,8 +221,7 @@ def _sums(images: Sequence[Image], groups: Mapping[str, Sequence[Image]], names:
             part = f"{100 * share(members, images, attacker):.0f}&nbsp;%"
             cells.append(f"<td>{mark}{pixels(root_mean_square(members, attacker))}</td><td>{part}</td>")
         if "found" in names:
-            bought = sum(i.moved["found"] > 0 for i in members)
-            cells.append(f"<td>{bought:,}</td><td>{100 * share(members, images, 'found'):.0f}&nbsp;%</td>")
+            cells.append(f"<td>{sum(i.moved['found'] > 0 for i in members):,}</td>")
         rows.append(f"<tr>{''.join(cells)}</tr>")
     return (
         '<table><thead><tr><th rowspan="2">images</th><th rowspan="2">number</th>'

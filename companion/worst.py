@@ -86,15 +86,23 @@ def plot_worst(records: Sequence[Record]) -> Figure:
     from matplotlib.lines import Line2D
 
     those = measured(records)
+    columns = min(2, max(1, len(those)))
+    rows = math.ceil(max(1, len(those)) / columns)
     with sns.axes_style("whitegrid"), sns.plotting_context("notebook", font_scale=0.9):
         figure, axes = plt.subplots(
-            max(1, len(those)), figsize=(5.0, 1.2 + 2.3 * max(1, len(those))), sharex=True, squeeze=False,
+            rows, columns, figsize=(1.2 + 2.5 * columns, 1.2 + 2.1 * rows), sharey=True, squeeze=False,
             layout="constrained",
         )  # fmt: skip
         plt.close(figure)
-        for axis, record in zip(axes[:, 0], those, strict=False):
-            _panel(axis, record)
-        axes[-1, 0].set_xlabel("radius δ, in 255ths")
+        for i, axis in enumerate(axes.flat):
+            if i < len(those):
+                _panel(axis, those[i])
+                axis.set(
+                    xlabel="radius δ, in 255ths" if i + columns >= len(those) else "", xticks=range(0, MOST + 1, 4)
+                )
+                axis.set_ylabel("accuracy, per cent" if i % columns == 0 else "")
+            else:
+                axis.axis("off")
         shown = [
             Line2D([], [], color=colour, label=f"worst case found, p = {_order(p)}") for p, colour in ORDERS.items()
         ]
@@ -103,7 +111,7 @@ def plot_worst(records: Sequence[Record]) -> Figure:
             shown.append(
                 Line2D([], [], color=ORDERS[p], linestyle="", marker=marker, markeredgecolor="black", label=name)
             )
-        figure.legend(handles=shown, loc="outside lower center", ncols=1, frameon=False)
+        figure.legend(handles=shown, loc="outside lower center", ncols=columns, frameon=False)
     return figure
 
 
@@ -128,7 +136,7 @@ def _panel(axis: Any, record: EvaluateRecord) -> None:
             axis.text(
                 delta + 0.3, (value + left) / 2, f"−{value - left:.1f} points", color=ORDERS[p], va="center", bbox=WHITE
             )
-    axis.set(title=short_name(record.network.name), ylabel="accuracy, per cent", xlim=(0, MOST), ylim=(0, 72))
+    axis.set(title=short_name(record.network.name), xlim=(0, MOST), ylim=(0, 72))
 
 
 def found_is_no_higher(record: EvaluateRecord, within: float = 0.1) -> bool:
