@@ -71,8 +71,8 @@ def prices(settings: Settings | None = None) -> Prices:
             bought = found.bought(threat) & (found.distance > 0)
             there = replace(on, settings=on.settings.model_copy(update={"delta": radius / 255}))
             attack = there.attack((x, y), 2.0)
-            right, spent = attack.correct, (attack.x_adv - x).flatten(1).norm(on.settings.r, dim=1).square()
-            vain = (spent[right].sum() / spent.sum()).item() if spent.any() else 0.0
+            right, spent = attack.correct, (attack.x_adv - x).double().flatten(1).norm(on.settings.r, dim=1).square()
+            vain = 1 - (spent[~right].sum() / spent.sum()).item() if spent.any() else 0.0
         states.append(State(radius, tuple(bought[order].tolist()), tuple(right[order].tolist()), vain))
     label, read = (tuple(part[order].tolist()) for part in (y, before))
     return Prices(list(x[order].cpu()), label, read, tuple(found.distance[order].tolist()), tuple(states))
@@ -110,12 +110,12 @@ def slider(known: Prices) -> str:
     ticks = "".join(f"<span>{tick:g}</span>" for tick in range(0, math.floor(most) + 1, 2))
     return "\n".join([
         f'<div class="prices" data-states="{data}">',
-        '<div class="control" hidden>',
+        '<template><div class="control">',
         '<label for="prices-delta">Budget δ, in 255ths</label>',
         f'<input type="range" id="prices-delta" min="0" max="{most:g}" step="{step:g}" value="{SHOWN:g}"'
         f' aria-valuetext="δ = {SHOWN:g}/255" aria-controls="prices-images" autocomplete="off">',
         f'<div class="ticks" aria-hidden="true">{ticks}</div>',
-        "</div>",
+        "</div></template>",
         f'<output for="prices-delta" role="status">{html.escape(says(known, first))}</output>',
         '<p class="key">Below each image is its price, in 255ths. The first mark: <b>✗</b> bought, or wrong as it is'
         " (grey); <b>✓</b> still right. The second mark: the same after W-PGD.</p>",

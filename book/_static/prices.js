@@ -3,8 +3,8 @@
 document.addEventListener("DOMContentLoaded", () => {
   document.querySelectorAll(".prices").forEach((box) => {
     const states = JSON.parse(box.dataset.states);
-    const control = box.querySelector(".control");
-    const input = control.querySelector("input");
+    box.prepend(box.querySelector("template").content); // without this script there is nothing to move
+    const input = box.querySelector("input");
     const output = box.querySelector("output");
     const cards = box.querySelectorAll("li");
     const mark = (right) => (right ? "✓" : "✗");
@@ -24,7 +24,6 @@ document.addEventListener("DOMContentLoaded", () => {
     };
 
     input.addEventListener("input", show);
-    control.hidden = false; // without this script there is nothing to move
     show();
   });
 });
