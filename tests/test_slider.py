@@ -63,8 +63,8 @@ def test_the_words_count_what_the_state_shows():
     text = slider.says(known, known.states[0])
     assert text == (
         "With δ = 8/255 the attacker buys 2 images, the dearest for 2.0/255. Still right: 1 of 4 (25.0 %)."
-        " With the same δ, W-PGD leaves 2 right (50.0 %), 1 of them bought here. 25 % of what it spends goes to images that"
-        " stay right."
+        " With the same δ, W-PGD leaves 2 right (50.0 %), 1 of them bought here. 25 % of what it spends goes to images"
+        " that stay right."
     )
     nothing = made([0, math.inf], [False, False], [False, True], radius=0.0)
     assert slider.says(nothing, nothing.states[0]) == (
