@@ -8,7 +8,7 @@ from typing import Any
 from companion.evidence import column_of, columns_of
 from companion.intervals import accuracy
 from companion.kinds import EvaluateRecord, FinetuneRecord, SensitivityRecord, SpendRecord
-from companion.pictures import NAMES, accuracies
+from companion.pictures import FOUND, NAMES, accuracies
 from companion.records import protocol, record_name
 from companion.settings import METRICS
 
@@ -98,16 +98,16 @@ def of_pictures(record: SpendRecord, recorded: Sequence[SpendRecord], *, points:
     Raises:
         AssertionError: an accuracy differs by more.
     """
-    here = accuracies(record)
+    here, names = accuracies(record), NAMES | FOUND
     for other in recorded:
         for name, there in accuracies(other).items():
-            assert abs(here[name] - there) <= points / 100 + 1e-9, (
-                f"{NAMES.get(name, 'clean')} accuracy is {100 * here[name]:.2f} % in this run and {100 * there:.2f} %"
+            assert abs(here.get(name, there) - there) <= points / 100 + 1e-9, (
+                f"{names.get(name, 'clean')} accuracy is {100 * here[name]:.2f} % in this run and {100 * there:.2f} %"
                 f" in {record_name(other)}, further apart than {points:g} points"
             )
     if not recorded:
         return NOTHING_TO_COMPARE
-    return f"This run agrees with the recorded one: its three accuracies are within {points:g} points."
+    return f"This run agrees with the recorded one: its accuracies are within {points:g} points."
 
 
 def _agrees(compared: int, line: str) -> Any:

@@ -70,11 +70,11 @@ class Bench:
         usual = {"loss": self.loss if p < math.inf else "ce", "steps": self.settings.steps, "batch_size": self.at_once}
         return wdat_core.wpgd(self.model, *images, self.threat(p), **{**usual, **self.how, **options})
 
-    def boundary(self, images: Images, *, steps: int) -> Boundary:
-        """The distances of images to the nearest misclassified ones."""
+    def boundary(self, images: Images, *, steps: int, keep: bool = False) -> Boundary:
+        """The distances of images to the nearest misclassified ones; with `keep` these too."""
         show = self.progress("worst case")
         how = {"batch_size": self.at_once, "progress": show, **self.how}
-        return wdat_core.boundary(self.model, *images, r=self.settings.r, steps=steps, keep=False, **how)
+        return wdat_core.boundary(self.model, *images, r=self.settings.r, steps=steps, keep=keep, **how)
 
     def sensitivity(self, images: Images) -> float:
         return wdat_core.sensitivity(

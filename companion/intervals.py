@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from companion.kinds import Record, Scored, images_of, unpack
+from companion.kinds import Record, Scored, SpendRecord, images_of, unpack
 from companion.settings import FOUND
 from companion.values import unpack_floats
 from wdat_core import Boundary, Threat
@@ -68,7 +68,7 @@ def shares(record: Scored, when: str, threat: Threat) -> Any:
     return boundary_of(record, when).shares(threat).numpy()
 
 
-def boundary_of(record: Scored, when: str) -> Boundary:
+def boundary_of(record: Scored | SpendRecord, when: str) -> Boundary:
     """The distances of the images of a record.
 
     Raises:

@@ -8,138 +8,43 @@ import re
 import sys
 from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
+from companion.parts import (
+    AttackConfig,
+    BenchmarkConfig,
+    BoundaryPart,
+    CertifiedConfig,
+    DataPart,
+    EvaluateConfig,
+    FormerPretrainConfig,
+    History,
+    NetworkPart,
+    Part,
+    PrecisionConfig,
+    ReliabilityConfig,
+    SensitivityConfig,
+)
 from companion.settings import METRICS, STRONGER
 from companion.values import (
     TEXT,
     Amount,
     Bits,
     ConfigField,
-    Count,
     Distances,
     Fraction,
     Label,
     Scores,
-    Seed,
     Sha256,
     Text,
-    ThreatField,
     Whole,
     finetune_config,
     unpack,
+    unpack_floats,
 )
 from wdat_core import Threat
 
 SCHEMA: Final = 1
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Parts
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Part(BaseModel):
-    """Strict: a wrong type, a name that is not known and a number that is none are refused."""
-
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", arbitrary_types_allowed=True)
-
-
-class NetworkPart(Part):
-    name: Annotated[str, StringConstraints(pattern=r"^[\w.-]+$")]
-    source: Text
-    digest: Sha256
-
-
-class DataPart(Part):
-    """The images of a run: how many of each part, None for a part that was not used."""
-
-    source: Text
-    digest: Sha256
-    train: Count | None = None
-    val: Whole | None = None
-    test: Count | None = None
-    autoattack: Count | None = None  # how many of the test images, from the first one on
-
-
-class OfAttack(Part):
-    threat: ThreatField
-    precision: Text = "float32"
-    compiled: bool = False
-    loss: Text = "redlr"  # of the distributional attack
-
-
-class AttackConfig(OfAttack):
-    steps: Count
-
-
-class EvaluateConfig(AttackConfig):
-    batch_size: Count
-
-
-class SensitivityConfig(OfAttack):
-    samples: Count
-    fraction: Fraction
-    seed: Seed
-
-
-class PrecisionConfig(Part):
-    batch_size: Count
-    steps: Count
-    delta: Fraction
-
-
-class FormerPretrainConfig(Part):
-    """Of the trainer that pre-trained the first stand-ins, and that wdat_core had until version 0.2."""
-
-    method: Literal["trades", "pgd"] | None = None  # None: TRADES, before there was another
-    threat: ThreatField
-    beta: Amount
-    steps: Count
-    step_ratio: Amount
-    epochs: Count
-    batch_size: Count
-    rate: Amount
-    warm_up: Fraction
-    momentum: Fraction
-    weight_decay: Amount
-    average: Fraction
-    augment: bool
-    precision: Text
-    compiled: bool = False
-    seed: Seed
-
-
-class BoundaryPart(Part):
-    """Distances to the nearest misclassified image that `wdat_core.boundary` found, and which code found them where.
-
-    `distance` has them of the images that accuracies "before" and "after", or of a part of the data, are of.
-    """
-
-    steps: Count
-    core: Sha256
-    device: Text
-    distance: dict[str, Distances]
-
-
-class ReliabilityConfig(Part):
-    model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, Whole]
-
-
-class BenchmarkConfig(Part):
-    model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, bool | int | float | Text | list[Text]]
-
-    rounds: Count
-
-
-class History(Part):
-    """`epochs`: a row for each epoch, see `wdat_core.History`; `start`: the same of the network before it."""
-
-    epochs: Annotated[list[dict[str, Any]], Field(min_length=1)]
-    best: Count
-    upsilon: list[Amount] | None = None
-    start: dict[str, Any] | None = None
 
 
 def accuracy_name(threat: Threat) -> str:
@@ -203,6 +108,11 @@ class OfNetwork(Record):
     data: DataPart
 
 
+def _of_images(name: str, distances: str, n: int) -> None:
+    if len(base64.b64decode(distances)) != 4 * n:
+        raise ValueError(f"{name} is not of {n} images")
+
+
 class Scored(OfNetwork):
     """With accuracies, and the images that each of them is the mean of."""
 
@@ -213,8 +123,7 @@ class Scored(OfNetwork):
     @model_validator(mode="after")
     def _a_distance_for_each_image(self) -> Self:
         for when, text in self.boundary.distance.items() if self.boundary else ():
-            if len(base64.b64decode(text)) != 4 * images_of(self, when):
-                raise ValueError(f"boundary.distance.{when} is not of {images_of(self, when)} images")
+            _of_images(f"boundary.distance.{when}", text, images_of(self, when))
         return self
 
     @model_validator(mode="after")
@@ -331,13 +240,18 @@ class SensitivityRecord(OfNetwork):
 
 
 class SpendRecord(OfNetwork):
-    """For each image its label, the prediction before and after each attack, and how far each attack moved it."""
+    """For each image its label, the prediction before and after each attack, and how far each attack moved it.
+
+    Later ones have in `boundary` the distance to the nearest misclassified image found, "test"; and in `prediction`
+    what that one is read as, "found".
+    """
 
     kind: Literal["spend"]
     config: AttackConfig
     label: list[Label]
     prediction: dict[str, list[Label]]
     distance: dict[str, list[Amount]]
+    boundary: BoundaryPart | None = None
 
     needs = ("data.test", "prediction.x", "prediction.w_inf", "prediction.w_2", "distance.w_inf", "distance.w_2")
 
@@ -346,6 +260,33 @@ class SpendRecord(OfNetwork):
         lists: list[Any] = [self.label, *self.prediction.values(), *self.distance.values()]
         if any(len(values) != self.data.test for values in lists):
             raise ValueError(f"it does not have the label, predictions and distances of {self.data.test} images")
+        return self
+
+    @model_validator(mode="after")
+    def _what_was_found_is_of_all_images(self) -> Self:
+        if ("found" in self.prediction) != (self.boundary is not None):
+            raise ValueError("of boundary and prediction.found it has one without the other")
+        if self.boundary:
+            if self.boundary.distance.keys() != {"test"}:
+                raise ValueError("boundary.distance is not of the test images alone")
+            _of_images("boundary.distance.test", self.boundary.distance["test"], images_of(self, "test"))
+        return self
+
+
+class CertifiedRecord(OfNetwork):
+    """For each image a distance below which it is proved that no image is misclassified; 0 where nothing is proved."""
+
+    kind: Literal["certified"]
+    config: CertifiedConfig
+    distance: Distances
+
+    needs = ("data.test", "seconds.total")
+
+    @model_validator(mode="after")
+    def _a_distance_for_each_image(self) -> Self:
+        _of_images("distance", self.distance, images_of(self, "test"))
+        if len(far := unpack_floats(self.distance)) and far.max() > self.config.most * (1 + 1e-6):  # float32
+            raise ValueError(f"a distance is above {self.config.most!r}, the greatest that was tried")
         return self
 
 
@@ -392,6 +333,7 @@ KINDS: dict[str, type[Record]] = {
     "sensitivity": SensitivityRecord,
     "spend": SpendRecord,
     "stronger": StrongerRecord,
+    "certified": CertifiedRecord,
     "pretrain": PretrainRecord,
     "precision": PrecisionRecord,
     "upsilon": UpsilonRecord,

@@ -1,4 +1,4 @@
-"""Pictures of a "spend" record: where two attackers spend their budget, image by image, as HTML without any script.
+"""Pictures of a "spend" record: where attackers spend their budget, image by image, as HTML without any script.
 
 Text is text and colours are classes of book/_static/companion.css, so that a picture follows the theme of its page, is
 read aloud, printed, and read on a phone."""
@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from companion.evidence import is_current
+from companion.intervals import boundary_of, has_found
 from companion.kinds import SpendRecord
 from companion.records import record_name
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 NAMES = {"w_inf": "W∞", "w_2": "W₂"}
+FOUND = {"found": "cheapest first"}  # who has the budget of W₂ and knows what was found; not every record has them
 # How the images divide, in the order of the picture: what the label below a block says, and what the table says.
 GROUPS = {
     "wrong": ("already wrong", "wrong before any attack"),
@@ -28,7 +30,7 @@ GROUPS = {
     "w_inf": ("by W∞ alone", "fooled by W∞, not by W₂"),
 }
 FOOLS = {"w_inf": ("both", "w_inf"), "w_2": ("both", "w_2")}  # the groups that each attacker gets
-DELTA, HEAD, REM = 100, 80, 20  # in units of the drawing: the height of delta, the room of a heading, 1 rem of the page
+DELTA, HEAD, REM = 64, 80, 20  # in units of the drawing: the height of delta, the room of a heading, 1 rem of the page
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,24 @@ class Image:
         return "both" if len(fooled) == 2 else fooled[0] if fooled else "neither"
 
 
+def attackers(record: SpendRecord) -> dict[str, str]:
+    """The attackers of a record, by their names in it, with what they are called."""
+    return NAMES | FOUND if has_found(record, "test") else NAMES
+
+
 def images_in(record: SpendRecord) -> list[Image]:
     """The images of a record, in its order."""
-    read, moved = record.prediction, record.distance
+    read, moved = dict(record.prediction), dict(record.distance)
+    if has_found(record, "test"):
+        found = boundary_of(record, "test")
+        bought = found.bought(record.config.threat).tolist()
+        prices = zip(bought, found.distance.tolist(), strict=True)
+        moved["found"] = [price if buys else 0.0 for buys, price in prices]
+        nearest = zip(bought, read["found"], read["x"], strict=True)
+        read["found"] = [there if buys else here for buys, there, here in nearest]
+    names = attackers(record)
     return [
-        Image(i, label, read["x"][i], {a: read[a][i] for a in NAMES}, {a: moved[a][i] for a in NAMES})
+        Image(i, label, read["x"][i], {a: read[a][i] for a in names}, {a: moved[a][i] for a in names})
         for i, label in enumerate(record.label)
     ]
 
@@ -102,7 +117,7 @@ def opening(records: Iterable[SpendRecord]) -> SpendRecord | None:
 
 
 def budget(record: SpendRecord | None) -> str:
-    """Each image as two thin bars, what W∞ and what W₂ spend on it; below them the sums of each group, as a table."""
+    """Each image as thin bars, what each attacker spends on it; below them the sums of each group, as a table."""
     if not record or not record.label:
         return (
             '<p class="budget-none">Where the budget goes, image by image: no such run is recorded yet, so nothing is'
@@ -110,10 +125,12 @@ def budget(record: SpendRecord | None) -> str:
         )
     images = images_in(record)
     groups, delta, n = grouped(images), record.config.threat.delta, len(images)
-    tops = {a: max(1, math.ceil(round(max(i.moved[a] for i in images) / delta, 3))) for a in NAMES}  # in deltas
-    base = {"w_inf": HEAD + DELTA * tops["w_inf"]}
-    base["w_2"] = base["w_inf"] + HEAD + DELTA * tops["w_2"]
-    height = base["w_2"] + 2
+    tops = {a: max(1, math.ceil(round(max(i.moved[a] for i in images) / delta, 3))) for a in attackers(record)}
+    base, height = {}, 0
+    for attacker, top in tops.items():  # in deltas
+        height += HEAD + DELTA * top
+        base[attacker] = height
+    height += 2
     lines, marks, x = [], [], 0
     for attacker, zero in base.items():
         lines += [f'<path class="axis" d="M0 {zero}H{n}"/>']
@@ -151,7 +168,7 @@ def budget(record: SpendRecord | None) -> str:
         *ticks,
         "</div>",
         f'<div class="blocks" aria-hidden="true">{"".join(labels)}</div>',
-        _sums(images, groups),
+        _sums(images, groups, attackers(record)),
         f'<p class="figure-note">{_note(record, images)}</p>',
         "</div>",
     ]
@@ -165,15 +182,19 @@ def _rem(units: float) -> str:
 def _marks(image: Image, x: int, base: Mapping[str, int], delta: float) -> str:
     """The column of one image: what the pointer says of it, where it feels it, and a bar for each attacker."""
     words = [f"image {image.index}: {class_name(image.label)}, read as {class_name(image.before)}"]
-    words += [f"{NAMES[a]}: {pixels(image.moved[a])}/255, {class_name(image.after[a])}" for a in NAMES]
+    called = NAMES | FOUND
+    words += [f"{called[a]}: {pixels(image.moved[a])}/255, {class_name(image.after[a])}" for a in base]
     bars = [f"M{x}.5 {zero}v{-DELTA * image.moved[a] / delta:.0f}" for a, zero in base.items()]
     title = html.escape("\n".join(words))
     return f'<g><title>{title}</title><path d="M{x}.5 0V999"/>' + "".join(f'<path d="{bar}"/>' for bar in bars) + "</g>"
 
 
 def _heading(record: SpendRecord, attacker: str) -> str:
-    moved, kept = record.distance[attacker], accuracies(record)[attacker]
+    moved, kept = [image.moved[attacker] for image in images_in(record)], accuracies(record)[attacker]
     zeros, most = moved.count(0), pixels(max(moved))
+    left = f"<b>{100 * kept:.1f}&nbsp;%</b> still right."
+    if attacker in FOUND:
+        return f"<b>Cheapest first:</b> {len(moved) - zeros:,} images bought, the dearest for {most}/255. {left}"
     even = pixels(min(moved)) == most
     spent = (
         f"every image moved by {most}/255"
@@ -183,11 +204,14 @@ def _heading(record: SpendRecord, attacker: str) -> str:
         else f"images moved by up to {most}/255"
     )
     who = {"w_inf": "Pointwise", "w_2": "Distributional"}[attacker]
-    return f"<b>{who}, {NAMES[attacker]}:</b> {spent}. <b>{100 * kept:.1f}&nbsp;%</b> still right."
+    return f"<b>{who}, {NAMES[attacker]}:</b> {spent}. {left}"
 
 
-def _sums(images: Sequence[Image], groups: Mapping[str, Sequence[Image]]) -> str:
+def _sums(images: Sequence[Image], groups: Mapping[str, Sequence[Image]], names: Mapping[str, str]) -> str:
     head = "".join(f'<th colspan="2" scope="colgroup">{name} spends</th>' for name in NAMES.values())
+    heads = "<th>r.m.s., /255</th><th>of its total</th>" * len(NAMES)
+    if "found" in names:
+        head += f'<th rowspan="2">{names["found"]}: bought</th>'
     rows = []
     for name, members in [*groups.items(), ("", images)]:
         cells = [f'<th scope="row">{GROUPS[name][1] if name else "all"}</th><td>{len(members):,}</td>']
@@ -196,10 +220,12 @@ def _sums(images: Sequence[Image], groups: Mapping[str, Sequence[Image]]) -> str
             mark = f'<span class="{kind}" aria-hidden="true">■</span> ' if name else ""
             part = f"{100 * share(members, images, attacker):.0f}&nbsp;%"
             cells.append(f"<td>{mark}{pixels(root_mean_square(members, attacker))}</td><td>{part}</td>")
+        if "found" in names:
+            cells.append(f"<td>{sum(i.moved['found'] > 0 for i in members):,}</td>")
         rows.append(f"<tr>{''.join(cells)}</tr>")
     return (
         '<table><thead><tr><th rowspan="2">images</th><th rowspan="2">number</th>'
-        f"{head}</tr><tr>{'<th>r.m.s., /255</th><th>of its total</th>' * 2}</tr></thead>"
+        f"{head}</tr><tr>{heads}</tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table>"
     )
 
@@ -208,10 +234,11 @@ def _summary(record: SpendRecord) -> str:
     """What the picture shows, for those who do not see it."""
     images, delta = images_in(record), record.config.threat.delta
     says = [
-        f"{len(images)} test images as columns, each with what two attackers of radius {255 * delta:.4g}/255"
+        f"{len(images)} test images as columns, each with what {'three' if has_found(record, 'test') else 'two'}"
+        f" attackers of radius {255 * delta:.4g}/255"
         " spend on it."
     ]
-    says += [html.unescape(_heading(record, a).replace("<b>", "").replace("</b>", "")) for a in NAMES]
+    says += [html.unescape(_heading(record, a).replace("<b>", "").replace("</b>", "")) for a in attackers(record)]
     says += [f"{len(members)}: {GROUPS[name][1]}." for name, members in grouped(images).items()]
     return html.escape(" ".join(says))
 
@@ -219,14 +246,18 @@ def _summary(record: SpendRecord) -> str:
 def _note(record: SpendRecord, images: Sequence[Image]) -> str:
     old = "" if is_current(record) else ", by an earlier version of <code>wdat_core.py</code>"
     network, delta = html.escape(record.network.name), record.config.threat.delta
+    third = (
+        " The third has the budget of W₂, and buys the images with the nearest misclassified image found first: no"
+        " certificate, since nearer ones may exist."
+    ) * has_found(record, "test")
     return (
-        f"<strong>Measured.</strong> A column is one of {len(images):,} CIFAR-10 test images, the same above and below;"
+        f"<strong>Measured.</strong> A column is one of {len(images):,} CIFAR-10 test images, the same in each band;"
         ' <span class="wrong">■</span> wrong before any attack, <span class="fooled">■</span> fooled,'
         f' <span class="kept">■</span> still right. The network <code>{network}</code> reads'
-        f" {100 * accuracies(record)['x']:.1f}&nbsp;% correctly when nobody attacks. Both attackers may spend"
+        f" {100 * accuracies(record)['x']:.1f}&nbsp;% correctly when nobody attacks. Each attacker may spend"
         f" δ&nbsp;=&nbsp;{255 * delta:.4g}/255: W∞ on every image, W₂ as the root mean square (r.m.s.) over all."
         f" W₂ ends at {pixels(root_mean_square(images, 'w_2'))}/255: its steps add up to δ, but do not all move the"
-        " same images. Point at a column for its image."
+        f" same images.{third} Point at a column for its image."
         f" Drawn from <code>results/{html.escape(record_name(record))}</code>{old}."
     )
 
@@ -289,16 +320,16 @@ def gallery(record: SpendRecord, pixels_of: Mapping[str, Any], which: Mapping[st
 
 def _card(image: Image, pixels_of: Mapping[str, Any], times: int) -> str:
     x, name = pixels_of["x"][image.index], class_name(image.label)
-    original = _png(x)
+    original = png(x)
     cells = [f'<div><img src="{original}" alt="Image {image.index}, {name}">original</div>']
     for attacker, symbol in NAMES.items():
         attacked, read = pixels_of[attacker][image.index], class_name(image.after[attacker])
         read = f"<b>{read}</b>" if image.after[attacker] != image.label else read
         said = f"after {symbol}, moved by {pixels(image.moved[attacker])}/255"
         cells += [
-            f'<div><img src="{_png(0.5 + times * (attacked - x))}" alt="the move of {symbol}, {times} times">'
+            f'<div><img src="{png(0.5 + times * (attacked - x))}" alt="the move of {symbol}, {times} times">'
             f"{symbol}: {pixels(image.moved[attacker])}/255</div>",
-            f'<div><span class="swap" tabindex="0"><img src="{_png(attacked)}" alt="{said}"></span>{read}</div>',
+            f'<div><span class="swap" tabindex="0"><img src="{png(attacked)}" alt="{said}"></span>{read}</div>',
         ]
     return (
         f"<figure style=\"--original: url('{original}')\"><figcaption>Image {image.index}, <b>{name}</b>,"
@@ -306,7 +337,7 @@ def _card(image: Image, pixels_of: Mapping[str, Any], times: int) -> str:
     )
 
 
-def _png(x: Any) -> str:
+def png(x: Any) -> str:
     """An image (3, h, w) in [0, 1] as the address of a PNG that holds it."""
     from PIL import Image as Picture
 
@@ -351,5 +382,7 @@ def spend_table(record: SpendRecord | None) -> str:
 
 def accuracies(record: SpendRecord) -> dict[str, float]:
     """The part of the images that is read correctly: as they are, "x", and after each attacker."""
-    pairs = {name: list(zip(record.label, read, strict=True)) for name, read in record.prediction.items()}
-    return {name: sum(label == read for label, read in both) / len(both) for name, both in pairs.items()}
+    images = images_in(record)
+    right = {"x": [i.before == i.label for i in images]}
+    right |= {a: [i.after[a] == i.label for i in images] for a in attackers(record)}
+    return {name: sum(each) / len(each) for name, each in right.items()}

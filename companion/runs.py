@@ -15,15 +15,9 @@ import wdat_core
 from companion import files
 from companion.bench import Bench, begin, bench, check_clean, command, held, measured, recorded
 from companion.files import digest
-from companion.kinds import (
-    AttackConfig,
-    EvaluateConfig,
-    EvaluateRecord,
-    FinetuneRecord,
-    SensitivityConfig,
-    accuracy_name,
-)
+from companion.kinds import EvaluateRecord, FinetuneRecord, accuracy_name
 from companion.machine import core_digest, device_name, versions
+from companion.parts import AttackConfig, EvaluateConfig, SensitivityConfig
 from companion.settings import CONTROLS, METRICS, OPEN_POINTS, STRONGER, ParameterError, Settings
 from companion.values import pack, pack_floats
 from wdat_core import FinetuneConfig, Threat
@@ -103,7 +97,10 @@ def found(on: Bench, steps: int, when: str, **known: str) -> dict[str, Any]:
     """
     if not steps:
         return {}
-    distance = {**known, when: pack_floats(on.boundary(on.data.test, steps=steps).distance)}
+    return _boundary(on, steps, {**known, when: pack_floats(on.boundary(on.data.test, steps=steps).distance)})
+
+
+def _boundary(on: Bench, steps: int, distance: dict[str, str]) -> dict[str, Any]:
     part = {"steps": steps, "core": core_digest(), "device": device_name(on.device), "distance": distance}
     return {"boundary": part}
 
@@ -200,11 +197,12 @@ def _estimates(on: Bench, notebook: str) -> Any:
 
 
 def spend(settings: Settings, *, notebook: str) -> tuple[Any, dict[str, Tensor]]:
-    """What each test image costs both attackers, as a record; and the images: "x", "w_inf" and "w_2", (n, c, h, w).
+    """What each test image costs each attacker, as a record; and the images as they are and after, (n, c, h, w).
 
     Always computed, since no record holds the images.
     The record has for each image the label, the prediction before and after each attack, and how far, in the norm of
-    the settings, each attack moved it.
+    the settings, each attack moved it. Unless `found_steps` is 0 it also has the nearest misclassified image found; the
+    image itself, where nothing was found. The images are "x", "w_inf", "w_2" and "found".
     """
     on = bench(settings)
     (x, y), config = on.data.test, AttackConfig(steps=settings.steps, **on.config)
@@ -213,11 +211,18 @@ def spend(settings: Settings, *, notebook: str) -> tuple[Any, dict[str, Tensor]]
     def measure() -> dict[str, Any]:
         for name, p in (("w_inf", math.inf), ("w_2", 2.0)):
             pictures[name] = on.attack((x, y), p, progress=on.progress(name)).x_adv
+        nearest, steps = {}, int(on.settings.found_steps or 0)
+        if steps:
+            found = on.boundary((x, y), steps=steps, keep=True)
+            assert found.x_adv is not None
+            pictures["found"] = found.x_adv
+            nearest = _boundary(on, steps, {"test": pack_floats(found.distance)})
         far = {name: (pictures[name] - x).flatten(1).norm(settings.r, dim=1) for name in ("w_inf", "w_2")}
         return {
             "label": y.tolist(),
             "prediction": {name: _predict(on, images) for name, images in pictures.items()},
             "distance": {name: [round(d, 6) for d in distance.tolist()] for name, distance in far.items()},
+            **nearest,
         }
 
     record = measured(begin("spend", on, ("test",), config), on, command(settings, notebook), measure)

@@ -376,7 +376,7 @@ PARAMETERS = {  # of the notebooks, by what they do
     "change a point": ["point", "value", *(name for name in _ALL if name not in ("consistency", "export"))],
     "attack": _FOUND,
     "attack harder": [*_ATTACK[:5], "autoattack", *_ATTACK[5:]],
-    "show attacks": _ATTACK[:-1],
+    "show attacks": _FOUND[:-1],
     "bring your own": ["tau", "epochs", "delta", "steps", "seed"],
     "attack in batches": [*_ATTACK[:4], "train_images", "test_images", "batch_size", *_ATTACK[5:]],
     "estimate": [*_ATTACK[:4], "train_images", "norm", "delta", *_WHERE[:2], "seed", *_WHERE[2:]],

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from companion.intervals import accuracy, boundary_of, found_at, has_found
-from companion.kinds import EvaluateRecord, Record, StrongerRecord, images_of
+from companion.kinds import CertifiedRecord, EvaluateRecord, Record, StrongerRecord, images_of
 from companion.networks import PUBLISHED
 from companion.settings import PAPER_NETWORKS, STAND_INS
+from companion.values import unpack_floats
 from companion.words import NOTHING, listed, markdown, name_of, plural, short_name
+from wdat_core import Boundary, Threat
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 RADII = (2, 4, 8)  # of the table, in 255ths
 ORDERS = {1.0: "#8a5a00", 2.0: "#0072b2", 4.0: "#007a5a", math.inf: "#a6467f"}  # of the curves, each with its colour
 WHITE = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # behind words on a curve
+NORMS = {"Linf": math.inf, "L2": 2.0}
 MOST = 16  # radius at which the curves end, in 255ths
 
 
@@ -42,15 +45,62 @@ def worst_answer(records: Sequence[Record]) -> str:
     most = max(before - after for before, after in pairs)
     parts = [f"{b:.1f} % against {a:.1f} % on {name_of(r)}" for r, (b, a) in zip(those, pairs, strict=True)]
     radius = f"{255 * those[0].config.threat.delta:.4g}/255"
+    certified = [r for r in records if isinstance(r, CertifiedRecord)]
+    known = [f"{words} on {name_of(r)}" for r in those if (words := _sandwich(r, certified))]
+    proofs = f" At δ = {RADII[0]}/255 the truth lies between what is proved and what was found: {listed(known)}."
     return (
         f"**W-PGD overstates robustness by up to {most:.0f} points.** At δ = {radius} it leaves more images right than"
         f" an attacker who buys the cheapest ones first, with the same budget: {listed(parts)}. Neither number is a"
-        " certificate: the true worst case may be lower still."
+        " certificate: the true worst case may be lower still." + proofs * bool(known)
     )
 
 
-def worst_table(records: Sequence[Record], stronger: Sequence[StrongerRecord] = ()) -> Any:
-    """A row for each network, as Markdown: accuracy in per cent clean, under W-PGD, and in the worst case found."""
+def _sandwich(record: EvaluateRecord, certified: Sequence[CertifiedRecord]) -> str:
+    proof = proof_of(record, certified)
+    if proof is None or images_of(proof, "test") != images_of(record, "test"):
+        return ""
+    threat = Threat(p=2, r=record.config.threat.r, delta=RADII[0] / 255)
+    found = accuracy([record], "test", found_at(2, RADII[0])).value
+    return f"{_proved_at_least(proof, threat):.1f} to {found:.1f} %"
+
+
+def proof_of(record: EvaluateRecord, certified: Sequence[CertifiedRecord]) -> CertifiedRecord | None:
+    """What is proved of the network of a record, in its norm: of its own images, or of the first of them; else None."""
+    those = [
+        c
+        for c in certified
+        if (c.network.digest, NORMS[c.config.norm], c.data.source)
+        == (record.network.digest, record.config.threat.r, record.data.source)
+        and images_of(c, "test") <= images_of(record, "test")
+    ]
+    return max(those, key=lambda c: images_of(c, "test"), default=None)
+
+
+def proved(proof: CertifiedRecord) -> Boundary:
+    """Certified distances as `Boundary` takes them: what it says of accuracies is then a lower bound of the truth."""
+    import torch
+
+    return Boundary(torch.from_numpy(unpack_floats(proof.distance)), NORMS[proof.config.norm])
+
+
+def proof_holds(record: EvaluateRecord, certified: Sequence[CertifiedRecord]) -> bool:
+    """Whether no image was found nearer than is proved; one that was would be a fault of the proof or of the attack."""
+    proof = proof_of(record, certified)
+    if proof is None:
+        return True
+    least = proved(proof).distance
+    return bool((boundary_of(record, "test").distance[: len(least)] >= least).all())
+
+
+def worst_table(
+    records: Sequence[Record],
+    stronger: Sequence[StrongerRecord] = (),
+    certified: Sequence[CertifiedRecord] = (),
+) -> Any:
+    """A row for each network, as Markdown: accuracy in per cent clean, under W-PGD, and in the worst case found.
+
+    In brackets what is proved to be left, where that is known.
+    """
     lines = []
     for record in measured(records):
         twin = [
@@ -59,8 +109,9 @@ def worst_table(records: Sequence[Record], stronger: Sequence[StrongerRecord] = 
         cells = [short_name(record.network.name), accuracy([record], "test", "clean").text()]
         cells.append(accuracy([record], "test", "w_2").text())
         cells.append(accuracy(twin[:1], "w_2_2023", "accuracy").text() if twin else "–")
-        cells += [accuracy([record], "test", found_at(2, delta)).text() for delta in RADII]
-        cells.append(accuracy([record], "test", found_at(math.inf, RADII[-1])).text())
+        for p, delta in [*((2.0, delta) for delta in RADII), (math.inf, RADII[-1])]:
+            found = accuracy([record], "test", found_at(p, delta)).text()
+            cells.append(found + _at_least(record, certified, p, delta))
         lines.append(cells)
     at = f"{RADII[-1]}/255"
     heads = ["network", "clean", f"W-PGD, 20 steps, {at}", f"W-PGD of 2023, {at}"]
@@ -68,7 +119,21 @@ def worst_table(records: Sequence[Record], stronger: Sequence[StrongerRecord] = 
     return markdown([*heads, f"worst case found, W∞, {at}"], lines)
 
 
-def searched(records: Sequence[Record]) -> str:
+def _at_least(record: EvaluateRecord, certified: Sequence[CertifiedRecord], p: float, delta: float) -> str:
+    proof = proof_of(record, certified)
+    if proof is None:
+        return ""
+    threat, n = Threat(p=p, r=record.config.threat.r, delta=delta / 255), images_of(proof, "test")
+    of = "" if n == images_of(record, "test") else f" of the first {n:,} images"
+    return f" (proved: {_proved_at_least(proof, threat):.2f}{of})"
+
+
+def _proved_at_least(proof: CertifiedRecord, threat: Threat) -> float:
+    """The accuracy in per cent below which no attacker gets, not even one who splits an image."""
+    return 100 * max(0.0, proved(proof).accuracy(threat) - (threat.p < math.inf) / images_of(proof, "test"))
+
+
+def searched(records: Sequence[Record], certified: Sequence[CertifiedRecord] = ()) -> str:
     """How the distances were found, in one line for each network, as Markdown."""
     lines = []
     for record in measured(records):
@@ -76,34 +141,52 @@ def searched(records: Sequence[Record]) -> str:
         assert part is not None
         images = plural(images_of(record, "test"), "test image")
         lines.append(f"- {name_of(record)}: {images}, {part.steps} gradients an image, on {part.device}")
+        if proof := proof_of(record, certified):
+            images = plural(images_of(proof, "test"), "test image")
+            lines[-1] += f"; proved by {proof.config.method}: {images}, up to {255 * proof.config.most:.4g}/255"
     return "\n".join(lines) or NOTHING
 
 
-def plot_worst(records: Sequence[Record]) -> Figure:
-    """For each network the accuracy left by the cheapest-first attacker at every radius, and W-PGD's on top."""
+def plot_worst(records: Sequence[Record], certified: Sequence[CertifiedRecord] = ()) -> Figure:
+    """For each network the accuracy left by the cheapest-first attacker at every radius, and W-PGD's on top.
+
+    Where something is proved it is a dashed curve below, and the truth lies in the band between.
+    """
     import matplotlib.pyplot as plt
     import seaborn as sns
     from matplotlib.lines import Line2D
 
     those = measured(records)
+    columns = min(2, max(1, len(those)))
+    rows = math.ceil(max(1, len(those)) / columns)
     with sns.axes_style("whitegrid"), sns.plotting_context("notebook", font_scale=0.9):
         figure, axes = plt.subplots(
-            max(1, len(those)), figsize=(5.0, 1.2 + 2.3 * max(1, len(those))), sharex=True, squeeze=False,
+            rows, columns, figsize=(1.2 + 2.5 * columns, 1.2 + 2.1 * rows), sharey=True, squeeze=False,
             layout="constrained",
         )  # fmt: skip
         plt.close(figure)
-        for axis, record in zip(axes[:, 0], those, strict=False):
-            _panel(axis, record)
-        axes[-1, 0].set_xlabel("radius δ, in 255ths")
+        for i, axis in enumerate(axes.flat):
+            if i < len(those):
+                _panel(axis, those[i], proof_of(those[i], certified))
+                axis.set(
+                    xlabel="radius δ, in 255ths" if i + columns >= len(those) else "", xticks=range(0, MOST + 1, 4)
+                )
+                axis.set_ylabel("accuracy, per cent" if i % columns == 0 else "")
+            else:
+                axis.axis("off")
         shown = [
             Line2D([], [], color=colour, label=f"worst case found, p = {_order(p)}") for p, colour in ORDERS.items()
         ]
-        marks = (("W-PGD, 20 steps, p = 2", "o", 2.0), ("PGD, 20 steps, p = ∞", "s", math.inf))
+        if any(proof_of(record, certified) for record in those):
+            shown.append(Line2D([], [], color="black", linestyle="--", label="proved, p = 2 and ∞"))
+        steps = plural(those[0].config.steps if those else 0, "step")
+        marks = ((f"W-PGD, {steps}, p = 2", "o", 2.0), (f"PGD, {steps}, p = ∞", "s", math.inf))
         for name, marker, p in marks:
             shown.append(
                 Line2D([], [], color=ORDERS[p], linestyle="", marker=marker, markeredgecolor="black", label=name)
             )
-        figure.legend(handles=shown, loc="outside lower center", ncols=1, frameon=False)
+        axes[0, 0].set_ylim(0, None)
+        figure.legend(handles=shown, loc="outside lower center", ncols=columns, frameon=False)
     return figure
 
 
@@ -111,12 +194,13 @@ def _order(p: float) -> str:
     return "∞" if p == math.inf else f"{p:g}"
 
 
-def _panel(axis: Any, record: EvaluateRecord) -> None:
+def _panel(axis: Any, record: EvaluateRecord, proof: CertifiedRecord | None) -> None:
     found, delta = boundary_of(record, "test"), 255 * record.config.threat.delta
     for p, colour in ORDERS.items():
-        radii, accuracies = found.curve(p)
-        x, y = [*(255 * radii).tolist(), MOST], [*(100 * accuracies).tolist(), 100 * accuracies[-1].item()]
-        axis.plot(x, y, drawstyle="steps-post", color=colour, linewidth=1.8)
+        axis.plot(*_steps(found, p), drawstyle="steps-post", color=colour, linewidth=1.8)
+    for p in (2.0, math.inf) if proof else ():
+        assert proof is not None
+        _band(axis, found, proved(proof), p)
     for metric, marker, p in (("w_2", "o", 2.0), ("w_inf", "s", math.inf)):
         value = accuracy([record], "test", metric).value
         axis.plot([delta], [value], marker=marker, color=ORDERS[p], markeredgecolor="black", markersize=7, zorder=3)
@@ -126,9 +210,28 @@ def _panel(axis: Any, record: EvaluateRecord) -> None:
                 "", (delta, left), (delta, value), arrowprops={"arrowstyle": "->", "color": ORDERS[p], "shrinkA": 4}
             )
             axis.text(
-                delta + 0.3, (value + left) / 2, f"−{value - left:.1f} points", color=ORDERS[p], va="center", bbox=WHITE
-            )
-    axis.set(title=short_name(record.network.name), ylabel="accuracy, per cent", xlim=(0, MOST), ylim=(0, 72))
+                0.97, 0.95, f"↓ {value - left:.1f} points", color=ORDERS[p], ha="right", va="top", bbox=WHITE,
+                transform=axis.transAxes,
+            )  # fmt: skip
+    axis.set(title=short_name(record.network.name), xlim=(0, MOST))
+
+
+def _steps(found: Boundary, p: float) -> tuple[list[float], list[float]]:
+    """A curve to draw: radii in 255ths, up to the end of the panel at least, and accuracies in per cent."""
+    radii, accuracies = ((scale * values).tolist() for scale, values in zip((255, 100), found.curve(p), strict=True))
+    return [*radii, max(MOST, radii[-1])], [*accuracies, accuracies[-1]]
+
+
+def _band(axis: Any, found: Boundary, least: Boundary, p: float) -> None:
+    """What is proved, and between it and what was found the band in which the truth lies."""
+    import numpy as np
+
+    grid, between = np.linspace(0, MOST, 401), []
+    for curve in (least, found):
+        x, y = map(np.array, _steps(curve, p))
+        between.append(y[np.searchsorted(x, grid, side="right") - 1])
+    axis.plot(grid, between[0], color=ORDERS[p], linestyle="--", linewidth=1.4)
+    axis.fill_between(grid, *between, color=ORDERS[p], alpha=0.15, linewidth=0)
 
 
 def found_is_no_higher(record: EvaluateRecord, within: float = 0.1) -> bool:

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 from bs4 import BeautifulSoup
 
-from companion import files, plots
+from companion import files, plots, worst
 
 MODES = ("light", "dark")
 A_FILE = re.compile(
@@ -164,8 +164,22 @@ def test_the_parts_of_the_first_picture_can_be_told_from_the_page(build, mode):
     assert abs(luminance(theme["--wdat-strike"]) - luminance(theme["--wdat-calm"])) > 0.13
 
 
+def test_the_budget_that_is_moved_by_hand_is_on_its_page_with_its_script(pages):
+    page = pages["worst_case.html"]
+    (box,) = page.select(".prices")
+    assert box.template and box.output["role"] == "status" and len(box.select("ol > li")) == 40
+    assert any("prices.js" in script.get("src", "") for script in page.find_all("script"))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_bought_can_be_told_from_the_page(build, mode):
+    theme = colours(build, mode)
+    assert contrast(theme["--wdat-strike"], theme["--pst-color-background"]) >= 3
+    assert contrast(theme["--pst-color-text-muted"], theme["--pst-color-background"]) >= 4.5
+
+
 def test_the_colours_of_the_plots_can_be_told_from_white():
-    for colour in (plots.PAPER, plots.RECORDED, plots.THIS_RUN):
+    for colour in (plots.PAPER, plots.RECORDED, plots.THIS_RUN, *worst.ORDERS.values()):
         assert contrast(rgba(colour), rgba("#ffffff")) >= 3, colour
 
 

@@ -1,0 +1,83 @@
+"""Records of certified distances: below which it is proved that no image at all is read wrongly.
+
+    python -m companion.proofs NETWORK... --data data --test-images 10000
+
+The record goes to runs/; with one in results/ the page "How robust is it really" shows what lies between the proof and
+the attack.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from companion.bench import begin, bench, recorded
+from companion.parts import CertifiedConfig
+from companion.records import record_name
+from companion.settings import ParameterError, Settings
+from companion.values import pack_floats
+
+METHOD = "CROWN (Zhang et al., 2018)"
+MOST, BISECTIONS = 16 / 255, 8
+
+
+def certify_each(settings: Sequence[Settings], *, most: float = MOST, bisections: int = BISECTIONS) -> list[Any]:
+    """For each of the settings a record of kind "certified", of the test images.
+
+    Raises:
+        ParameterError: as `bench`; or the norm is not l_inf, or the network has a layer that is not handled.
+    """
+    records = []
+    for one in settings:
+        if one.norm != "Linf":
+            raise ParameterError(f"norm must be Linf for certified distances, not {one.norm!r}")
+        on = bench(one)
+        config = CertifiedConfig(norm="Linf", most=most, bisections=bisections, method=METHOD)
+        command = f"python -m companion.proofs {on.network.name} --data {_words(one)} --test-images {one.test_images}"
+        measure = functools.partial(_measured, on, config)
+        records.append(recorded(begin("certified", on, ("test",), config), on, command, measure))
+    return records
+
+
+def _words(settings: Settings) -> str:
+    return "embedded" if settings.data == "embedded" else "data"
+
+
+def _measured(on: Any, config: CertifiedConfig) -> dict[str, Any]:
+    certified: Any = importlib.import_module("companion.certified")
+    x, y = on.data.test
+    distance = certified.certified_distances(on.model, x, y, most=config.most, bisections=config.bisections)
+    return {"distance": pack_floats(rounded_down(distance))}
+
+
+def rounded_down(distance: Tensor) -> Tensor:
+    """Distances in float32, none of them above what was proved."""
+    near = distance.float()
+    return torch.where(near.double() > distance.double(), near.nextafter(torch.zeros_like(near)), near)
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("networks", nargs="+", help="names of networks")
+    parser.add_argument("--data", default="data", help="folder of the images, or embedded")
+    parser.add_argument("--models", default="models", help="folder of published weights")
+    parser.add_argument("--test-images", type=int, default=10_000)
+    given = parser.parse_args(arguments)
+    try:
+        for name in given.networks:
+            settings = Settings(network=name, data=given.data, models=given.models, test_images=given.test_images)
+            (record,) = certify_each([settings.resolved()])
+            print(record_name(record))
+    except ParameterError as error:
+        sys.exit(f"proofs: {error}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
