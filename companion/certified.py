@@ -202,12 +202,13 @@ def _chain(model: nn.Module, x: Tensor) -> _Chain:
             flat = True
         elif (kind is nn.Linear and flat) or (kind is nn.Conv2d and not flat and _plain(module)):
             weight = module.weight.detach().to(**to)
-            if weight[0].numel() != (largest.numel() if flat else weight[0, 0].numel() * largest.shape[1]):
-                raise ParameterError(f"the network does not take images of shape {tuple(x.shape[1:])}: {unlike}")
-            weight = weight.unflatten(1, largest.shape[1:]) if flat else weight
             bias = weight.new_zeros(len(weight)) if module.bias is None else module.bias.detach().to(**to)
             stride, padding = ((1, 1), (0, 0)) if flat else (module.stride, module.padding)
-            largest = F.conv2d(largest, weight.abs(), bias.abs(), stride, padding)
+            try:
+                weight = weight.unflatten(1, largest.shape[1:]) if flat else weight
+                largest = F.conv2d(largest, weight.abs(), bias.abs(), stride, padding)
+            except RuntimeError as error:  # a size that is not the layer's
+                raise ParameterError(f"the network does not take images of shape {tuple(x.shape[1:])}") from error
             layer = _Layer(weight, bias, stride, padding)
             layers.append(replace(layer, slack=_slack(layer, layers, largest.max().item())))
         elif kind is not nn.Identity:
