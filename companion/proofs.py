@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from companion.bench import begin, bench, recorded
+from companion.certified import certified_distances
 from companion.parts import CertifiedConfig
 from companion.records import record_name
 from companion.settings import ParameterError, Settings
@@ -51,9 +51,8 @@ def _words(settings: Settings) -> str:
 
 
 def _measured(on: Any, config: CertifiedConfig) -> dict[str, Any]:
-    certified: Any = importlib.import_module("companion.certified")
     x, y = on.data.test
-    distance = certified.certified_distances(on.model, x, y, most=config.most, bisections=config.bisections)
+    distance = certified_distances(on.model, x, y, most=config.most, bisections=config.bisections)
     return {"distance": pack_floats(rounded_down(distance))}
 
 

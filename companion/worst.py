@@ -56,8 +56,8 @@ def worst_answer(records: Sequence[Record]) -> str:
 
 
 def _sandwich(record: EvaluateRecord, certified: Sequence[CertifiedRecord]) -> str:
-    proof = proof_of(record, certified)
-    if proof is None or images_of(proof, "test") != images_of(record, "test"):
+    proof = _proof_of_all(record, certified)
+    if proof is None:
         return ""
     threat = Threat(p=2, r=record.config.threat.r, delta=RADII[0] / 255)
     found = accuracy([record], "test", found_at(2, RADII[0])).value
@@ -124,8 +124,17 @@ def _at_least(record: EvaluateRecord, certified: Sequence[CertifiedRecord], p: f
     if proof is None:
         return ""
     threat, n = Threat(p=p, r=record.config.threat.r, delta=delta / 255), images_of(proof, "test")
-    of = "" if n == images_of(record, "test") else f" of the first {n:,} images"
-    return f" (proved: {_proved_at_least(proof, threat):.2f}{of})"
+    least = f"{_proved_at_least(proof, threat):.2f}"
+    if n == images_of(record, "test"):
+        return f" (proved: {least})"
+    same = Boundary(boundary_of(record, "test").distance[:n], threat.r)
+    return f" (of the first {n:,} images {100 * same.accuracy(threat):.2f} found, {least} proved)"
+
+
+def _proof_of_all(record: EvaluateRecord, certified: Sequence[CertifiedRecord]) -> CertifiedRecord | None:
+    """A proof of all the images of a record: that of some is of another sample, and could lie above what was found."""
+    proof = proof_of(record, certified)
+    return proof if proof and images_of(proof, "test") == images_of(record, "test") else None
 
 
 def _proved_at_least(proof: CertifiedRecord, threat: Threat) -> float:
@@ -150,7 +159,7 @@ def searched(records: Sequence[Record], certified: Sequence[CertifiedRecord] = (
 def plot_worst(records: Sequence[Record], certified: Sequence[CertifiedRecord] = ()) -> Figure:
     """For each network the accuracy left by the cheapest-first attacker at every radius, and W-PGD's on top.
 
-    Where something is proved it is a dashed curve below, and the truth lies in the band between.
+    Where something is proved of the same images it is a dashed curve below, and the truth lies in the band between.
     """
     import matplotlib.pyplot as plt
     import seaborn as sns
@@ -167,7 +176,7 @@ def plot_worst(records: Sequence[Record], certified: Sequence[CertifiedRecord] =
         plt.close(figure)
         for i, axis in enumerate(axes.flat):
             if i < len(those):
-                _panel(axis, those[i], proof_of(those[i], certified))
+                _panel(axis, those[i], _proof_of_all(those[i], certified))
                 axis.set(
                     xlabel="radius δ, in 255ths" if i + columns >= len(those) else "", xticks=range(0, MOST + 1, 4)
                 )
@@ -177,7 +186,7 @@ def plot_worst(records: Sequence[Record], certified: Sequence[CertifiedRecord] =
         shown = [
             Line2D([], [], color=colour, label=f"worst case found, p = {_order(p)}") for p, colour in ORDERS.items()
         ]
-        if any(proof_of(record, certified) for record in those):
+        if any(_proof_of_all(record, certified) for record in those):
             shown.append(Line2D([], [], color="black", linestyle="--", label="proved, p = 2 and ∞"))
         steps = plural(those[0].config.steps if those else 0, "step")
         marks = ((f"W-PGD, {steps}, p = 2", "o", 2.0), (f"PGD, {steps}, p = ∞", "s", math.inf))

@@ -5,10 +5,12 @@ import json
 import math
 
 import pytest
+import torch
 from altered import altered
 
 from companion import agreement, evidence, files, origins, plots, runs, tables
 from companion.bench import command
+from companion.intervals import boundary_of
 from companion.kinds import images_of
 from companion.machine import core_digest
 from companion.records import parse_record, read_records, record_name, write_record
@@ -114,6 +116,14 @@ def test_what_each_image_costs(folder):
     assert all(len(pictures[name]) == len(record.prediction[name]) == n for name in ("x", "w_inf", "w_2"))
     assert max(record.distance["w_inf"]) <= ONE.delta + 1e-6
     assert math.sqrt(sum(d**2 for d in record.distance["w_2"]) / n) <= ONE.delta + 1e-6
+    found, label = boundary_of(record, "test").distance, torch.tensor(record.label)
+    assert len(pictures["found"]) == n and record.boundary.steps == ONE.found_steps
+    far = (pictures["found"] - pictures["x"]).flatten(1).norm(math.inf, dim=1)
+    assert torch.where(found < math.inf, found, 0).numpy() == pytest.approx(far.numpy(), abs=1e-6)
+    read = torch.tensor(record.prediction["found"])
+    assert ((read != label) == (found < math.inf)).all()
+    none, _ = runs.spend(ONE.model_copy(update={"found_steps": 0}), notebook="gallery")
+    assert none.boundary is None and none.distance == record.distance
     (scores,) = runs.attack_each([ONE], "test", notebook="table1")
     for name, metric in (("x", "clean"), ("w_inf", "w_inf"), ("w_2", "w_2")):
         right = sum(a == b for a, b in zip(record.prediction[name], record.label, strict=True)) / n

@@ -1,7 +1,6 @@
 """How robust is it really: table, figure and sentence say what distances say, and what is proved stays below."""
 
 import math
-import types
 
 import pytest
 import torch
@@ -96,7 +95,12 @@ def test_what_is_proved_stands_beside_what_was_found():
     table = worst.worst_table([record], (), [whole, other]).data
     assert "55.00" in table and "(proved: 35.00)" in table  # 44 images at 3^2 each, and a part of one more
     assert "(proved: 80.00)" not in table.replace("80.00\u00a0±", "") and table.count("(proved: 0.00)") == 3
-    assert "of the first 50 images)" in worst.worst_table([record], (), [first]).data
+    of_some = worst.worst_table([record], (), [first]).data
+    assert "(of the first 50 images 36.00 found, 14.00 proved)" in of_some  # 12 of 30, and 22 of 30 and a part
+    assert "proved" not in worst.worst_answer([record, first])
+    assert not [
+        line for axis in worst.plot_worst([record], [first]).axes for line in axis.lines if line.get_linestyle() == "--"
+    ]
     assert "the truth lies between what is proved and what was found: 35.0 to 55.0 % on `demo`." in (
         worst.worst_answer([record, whole])
     )
@@ -210,8 +214,7 @@ def test_a_proof_is_a_run_like_any_other(monkeypatch, tmp_path):
         asked.append((len(x), most, bisections))
         return torch.linspace(0, most, len(x), dtype=torch.float64)
 
-    module = types.SimpleNamespace(certified_distances=certified_distances)
-    monkeypatch.setattr(proofs.importlib, "import_module", lambda name: module)
+    monkeypatch.setattr(proofs, "certified_distances", certified_distances)
     monkeypatch.setattr(files, "RUNS", tmp_path)
     settings = Settings(test_images=30).resolved()
     (record,) = proofs.certify_each([settings])
