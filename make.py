@@ -103,8 +103,8 @@ def python_of(environment):
 def set_up(environment, requirements, project=None, alone=None):
     """Make an environment as its requirements say, and with the project if given, unless it is so already.
 
-    `alone` are requirements that are installed without what they ask for. Returns what went wrong in one line, or None.
-    The stamp is written last.
+    `alone` are requirements that are installed without what they ask for. Returns what went wrong, in one line, or
+    None. The stamp is written last.
     """
     path, stamp = python_of(environment), environment / "installed"
     # The root belongs to it, since an environment that was moved is broken.

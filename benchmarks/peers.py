@@ -55,7 +55,7 @@ def pyautoattack(model: nn.Module, device: torch.device) -> Attacker:
 
 
 def adv_lib(model: nn.Module, device: torch.device, steps: int) -> Attacker:
-    """FMN (Pintor et al., 2021) for l_inf. It projects in place, which does nothing where images are channels_last."""
+    """FMN (Pintor et al., 2021) for the norm l_inf; it projects in place, in vain where images are channels_last."""
     sys.modules.setdefault("visdom", types.ModuleType("visdom")).__dict__.setdefault("Visdom", None)  # shows curves
     from adv_lib.attacks import fmn
 

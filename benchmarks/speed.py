@@ -30,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks import card, peers
+from benchmarks import card, malloc, peers
+from benchmarks import worst as worst_case
 from benchmarks.baselines import (
     DELTA,
     STEPS,
@@ -89,6 +90,9 @@ class Plan:
     by_epochs: tuple[int, ...] = (1, 2, 3)
     memory_images: tuple[int, ...] = (5000, 10_000, 20_000)  # 60 MB and more: less would stay in malloc's heap
     ways: tuple[str, ...] = tuple(OTHER_WAYS)
+    worst_images: int = 300
+    worst_steps: tuple[int, ...] = (20, 40, 100)
+    stream: tuple[int, ...] = (50_000, 100_000, 200_000)
 
 
 ON_A_GPU = {
@@ -98,7 +102,7 @@ ON_A_GPU = {
 QUICK = {
     "steps": 2, "images": 4, "batch_size": 2, "train_images": 4, "train_batch": 2, "larger": ("WRN-10-1",),
     "larger_images": 2, "by_images": (2, 4), "by_steps": (1, 2), "by_epochs": (1, 2), "memory_images": (500, 1000),
-    "ways": (),
+    "ways": (), "worst_images": 4, "worst_steps": (2, 3), "stream": (1000, 2000),
 }  # fmt: skip
 
 
@@ -111,6 +115,7 @@ W_2, W_INF = "W_2 attack, CE", "W_inf attack, CE"  # with CE no image is skipped
 BARE, SAME = "bare passes", "the passes it makes, bare"
 PUBLISHED = "published way, batches of 32"
 ITERATION = "iteration of Algorithm 1"
+WORST = "worst case, 40 steps"
 
 
 def attack(plan: Plan) -> dict[str, Any]:
@@ -287,7 +292,8 @@ def memory(plan: Plan) -> dict[str, Any]:
     axes = {"epochs": plan.by_epochs, "steps": plan.by_steps, "images": plan.memory_images}
     words = [word for axis, points in axes.items() for word in (f"--{axis}", *map(str, points))]
     script = [sys.executable, str(Path(__file__).with_name("memory.py")), *words, "--device", str(plan.device)]
-    done = subprocess.run(script, capture_output=True, text=True, encoding="utf-8")
+    environment = malloc.environment_without()
+    done = subprocess.run(script, capture_output=True, text=True, encoding="utf-8", env=environment)
     found = {} if done.returncode else json.loads(done.stdout)
     ratios = [found["images"][-1][1]] if found else []
     reason = None if found else (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
@@ -327,6 +333,21 @@ def growth(plan: Plan) -> dict[str, Any]:
     return {"growth": found}
 
 
+def worst(plan: Plan) -> dict[str, Any]:
+    """The worst case over the ball: its overhead, its strength beside its peers, and what a stream of images holds."""
+    subject, batch, device = demo(plan.images, plan.device), plan.batch_size, plan.device
+    find = partial(worst_case.bounded, batch_size=batch, steps=40)
+    own = passes_of(subject.model, lambda model: find(dataclasses.replace(subject, model=model)))
+    contestants = {WORST: timed(partial(find, subject), device), SAME: timed(partial(replay, subject, own), device)}
+    done = contest(contestants, [(WORST, SAME)], device, rounds=plan.rounds)
+    about: dict[str, Any] = {"network": subject.name, "images": len(subject.x), "batch_size": batch}
+    about |= {"precision": "float32", "group": "Worst case: overhead"}
+    row = compare(done, WORST, SAME, TIME, target=1.05, **about)
+    strength, versions = worst_case.strength(plan.worst_images, batch, plan.worst_steps, device, plan.peers)
+    found = {"strength": strength, "stream": worst_case.streamed(plan.stream, device)}
+    return {"rows": [row], "worst": found, "versions": versions}
+
+
 def throughput(plan: Plan) -> dict[str, Any]:
     """What only a GPU can show."""
     return card.throughput(plan.device, plan.rounds)
@@ -336,7 +357,9 @@ def throughput(plan: Plan) -> dict[str, Any]:
 # The command
 # ---------------------------------------------------------------------------------------------------------------------
 
-GROUPS = {group.__name__: group for group in (attack, larger, training, others, ways, memory, growth, throughput)}
+GROUPS = {
+    group.__name__: group for group in (attack, larger, training, worst, others, ways, memory, growth, throughput)
+}
 
 
 def main(arguments: list[str]) -> None:
@@ -358,7 +381,7 @@ def main(arguments: list[str]) -> None:
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # what was compiled before this run does not count
             plan = Plan(device, given.rounds, given.peers, **sizes)
             record = run(plan, given.groups, command(given, parser.parse_args([])))
-        config = {name: getattr(given, name) for name in ("rounds", "groups", "quick")}
+        config = {name: getattr(given, name) for name in ("rounds", "groups", "quick")} | {"malloc": malloc.words()}
         print("record:", write_record(record | {"config": config}, given.out))
     except (ParameterError, UnavailableError) as error:
         sys.exit(f"speed.py: {error}")
@@ -366,9 +389,9 @@ def main(arguments: list[str]) -> None:
 
 def run(plan: Plan, groups: Sequence[str], command: str) -> dict[str, Any]:
     """The groups one after the other, each shown when it is done; the record of them all."""
-    begin = time.perf_counter()
+    begin, before = time.perf_counter(), os.times()
     record: dict[str, Any] = {"schema": SCHEMA, "kind": "benchmark", **made_on(plan.device, command)}
-    record |= {"rows": [], "memory": {}, "growth": {}, "throughput": {}}
+    record |= {"rows": [], "memory": {}, "growth": {}, "throughput": {}, "worst": {}}
     for name in groups:
         part = GROUPS[name](plan)
         rows = part.pop("rows", [])
@@ -376,7 +399,9 @@ def run(plan: Plan, groups: Sequence[str], command: str) -> dict[str, Any]:
         for key, found in part.items():
             record[key] |= found
         print(f"--- {name}, {time.perf_counter() - begin:.0f} s", *lines(rows), sep="\n", flush=True)
-    return record | {"seconds": {"total": round(time.perf_counter() - begin, 1)}}
+    after = os.times()
+    seconds = {name: round(getattr(after, name) - getattr(before, name), 1) for name in ("user", "system")}
+    return record | {"seconds": {"total": round(time.perf_counter() - begin, 1), **seconds}}
 
 
 def lines(rows: Sequence[Row]) -> Iterator[str]:
@@ -404,4 +429,5 @@ def command(given: argparse.Namespace, usual: argparse.Namespace) -> str:
 
 
 if __name__ == "__main__":
+    malloc.start_again_with_it()
     main(sys.argv[1:])

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from benchmarks import peers
 from benchmarks.baselines import Subject, UnavailableError, demo, gradients, passes_of
+from benchmarks.malloc import environment_without
 from benchmarks.memory import peak, subject
 from companion.architectures import STAND_INS
 from wdat_core import Boundary, Threat, boundary
@@ -85,7 +86,8 @@ def ours(on: Subject, batch_size: int, steps: int) -> dict[str, Any]:
 def streamed(points: Sequence[int], device: torch.device) -> list[list[int]]:
     """Pairs of a number of images and bytes; none where the process failed."""
     words = ["--images", *map(str, points), "--device", str(device)]
-    done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, encoding="utf-8")
+    script = [sys.executable, __file__, *words]
+    done = subprocess.run(script, capture_output=True, text=True, encoding="utf-8", env=environment_without())
     if done.returncode:
         print(done.stderr, file=sys.stderr)
     return [] if done.returncode else json.loads(done.stdout)

@@ -323,7 +323,7 @@ class BenchmarkRecord(Record):
     memory: dict[str, Any]
     growth: dict[str, Any]
     throughput: dict[str, Any]
-
+    worst: dict[str, Any] = {}  # not in the first ones
     needs = ("seconds.total",)
 
 

@@ -18,6 +18,7 @@ UNITS = {
     "times as fast as the baseline": "times as fast",
     COUNTED: "times their size",
 }
+BUDGETS = {"w_2_4": "W₂, δ = 4/255", "w_2_8": "W₂, δ = 8/255", "w_inf_8": "W∞, δ = 8/255"}
 ESTIMATES = {"sample": "a fresh 10 % (the paper)", "batch": "the latest minibatches"}
 
 
@@ -54,8 +55,15 @@ def describe_benchmark(record: BenchmarkRecord) -> Any:
     return Markdown(
         f"**{record.device}.** Recorded {record.created[:10]} by `{record.command}` in"
         f" {record.seconds['total'] / 60:.0f} min; at most {record.config.rounds} rounds after a warm-up."
-        f" {libraries}, core {record.core[:8]}."
+        f"{_of_the_process(record)} {libraries}, core {record.core[:8]}."
     )
+
+
+def _of_the_process(record: BenchmarkRecord) -> str:
+    """How malloc was set, and which share of its time the process spent in the system."""
+    setting, user, system = (record.config.model_dump().get("malloc"), *map(record.seconds.get, ("user", "system")))
+    share = f" System time: {100 * system / (user + system):.0f} %." if user and system is not None else ""
+    return (f" malloc: {setting}." if setting else "") + share
 
 
 def benchmark_table(record: BenchmarkRecord) -> Any:
@@ -99,6 +107,33 @@ def overhead(record: BenchmarkRecord) -> str:
         f"Time relative to bare passes, with a 95 % interval: {'; '.join(parts)}. The target of 1.05 is met by"
         f" {met} of {len(rows)}."
     )
+
+
+def worst_table(record: BenchmarkRecord) -> Any:
+    """What minimum-norm attacks leave of the accuracy, and what a stream of images holds, as Markdown."""
+    from IPython.display import Markdown
+
+    rows, stream = record.worst.get("strength", []), record.worst.get("stream", [])
+    if not rows:
+        return Markdown("The worst case is not measured yet: `python make.py benchmark` measures it.")
+    lines = ["| network | attack | " + " | ".join(BUDGETS.values()) + " |", "|---" * (2 + len(BUDGETS)) + "|"]
+    for row in rows:
+        if row["steps"]:
+            points = (
+                "; ".join(f"{k}: {100 * a:.1f}" for k, a in zip(row["steps"], row[b], strict=True)) for b in BUDGETS
+            )
+            lines.append(f"| {row['network']} | {row['attack']} | " + " | ".join(points) + " |")
+    lines.append(f"\nAccuracy left in per cent, by the gradients for each image, on {rows[0]['images']:,} images.")
+    reasons = {row["reason"]: row["attack"] for row in rows if row["reason"]}
+    lines += [f"\nNot measured: {attack}. Reason: {reason}." for reason, attack in reasons.items()]
+    if stream:
+        (few, least), (many, most) = stream[0], stream[-1]
+        lines.append(
+            f"\nA stream of {many:,} made images ({many * 3 * 32 * 32 * 4 / 1e9:.1f} GB) through"
+            f" `boundary(keep=False)`: the process holds at most {most / 1e6:.1f} MB more than with the first 2,000, or"
+            f" {most / many:.1f} bytes an image, and {least / 1e6:.1f} MB with {few:,}."
+        )
+    return Markdown("\n".join(lines))
 
 
 def throughput_table(record: BenchmarkRecord) -> Any:

@@ -199,6 +199,47 @@ def plot_worst(records: Sequence[Record], certified: Sequence[CertifiedRecord] =
     return figure
 
 
+def sandwiched(records: Sequence[Record], certified: Sequence[CertifiedRecord]) -> list[EvaluateRecord]:
+    """The measured networks of whose first images, or of all, something is proved."""
+    return [record for record in measured(records) if proof_of(record, certified)]
+
+
+def plot_sandwich(records: Sequence[Record], certified: Sequence[CertifiedRecord]) -> Figure:
+    """For each network with a proof: what was found above, what is proved below, on the same first images."""
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+    from matplotlib.lines import Line2D
+
+    those = sandwiched(records, certified)
+    with sns.axes_style("whitegrid"), sns.plotting_context("notebook", font_scale=0.9):
+        size = (5.0, 1.3 + 2.4 * max(1, len(those)))
+        figure, axes = plt.subplots(max(1, len(those)), 1, figsize=size, squeeze=False, layout="constrained")
+        plt.close(figure)
+        for axis, record in zip(axes[:, 0], those, strict=False):
+            proof = proof_of(record, certified)
+            assert proof is not None
+            n = images_of(proof, "test")
+            pair = (Boundary(boundary_of(record, "test").distance[:n], record.config.threat.r), proved(proof))
+            for p in (2.0, math.inf):
+                (x, above), (_, below) = (_sampled(one, p) for one in pair)
+                axis.plot(x, above, color=ORDERS[p], linewidth=1.8)
+                axis.plot(x, below, color=ORDERS[p], linewidth=1.8, linestyle="--")
+                axis.fill_between(x, below, above, color=ORDERS[p], alpha=0.15, linewidth=0)
+            name = f"{short_name(record.network.name)}, the first {n:,} test images"
+            axis.set(title=name, xlabel="radius δ, in 255ths", ylabel="accuracy, per cent", xlim=(0, 8), ylim=(0, None))
+        shown = [Line2D([], [], color=ORDERS[p], label=f"p = {_order(p)}") for p in (2.0, math.inf)]
+        shown += [Line2D([], [], color="black", linestyle=k, label=n) for k, n in (("-", "found"), ("--", "proved"))]
+        figure.legend(handles=shown, loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def _sampled(found: Boundary, p: float) -> tuple[list[float], list[float]]:
+    """The accuracy in per cent at radii from 0 to 8 in 255ths."""
+    radii = [8 * k / 200 for k in range(201)]
+    clean = (found.distance > 0).double().mean().item()
+    return radii, [100 * (found.accuracy(Threat(p=p, r=found.r, delta=d / 255)) if d else clean) for d in radii]
+
+
 def _order(p: float) -> str:
     return "∞" if p == math.inf else f"{p:g}"
 

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+import os
 import random
 import sys
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 import wdat_core
-from benchmarks import baselines, card, peers, races, speed, upsilon
+from benchmarks import baselines, card, malloc, peers, races, speed, upsilon, worst
 from companion import networks
 from companion.architectures import WideResNet
 from companion.performance import (
@@ -24,6 +25,7 @@ from companion.performance import (
     plot_ratios,
     throughput_table,
     verdict,
+    worst_table,
 )
 from companion.records import read_records, write_record
 from companion.settings import ParameterError
@@ -312,6 +314,7 @@ def test_quick_run_ends_in_a_record_with_every_group(record):
     assert groups == {
         "Attack: overhead",
         "Attack: speed",
+        "Worst case: overhead",
         "Precision and compilation",
         "Algorithm 1",
         "Peak memory",
@@ -372,9 +375,9 @@ def test_ratio_without_its_interval_is_not_shown(record):
 def test_first_sentence_has_the_ratios_with_their_intervals(record):
     text = overhead(record)
     rows = [row for row in record.rows if row["unit"] == races.TIME]
-    assert len(rows) == 5
+    assert len(rows) == 6
     assert all(f"**{row['ratio']:.2f}** ({row['low']:.2f} to {row['high']:.2f})" in text for row in rows)
-    assert f"met by {sum(row['met'] is True for row in rows)} of 5" in text
+    assert f"met by {sum(row['met'] is True for row in rows)} of 6" in text
 
 
 def test_figures_show_what_the_tables_say(record):
@@ -396,6 +399,53 @@ def test_tables_and_figures_of_a_record_without_values(record):
     assert "| images | – | – |" in growth_table(empty).data
     assert not [c for axis in plot_ratios(empty).axes for c in axis.containers if len(c.lines[0].get_xdata())]
     plot_growth(empty)
+
+
+def test_the_worst_case_stands_beside_its_peers_and_what_a_stream_holds(record):
+    found = record.worst["strength"]
+    assert {row["attack"] for row in found} == {"boundary", *worst.PEERS.values()}
+    for row in found:
+        measured = row["attack"] == "boundary"
+        assert (row["reason"] is None) == measured and row["steps"] == [2, 3] * measured
+        assert all(0 <= a <= 1 for budget in worst.BUDGETS for a in row[budget])
+    assert [images for images, _ in record.worst["stream"]] == [1000, 2000]
+    text = worst_table(record).data
+    assert all(f"| {name} | boundary | 2: " in text for name in ("demo", "small_pgd", "small_trades"))
+    assert "adv_lib is not installed" in text and "2,000 made images" in text and "bytes an image" in text
+    assert "not measured yet" in worst_table(record.model_copy(update={"worst": {}})).data
+
+
+def test_a_peer_of_minimum_norm_is_run_again(subject, monkeypatch):
+    """Its distances are those of images that the network errs on; here it is ours, and then one that finds nothing."""
+
+    def found(model, device, steps):
+        return lambda x, y: wdat_core.boundary(model, x, y, steps=steps).x_adv
+
+    monkeypatch.setitem(peers.NEAREST, "torch", found)
+    theirs, ours = peers.nearest("torch", subject, 16, 5), worst.ours(subject, 16, 5)
+    assert theirs["distance"] == pytest.approx(ours["distance"], abs=1e-6)
+    assert 0 < ours["gradients"] <= 5 * 48 + 1
+    monkeypatch.setitem(peers.NEAREST, "torch", lambda model, device, steps: lambda x, y: x)
+    assert {*peers.nearest("torch", subject, 16, 5)["distance"]} == {0.0, math.inf}
+
+
+def test_all_that_is_timed_has_one_setting_of_malloc(monkeypatch, record):
+    """The program starts again with it, once; memory is measured without it."""
+    started = []
+    monkeypatch.setattr(os, "execv", lambda *words: started.append(words))
+    for name in malloc.SETTING:
+        monkeypatch.setenv(name, "0")  # so that it is as it was at the end
+    monkeypatch.setattr(sys, "platform", "win32")
+    malloc.start_again_with_it()
+    assert not started and malloc.words() == record.config.malloc == "as the system has it"
+    monkeypatch.setattr(sys, "platform", "linux")
+    malloc.start_again_with_it()
+    malloc.start_again_with_it()
+    assert started == [(sys.executable, [sys.executable, *sys.orig_argv[1:]])]
+    assert malloc.words() == "MALLOC_TOP_PAD_=100000000 MALLOC_TRIM_THRESHOLD_=1000000000"
+    assert not malloc.SETTING.keys() & malloc.environment_without().keys()
+    shown = describe_benchmark(record).data
+    assert "malloc: as the system has it." in shown and "System time: " in shown
 
 
 def test_throughput_table(record):
