@@ -31,18 +31,22 @@ WITHIN = 0.0005  # of an accuracy as a fraction, between machines
 
 @functools.cache
 def is_current(core: str) -> bool:
-    """Whether the code that made a record, by the digest in the record, gives the numbers of the present code."""
+    """Whether the code that made a record, by the digest in the record, gives the numbers of the present code.
+
+    Also by way of others: two versions may have been compared on one machine, and one of them with a third on another.
+    """
     from wdat_core import code_digest
 
-    if core == code_digest():
-        return True
-    entries = _entries()
-    return any(
-        gives_the_same(there, here)
-        for there in entries
-        for here in entries
-        if core in (there["core"], there["file"]) and here["core"] == code_digest()
-    )
+    known, entries = {code_digest()}, _entries()
+    reached: list[dict[str, Any]] = []
+    while more := [e for e in entries if e not in reached and (e["core"] in known or _one_gives(e, reached))]:
+        reached += more
+        known |= {e["core"] for e in more}
+    return core in known or any(core == e["file"] for e in reached)
+
+
+def _one_gives(entry: dict[str, Any], others: list[dict[str, Any]]) -> bool:
+    return any(gives_the_same(entry, other) for other in others)
 
 
 def gives_the_same(one: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -51,7 +55,7 @@ def gives_the_same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     if not names:
         return False
     pairs = [(one["sample"][name], other["sample"][name]) for name in sorted(names)]
-    if all(one[key] == other[key] for key in ("device", "versions")):
+    if all(one.get(key) == other.get(key) for key in ("device", "processor", "versions")):
         return all(a["bits"] == b["bits"] for a, b in pairs)
     accuracies = [(a["accuracy"][m], b["accuracy"][m]) for a, b in pairs for m in a["accuracy"]]
     return all(abs(a - b) <= WITHIN for a, b in accuracies)
@@ -137,21 +141,23 @@ def main(arguments: list[str]) -> None:
     import torch
 
     import wdat_core
-    from companion.machine import made_on
+    from companion.machine import made_on, processor
 
     torch.set_num_threads(1)
     content = given.file.read_bytes().replace(b"\r\n", b"\n")
     core = _load(given.file)
     entry = {
         **made_on(torch.device("cpu"), f"python -m companion.cores --file {given.file.name}"),
+        "processor": processor(),
         "core": wdat_core.code_digest(given.file),
         "file": digest(content),
     }
     entry["sample"] = sample(core, given.data)
-    others = [e for e in _entries() if (e["core"], e["device"]) != (entry["core"], entry["device"])]
+    same = ("core", "device", "processor")
+    others = [e for e in _entries() if any(e.get(key) != entry[key] for key in same)]
     write_whole(CORES, (json.dumps([*others, entry], indent=1) + "\n").encode())
-    same = [e["file"][:8] for e in others if gives_the_same(e, entry)]
-    print(f"{entry['core'][:8]} gives the same numbers as {', '.join(same) or 'no other core here'}")
+    alike = [e["core"][:8] for e in others if gives_the_same(e, entry)]
+    print(f"{entry['core'][:8]} gives the same numbers as {', '.join(alike) or 'no other core here'}")
 
 
 def _load(path: Path) -> Any:

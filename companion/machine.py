@@ -61,6 +61,16 @@ def device_name(device: torch.device) -> str:
     return f"{processor}, {threads} thread{'s' * (threads > 1)}"
 
 
+def processor() -> str:
+    """Which make of processor, where the system says: its name alone can stand for several that round differently."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    said = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    return ", ".join(f"{name} {said[name]}" for name in ("cpu family", "model", "stepping") if name in said)
+
+
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that decide a number."""
     found = {"python": platform.python_version()}

@@ -228,7 +228,8 @@ def plot_sandwich(records: Sequence[Record], certified: Sequence[CertifiedRecord
             name = f"{short_name(record.network.name)}, the first {n:,} test images"
             axis.set(title=name, xlabel="radius δ, in 255ths", ylabel="accuracy, per cent", xlim=(0, 8), ylim=(0, None))
         shown = [Line2D([], [], color=ORDERS[p], label=f"p = {_order(p)}") for p in (2.0, math.inf)]
-        shown += [Line2D([], [], color="black", linestyle=k, label=n) for k, n in (("-", "found"), ("--", "proved"))]
+        shown.append(Line2D([], [], color="black", label="found"))
+        shown.append(Line2D([], [], color="black", linestyle="--", label="proved"))
         figure.legend(handles=shown, loc="outside lower center", ncols=2, frameon=False)
     return figure
 

@@ -68,6 +68,20 @@ def test_a_record_is_current_by_the_digest_of_its_code_or_of_its_file(known):
     assert not cores.is_current("f" * 64) and not cores.is_current("0" * 64)
 
 
+def test_a_record_is_current_by_way_of_a_version_that_two_machines_have(known):
+    """ENTRY and `middle` gave the same bits on one machine, `middle` and the present code others on a second one."""
+    middle, here = "d" * 64, {"processor": "cpu family 1", "bits": "9" * 64, "accuracy": {"w_2": 0.3}}
+    known(ENTRY, other(middle), other(middle, **here), other(code_digest(), **here), other("f" * 64, bits="e" * 64))
+    assert cores.is_current(ENTRY["core"]) and cores.is_current(ENTRY["file"]) and cores.is_current(middle)
+    assert not cores.is_current("f" * 64)
+
+
+def test_one_name_of_a_processor_may_be_two_machines():
+    there = other(bits="e" * 64, processor="cpu family 1")
+    assert cores.gives_the_same(ENTRY, there)
+    assert not cores.gives_the_same(ENTRY | {"processor": "cpu family 1"}, there)
+
+
 def test_without_a_table_only_the_present_code_is_current(known, tmp_path):
     known(ENTRY)
     assert cores.is_current(code_digest()) and not cores.is_current(ENTRY["core"])
