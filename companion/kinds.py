@@ -323,7 +323,8 @@ class BenchmarkRecord(Record):
     memory: dict[str, Any]
     growth: dict[str, Any]
     throughput: dict[str, Any]
-    worst: dict[str, Any] = {}  # not in the first ones
+    worst: dict[str, Any] = Field(default_factory=dict)  # not in the first ones
+
     needs = ("seconds.total",)
 
 
