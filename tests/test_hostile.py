@@ -95,8 +95,10 @@ def parameter(name, good=(), wrong=(), either=()):
 
 def order(name):
     """Orders of a norm, close to 1 and far from it."""
-    good = (1 + 1e-9, 1 + 1e-6, 1.001, 1.5, 2, np.float64(3), 50.0, 1e6, INF)
-    return parameter(name, good, wrong=(1, 1.0, 0.5, 0, True, None), either=(HUGE, np.float32(2), Fraction(5, 2)))
+    near = (1 + 1e-9, 1 + 1e-6)  # a norm, but too near to 1 for W-PGD to share a budget
+    good = (*near * (name == "r"), 1.001, 1.5, 2, np.float64(3), 50.0, 1e6, INF)
+    wrong = (*near * (name == "p"), 1, 1.0, 0.5, 0, True, None)
+    return parameter(name, good, wrong=wrong, either=(HUGE, np.float32(2), Fraction(5, 2)))
 
 
 def whole(name, good=()):
@@ -917,7 +919,7 @@ ALGORITHM_1 = BOTH | {
     "objective": OBJECTIVES,
     "eta": fraction("eta", (5e-324, 0.5, 1), wrong=(0,)),
     "gamma": (*at_least_0("gamma", (5e-324, 1)), *diverging("gamma", (1e300,))),
-    "threat": strange_threats(Threat(1 + 1e-9), Threat(1.5, 2, 1e-12), Threat(INF, 2, 1e6), Threat(3, 1.001, 0.1)),
+    "threat": strange_threats(Threat(1.001), Threat(1.5, 2, 1e-12), Threat(INF, 2, 1e6), Threat(3, 1.001, 0.1)),
     "sample": fraction("sample", (5e-324, 0.5, 1), wrong=(0,)),
     "upsilon_from": word("upsilon_from", "sample", "batch"),
     "consistency": word("consistency", "ce_detached", "ce", "kl"),
