@@ -53,8 +53,7 @@ def by_worst_case(records: Sequence[Record]) -> Any:
     """For each claim about accuracies, as Markdown: each study's effect by the worst case found, at each radius."""
     lines = []
     for number, claim in enumerate(CLAIMS, 1):
-        at = [counted(claim.found(records, delta)) for delta in RADII] if claim.found else []
-        for effects in zip(*at, strict=True):
+        for effects in _at_each_radius(claim, records):
             lines.append([f"{number}", claim.text, effects[0].study, effects[0].comparison])
             lines[-1] += [
                 f"{e.value:+z.2f} ({e.low:+z.2f} to {e.high:+z.2f}) {OUTCOMES[outcome(e, claim)]}" for e in effects
@@ -63,16 +62,21 @@ def by_worst_case(records: Sequence[Record]) -> Any:
     return markdown(heads, lines)
 
 
+def _at_each_radius(claim: Claim, records: Sequence[Record]) -> list[tuple[Effect, ...]]:
+    """The effects by the worst case found that count, for each comparison at each of RADII."""
+    at = [counted(claim.found(records, delta)) for delta in RADII] if claim.found else []
+    return list(zip(*at, strict=True))
+
+
 def worst_case_answer(records: Sequence[Record]) -> str:
     """What fine-tuning the whole network changes in the worst case found, in one sentence of Markdown."""
     (claim,) = [claim for claim in CLAIMS if claim.key == "whole-w2"]
-    assert claim.found is not None
-    at = [counted(claim.found(records, delta)) for delta in RADII]
-    if not any(at):
+    studies = _at_each_radius(claim, records)
+    if not studies:
         return f"By the worst case found: {NOTHING[:1].lower()}{NOTHING[1:]}"
     radii = f"δ = {listed([str(delta) for delta in RADII])}/255"
     parts = []
-    for effects in zip(*at, strict=True):
+    for effects in studies:
         values = listed([f"{effect.value:+z.2f}" for effect in effects])
         parts.append(f"{values} points on {name_of(effects[0].records[0])}")
     what = "By the worst case found, fine-tuning the whole network changes W₂ accuracy"

@@ -8,7 +8,6 @@ network or images that are others are refused. The distances say which code foun
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from pathlib import Path
@@ -20,6 +19,7 @@ from companion.files import from_root
 from companion.records import make_record, parse_record, record_name, write_record
 from companion.runs import found, scores
 from companion.settings import ParameterError, Settings
+from companion.terminal import arguments_of
 
 WITHIN = 0.002  # of an accuracy as a fraction: another machine rounds otherwise
 
@@ -67,10 +67,8 @@ def _kept(record: Any) -> Any:
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments_of(__doc__)
     parser.add_argument("exports", nargs="+", help="folders of exports")
-    parser.add_argument("--data", default="data", help="folder of the images")
-    parser.add_argument("--models", default="models", help="folder of published weights")
     parser.add_argument("--found-steps", type=int, default=100)
     given = parser.parse_args(arguments)
     for export in given.exports:

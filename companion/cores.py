@@ -33,32 +33,40 @@ WITHIN = 0.0005  # of an accuracy as a fraction, between machines
 def is_current(core: str) -> bool:
     """Whether the code that made a record, by the digest in the record, gives the numbers of the present code.
 
-    Also by way of others: two versions may have been compared on one machine, and one of them with a third on another.
+    Also by way of others, to the bit: two versions may have been compared on one machine, and one of them with a third
+    on another.
     """
     from wdat_core import code_digest
 
-    known, entries = {code_digest()}, _entries()
-    reached: list[dict[str, Any]] = []
-    while more := [e for e in entries if e not in reached and (e["core"] in known or _one_gives(e, reached))]:
-        reached += more
-        known |= {e["core"] for e in more}
-    return core in known or any(core == e["file"] for e in reached)
-
-
-def _one_gives(entry: dict[str, Any], others: list[dict[str, Any]]) -> bool:
-    return any(gives_the_same(entry, other) for other in others)
+    entries, same = _entries(), {code_digest()}
+    here = [e for e in entries if e["core"] in same]
+    while more := {a["core"] for a in entries for b in entries if b["core"] in same and _same_bits(a, b)} - same:
+        same |= more
+    there = [e for e in entries if e["core"] in same or any(gives_the_same(e, one) for one in here)]
+    return core in same or any(core in (e["core"], e["file"]) for e in there)
 
 
 def gives_the_same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether two entries of cores.json are of code that gives the same numbers."""
-    names = one["sample"].keys() & other["sample"].keys()
-    if not names:
-        return False
-    pairs = [(one["sample"][name], other["sample"][name]) for name in sorted(names)]
-    if all(one.get(key) == other.get(key) for key in ("device", "processor", "versions")):
-        return all(a["bits"] == b["bits"] for a, b in pairs)
+    if _on_one_machine(one, other):
+        return _same_bits(one, other)
+    pairs = _pairs(one, other)
     accuracies = [(a["accuracy"][m], b["accuracy"][m]) for a, b in pairs for m in a["accuracy"]]
-    return all(abs(a - b) <= WITHIN for a, b in accuracies)
+    return bool(pairs) and all(abs(a - b) <= WITHIN for a, b in accuracies)
+
+
+def _same_bits(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    pairs = _pairs(one, other)
+    return _on_one_machine(one, other) and bool(pairs) and all(a["bits"] == b["bits"] for a, b in pairs)
+
+
+def _on_one_machine(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return all(one.get(key) == other.get(key) for key in ("device", "processor", "versions"))
+
+
+def _pairs(one: dict[str, Any], other: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """The parts of the sample that both have."""
+    return [(part, other["sample"][name]) for name, part in one["sample"].items() if name in other["sample"]]
 
 
 def _entries() -> list[dict[str, Any]]:

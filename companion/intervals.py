@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from companion.kinds import Record, Scored, SpendRecord, images_of, unpack
@@ -52,11 +52,16 @@ def bits(record: Scored, when: str, metric: str) -> Any:
         KeyError: the record does not have it.
     """
     if is_found(metric):
-        threat = record.config.threat
-        half = 0.5 if metric.endswith("_half") else 1.0
-        _, p, delta, *_ = *metric.split(":"), 2, 255 * half * threat.delta
-        return shares(record, when, Threat(p=float(p), r=threat.r, delta=float(delta) / 255))
+        return shares(record, when, _ball(metric, record.config.threat))
     return unpack(record.correct[when][metric], images_of(record, when))
+
+
+def _ball(metric: str, threat: Threat) -> Threat:
+    """The ball of a metric that comes from distances, of a record that was attacked with a threat."""
+    if metric in FOUND:
+        return replace(threat, p=2, delta=threat.delta / (2 if metric == "w_2_found_half" else 1))
+    _, p, delta = metric.split(":")
+    return replace(threat, p=float(p), delta=float(delta) / 255)
 
 
 def shares(record: Scored, when: str, threat: Threat) -> Any:

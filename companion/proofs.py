@@ -8,7 +8,6 @@ the attack.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import sys
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from companion.certified import certified_distances
 from companion.parts import CertifiedConfig
 from companion.records import record_name
 from companion.settings import ParameterError, Settings
+from companion.terminal import arguments_of
 from companion.values import pack_floats
 
 METHOD = "CROWN (Zhang et al., 2018)"
@@ -63,10 +63,8 @@ def rounded_down(distance: Tensor) -> Tensor:
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments_of(__doc__)
     parser.add_argument("networks", nargs="+", help="names of networks")
-    parser.add_argument("--data", default="data", help="folder of the images, or embedded")
-    parser.add_argument("--models", default="models", help="folder of published weights")
     parser.add_argument("--test-images", type=int, default=10_000)
     given = parser.parse_args(arguments)
     try:

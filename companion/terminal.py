@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import os
 import sys
@@ -28,6 +29,14 @@ def progress(label: str) -> Callable[[Sequence[Any]], Iterator[Any]]:
             show("")
 
     return wrapped
+
+
+def arguments_of(doc: str | None) -> argparse.ArgumentParser:
+    """The command line of a module with this docstring, which works on images and published weights."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="data", help="folder of the images, or embedded")
+    parser.add_argument("--models", default="models", help="folder of published weights")
+    return parser
 
 
 def _line() -> Callable[[str], None]:

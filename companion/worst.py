@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from companion.claims import RADII
 from companion.intervals import accuracy, boundary_of, found_at, has_found
 from companion.kinds import CertifiedRecord, EvaluateRecord, Record, StrongerRecord, images_of
 from companion.networks import PUBLISHED
@@ -17,7 +18,6 @@ from wdat_core import Boundary, Threat
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-RADII = (2, 4, 8)  # of the table, in 255ths
 ORDERS = {1.0: "#8a5a00", 2.0: "#0072b2", 4.0: "#007a5a", math.inf: "#a6467f"}  # of the curves, each with its colour
 WHITE = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # behind words on a curve
 NORMS = {"Linf": math.inf, "L2": 2.0}
@@ -199,18 +199,13 @@ def plot_worst(records: Sequence[Record], certified: Sequence[CertifiedRecord] =
     return figure
 
 
-def sandwiched(records: Sequence[Record], certified: Sequence[CertifiedRecord]) -> list[EvaluateRecord]:
-    """The measured networks of whose first images, or of all, something is proved."""
-    return [record for record in measured(records) if proof_of(record, certified)]
-
-
 def plot_sandwich(records: Sequence[Record], certified: Sequence[CertifiedRecord]) -> Figure:
     """For each network with a proof: what was found above, what is proved below, on the same first images."""
     import matplotlib.pyplot as plt
     import seaborn as sns
     from matplotlib.lines import Line2D
 
-    those = sandwiched(records, certified)
+    those = [record for record in measured(records) if proof_of(record, certified)]
     with sns.axes_style("whitegrid"), sns.plotting_context("notebook", font_scale=0.9):
         size = (5.0, 1.3 + 2.4 * max(1, len(those)))
         figure, axes = plt.subplots(max(1, len(those)), 1, figsize=size, squeeze=False, layout="constrained")
@@ -219,12 +214,10 @@ def plot_sandwich(records: Sequence[Record], certified: Sequence[CertifiedRecord
             proof = proof_of(record, certified)
             assert proof is not None
             n = images_of(proof, "test")
-            pair = (Boundary(boundary_of(record, "test").distance[:n], record.config.threat.r), proved(proof))
+            found = Boundary(boundary_of(record, "test").distance[:n], record.config.threat.r)
             for p in (2.0, math.inf):
-                (x, above), (_, below) = (_sampled(one, p) for one in pair)
-                axis.plot(x, above, color=ORDERS[p], linewidth=1.8)
-                axis.plot(x, below, color=ORDERS[p], linewidth=1.8, linestyle="--")
-                axis.fill_between(x, below, above, color=ORDERS[p], alpha=0.15, linewidth=0)
+                axis.plot(*_steps(found, p), drawstyle="steps-post", color=ORDERS[p], linewidth=1.8)
+                _band(axis, found, proved(proof), p)
             name = f"{short_name(record.network.name)}, the first {n:,} test images"
             axis.set(title=name, xlabel="radius δ, in 255ths", ylabel="accuracy, per cent", xlim=(0, 8), ylim=(0, None))
         shown = [Line2D([], [], color=ORDERS[p], label=f"p = {_order(p)}") for p in (2.0, math.inf)]
@@ -232,13 +225,6 @@ def plot_sandwich(records: Sequence[Record], certified: Sequence[CertifiedRecord
         shown.append(Line2D([], [], color="black", linestyle="--", label="proved"))
         figure.legend(handles=shown, loc="outside lower center", ncols=2, frameon=False)
     return figure
-
-
-def _sampled(found: Boundary, p: float) -> tuple[list[float], list[float]]:
-    """The accuracy in per cent at radii from 0 to 8 in 255ths."""
-    radii = [8 * k / 200 for k in range(201)]
-    clean = (found.distance > 0).double().mean().item()
-    return radii, [100 * (found.accuracy(Threat(p=p, r=found.r, delta=d / 255)) if d else clean) for d in radii]
 
 
 def _order(p: float) -> str:

@@ -76,6 +76,16 @@ def test_a_record_is_current_by_way_of_a_version_that_two_machines_have(known):
     assert not cores.is_current("f" * 64)
 
 
+def test_tolerances_of_several_machines_do_not_add_up(known):
+    """Each entry is 0.04 points from the next: the present code's neighbours are current, theirs are not."""
+    steps = [
+        other(core, bits=core, processor=core, accuracy={"w_2": 0.2624 + 0.0004 * k})
+        for k, core in enumerate((code_digest(), "d" * 64, "f" * 64))
+    ]
+    known(*steps)
+    assert cores.is_current("d" * 64) and not cores.is_current("f" * 64)
+
+
 def test_one_name_of_a_processor_may_be_two_machines():
     there = other(bits="e" * 64, processor="cpu family 1")
     assert cores.gives_the_same(ENTRY, there)
