@@ -17,6 +17,7 @@ The method of Bai, He, Jiang, Obłój, *Wasserstein distributional adversarial t
     Section 5                a network perturbed before its fine-tuning    `perturb_`
     Section 6                clean, W_inf and W_2 accuracy                 `evaluate`
     beyond the paper         the lowest accuracy in the ball               `boundary`
+    beyond the paper         training for it                               `worst_case`
 
 Three lines attack a network of your own::
 
@@ -91,6 +92,7 @@ __all__ = [
     "sensitivity",
     "trades",
     "wdat",
+    "worst_case",
     "wpgd",
     "wpgd_budget",
 ]
@@ -695,7 +697,7 @@ class FinetuneConfig:
     precision: str = "float32"  # "bfloat16": autocast of the network throughout, validation included
     compiled: bool = False  # the network goes through torch.compile, with CUDA graphs on a GPU
     seed: int = 0
-    objective: str | Callable[[Minibatch], Tensor] = "wdat"  # "trades" or "pgd" for comparison; or see `Minibatch`
+    objective: str | Callable[[Minibatch], Tensor] = "wdat"  # "worst_case", "trades" or "pgd"; or see `Minibatch`
     loss: str | Loss = "redlr"  # of the attacker, as in `wpgd`; two classes need "ce"
     # What the paper leaves open:
     consistency: str = (
@@ -712,6 +714,7 @@ class FinetuneConfig:
     momentum: float = 0.0
     nesterov: bool = False
     weight_decay: float = 0.0
+    clip: float = math.inf  # the gradient of all parameters together is shortened to this l_2 norm
     schedule: str = "constant"  # of the learning rate; "cosine", to 0; "one_cycle", up to tau and to 0
     warm_up: float = 0.2  # fraction of the run until the peak of "one_cycle"
     average: float = 0.0  # decay of the exponential moving average of the weights, at every step; 0 is none
@@ -725,6 +728,7 @@ class FinetuneConfig:
         _check_threat(self.threat)
         _check_steps(self.steps, self.step_ratio)
         _check_number("tau", self.tau, above=0)
+        _check_number("clip", self.clip, above=0, at_most=math.inf)
         _check_number("warm_up", self.warm_up, above=0, below=1)
         _check_number("random_start", self.random_start, at_least=0, at_most=1)
         for name in ("eta", "sample"):
@@ -745,6 +749,8 @@ class FinetuneConfig:
         _as_plain_numbers(self)
         if self.objective in ("trades", "pgd") and self.threat.p != math.inf:
             raise WdatError(f'objective="{self.objective}" is pointwise: give threat=Threat(p=math.inf)')
+        if self.objective in ("worst_case", worst_case) and self.threat.p == math.inf:
+            raise WdatError("the worst case over a pointwise ball has no slope in the distances: give a finite p")
 
 
 @dataclass(frozen=True)
@@ -810,6 +816,35 @@ class Minibatch:
         with self._run.attacked() as on:
             return _logits(on, x)
 
+    def boundary(self, r: float) -> Boundary:
+        """How far each image is from the nearest misclassified one, in l_r, and those: see the function `boundary`.
+
+        As many gradients for each image as the configuration has steps.
+        """
+        _check_precise(self.x)
+        search = _Search(keep=True)
+        with self._run.attacked(Threat(p=math.inf, r=r), _lead) as on:
+            on = replace(on, boxed=True)
+            search.take(on, self.x, self.y)
+            while search.waiting():
+                search.attack(on, on.passes.batch_size)
+        found = search.found(r)
+        assert found is not None
+        return found
+
+    def distance(self, found: Boundary) -> Tensor:
+        """The distances (b,) of what `boundary` found, with gradients to the parameters.
+
+        The distance of an image moves as m(x*) / ||grad_x m(x*)||_s does, m the margin z_y - max_j z_j and x* the
+        nearest misclassified image (Ding et al., 2020). There is no gradient at a distance of 0 or inf.
+        """
+        assert found.x_adv is not None
+        steepness = self.look(found.x_adv, self.y, Threat(p=math.inf, r=found.r), _margin).norm
+        moves = (steepness > 0) & (found.distance > 0) & (found.distance < math.inf)
+        margin = _margin(self.net(found.x_adv), self.y)
+        move = torch.where(moves, (margin - margin.detach()) / torch.where(moves, steepness, 1.0), 0.0)
+        return found.distance + move
+
     def random_start(self, threat: Threat, fraction: float) -> Tensor:
         """The images, each moved `fraction` of delta in a random direction, then clamped; x itself for 0."""
         return _random_start(self.x, threat, fraction, self.generator) if fraction else self.x
@@ -857,6 +892,37 @@ def wdat(batch: Minibatch) -> Tensor:
     return total
 
 
+def worst_case(batch: Minibatch) -> Tensor:
+    """Gradient ascent of A_p(delta), the lowest accuracy in the ball, as `boundary` finds it; beyond the paper.
+
+    A_p depends on the network by the distances d_i alone. It rises with them as `Boundary.slope` says, and they move
+    with the parameters as `Minibatch.distance` says, so that the step of SGD lowers
+
+        CE(f(x), y) - beta sum_i (dA_p / dd_i) d_i.
+
+    The slope needs the price t up to which the budget buys. It follows that of the minibatches as (5.4) follows
+    Upsilon: t + eta (t_B - t); with eta = 1 it is the minibatch's own. What is misclassified already is left to CE.
+    """
+    config, threat, x, y = batch.config, batch.config.threat, batch.x, batch.y
+    found = batch.boundary(threat.r)
+    latest = batch.memory.setdefault("price", [])
+    price = found.price(threat)
+    if price is not None:
+        latest[:] = [latest[0] + config.eta * (price - latest[0]) if latest else price]
+
+    total = F.cross_entropy(batch.net(x), y)
+    if not latest:
+        return total
+    slope = found.slope(threat, latest[0].item())
+    return total - config.beta * (slope.to(x) * batch.distance(found).clamp(max=latest[0])).sum()
+
+
+def _margin(logits: Tensor, y: Tensor) -> Tensor:
+    """How far the own class is above the likeliest other, (n, m) and (n,) to (n,)."""
+    own = F.one_hot(y, logits.shape[1]).bool()
+    return logits[own] - logits.masked_fill(own, -math.inf).amax(1)
+
+
 def trades(batch: Minibatch) -> Tensor:
     """TRADES (Zhang et al., 2019): CE(f(x), y) + beta KL(f(x) || f(x')), the p = inf case of (4.2).
 
@@ -883,7 +949,12 @@ def pgd(batch: Minibatch) -> Tensor:
     return F.cross_entropy(batch.net(batch.attack(threat, ce, start=start)), batch.y)
 
 
-OBJECTIVES: dict[str, Callable[[Minibatch], Tensor]] = {"wdat": wdat, "trades": trades, "pgd": pgd}
+OBJECTIVES: dict[str, Callable[[Minibatch], Tensor]] = {
+    "wdat": wdat,
+    "worst_case": worst_case,
+    "trades": trades,
+    "pgd": pgd,
+}
 
 
 def _consistency(reading: str, logits: Tensor, logits_adv: Tensor) -> Tensor:
@@ -1047,6 +1118,8 @@ def finetune(
                     total.backward()
                     gradients = [p.grad.isfinite().all() for p in trained if p.grad is not None]
                     _check_finite(torch.stack([total.isfinite(), *gradients]).all())
+                    if config.clip < math.inf:
+                        nn.utils.clip_grad_norm_(trained, config.clip)
                 optimiser.step()  # theta <- theta - tau grad,
                 schedule.step()
                 if averaged is not None:
@@ -1200,6 +1273,8 @@ def evaluate(
     """
     if options.get("random_start"):
         raise WdatError("evaluate measures the clean accuracy where the attack starts: it takes no random_start")
+    if found_steps and isinstance(x, Tensor):
+        _check_precise(x)  # now, and not after both attacks
     pointwise = wpgd(model, x, y, Threat(p=math.inf, delta=delta), loss="ce", **options)
     w_2 = Threat(p=2, delta=delta)
     distributional = wpgd(model, x, y, w_2, loss=loss, **options)
@@ -1277,6 +1352,50 @@ class Boundary:
         if p == math.inf or price == math.inf:
             return (~bought).double()
         return (distance / price).clamp(max=1) ** p - (threat.delta / price) ** p
+
+    def price(self, threat: Threat) -> Tensor | None:
+        """The distance of the next image to be bought, float64 (); of the last, where the budget pays for all.
+
+        None where there is nothing to buy: all are misclassified, or nothing was found.
+        """
+        left, distance = ~self.bought(threat), self.distance.double()
+        found = (distance > 0) & (distance < math.inf)
+        if not found.any():
+            return None
+        return distance[found & left].min() if (found & left).any() else distance[found].max()
+
+    def slope(self, threat: Threat, price: float | None = None) -> Tensor:
+        """How fast A_p(delta) rises with each distance, float64 (n,), for a finite p: p d_i^(p-1) / (n t^p).
+
+        That is of the images that the budget buys; 0 for those that are misclassified already, or too dear. t is the
+        price of the next one, of which the budget pays a part, and by that part of it its slope is the less (envelope
+        theorem, for the accuracy with one split image: the mean of `shares`). Where the budget pays for all images no
+        small change of a distance saves one: the slope is 0.
+
+        Args:
+            price: t, where it is known from more images than these: those up to it count as bought.
+
+        Raises:
+            WdatError: for p = inf, where the accuracy jumps and has no slope.
+        """
+        self._check(threat)
+        p, n, distance = threat.p, len(self.distance), self.distance.double()
+        if p == math.inf:
+            raise WdatError("the accuracy under a pointwise threat has no slope in the distances: give a finite p")
+        if price is not None:
+            _check_number("price", price, above=0)
+            return torch.where((distance > 0) & (distance <= price), (distance / price) ** (p - 1), 0.0) * (
+                p / n / price
+            )
+        bought = self.bought(threat)
+        t = torch.where(bought, math.inf, distance).min()
+        if t == math.inf:
+            return torch.zeros_like(distance)
+        relative = torch.where(bought, distance / t, 0.0)
+        part = n * (threat.delta / t) ** p - (relative**p).sum()
+        split = ~bought & (distance == t)  # images of the same price share what is left
+        slope = torch.where(relative > 0, relative ** (p - 1), 0.0) + split * (part / split.sum())
+        return slope * (p / n / t)
 
     def interval(self, threat: Threat) -> tuple[float, float]:
         """An interval that holds A_p(delta) of the distribution, whose sample the images are, in 95 % of samples."""
@@ -1365,9 +1484,7 @@ def boundary(
 
     def attacker(x: Any, y: Any) -> _Attacker:
         on = _attacker(model, x, y, threat, _lead, batch_size, precision, compiled, steps)
-        if x.dtype.itemsize == 2:
-            how = 'give float32 images and model, and precision="bfloat16" for speed'
-            raise WdatError(f"images of {x.dtype} are too coarse for a distance: {how}")
+        _check_precise(x)
         return replace(on, boxed=True)  # else an image with many such pixels seems far from any error
 
     batches: Any = x
@@ -2169,6 +2286,12 @@ def _check_fine(x: Tensor, on: _Attacker) -> None:
             f"images of {x.dtype} are too coarse for {on.steps} steps of delta {on.threat.delta:g}: give float32 images"
             ' and model, and precision="bfloat16" for speed'
         )
+
+
+def _check_precise(x: Tensor) -> None:
+    if x.dtype.itemsize == 2:
+        how = 'give float32 images and model, and precision="bfloat16" for speed'
+        raise WdatError(f"images of {x.dtype} are too coarse for a distance: {how}")
 
 
 def _check_model(model: nn.Module) -> None:

@@ -20,6 +20,7 @@ from companion.parts import (
     FormerPretrainConfig,
     History,
     NetworkPart,
+    ObjectiveConfig,
     Part,
     PrecisionConfig,
     ReliabilityConfig,
@@ -228,6 +229,25 @@ class StrongerRecord(Scored):
     needs = ("data.test", "seconds.total", *_both(*(f"{name}.accuracy" for name in STRONGER)))
 
 
+class ObjectiveRecord(OfNetwork):
+    """Of a network trained further, with the distances of its validation and test images; accuracies follow."""
+
+    kind: Literal["objective"]
+    config: ObjectiveConfig
+    history: History
+    boundary: BoundaryPart
+
+    needs = ("data.train", "data.val", "data.test", "seconds.train", "seconds.evaluate")
+
+    @model_validator(mode="after")
+    def _a_distance_for_each_image(self) -> Self:
+        if self.boundary.distance.keys() != {"val", "test"}:
+            raise ValueError("boundary.distance is not of the validation and the test images")
+        for part, text in self.boundary.distance.items():
+            _of_images(f"boundary.distance.{part}", text, images_of(self, part))
+        return self
+
+
 class SensitivityRecord(OfNetwork):
     """Upsilon of the training set, `reference`, and of random parts of it."""
 
@@ -334,6 +354,7 @@ KINDS: dict[str, type[Record]] = {
     "sensitivity": SensitivityRecord,
     "spend": SpendRecord,
     "stronger": StrongerRecord,
+    "objective": ObjectiveRecord,
     "certified": CertifiedRecord,
     "pretrain": PretrainRecord,
     "precision": PrecisionRecord,

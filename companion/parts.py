@@ -101,6 +101,23 @@ class CertifiedConfig(Part):
     method: Text
 
 
+class ObjectiveConfig(Part):
+    """Of a network trained further for one objective or another: see objectives.py, and `wdat_core.FinetuneConfig`."""
+
+    objective: Text
+    threat: ThreatField
+    beta: Amount
+    tau: Amount
+    eta: Fraction
+    clip: Amount
+    perturb: Text
+    steps: Count
+    epochs: Count
+    batch_size: Count
+    found_steps: Count
+    seed: Seed
+
+
 class ReliabilityConfig(Part):
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, Whole]

@@ -1,0 +1,160 @@
+"""A network trained further for one objective or another, all from the same start and at the same number of passes.
+
+    python -m companion.objectives NETWORK... --objective slope --beta 3 --delta 4 --data data
+
+Every record has the distances of the validation and of the test images, from which every accuracy follows: what is
+chosen is chosen on the first, what is shown is of the second. The weights are those of the last epoch. Records go to
+runs/; with them in results/ the page "Training for the worst case" shows them.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+import wdat_core
+from companion import files
+from companion.bench import Bench, begin, bench, held, measured
+from companion.files import digest
+from companion.machine import core_digest, device_name, versions
+from companion.parts import ObjectiveConfig
+from companion.records import record_name
+from companion.settings import ParameterError, Settings
+from companion.terminal import arguments_of
+from companion.values import pack_floats
+from wdat_core import FinetuneConfig, Minibatch, Threat, WdatError
+
+CLIP = 10.0  # of the gradient, for all alike
+
+
+def cheapest(batch: Minibatch) -> Tensor:
+    """(5.1) with the images that an attacker buys who buys the cheapest first, in place of those of W-PGD."""
+    threat = batch.config.threat
+    x_adv = batch.boundary(threat.r).spend(batch.x, threat).x_adv
+    logits = batch.net(batch.x)
+    held_fixed = logits.softmax(1).detach()
+    return F.cross_entropy(logits, batch.y) + batch.config.beta * F.cross_entropy(batch.net(x_adv), held_fixed)
+
+
+def equal_weights(batch: Minibatch) -> Tensor:
+    """MMA (Ding et al., 2020): CE(f(x), y) - beta mean_i min(d_i, delta) / delta, all with the same weight."""
+    threat = batch.config.threat
+    distance = batch.distance(batch.boundary(threat.r))
+    reached = distance.clamp(max=threat.delta).mean() / threat.delta
+    return F.cross_entropy(batch.net(batch.x), batch.y) - batch.config.beta * reached
+
+
+@dataclass(frozen=True)
+class Objective:
+    words: str
+    function: str | Callable[[Minibatch], Tensor]
+    p: float = 2.0
+
+
+OBJECTIVES = {
+    "algorithm1": Objective("Algorithm 1", "wdat"),
+    "slope": Objective("exact slope", "worst_case"),
+    "cheapest": Objective("Algorithm 1, cheapest first", cheapest),
+    "mma": Objective("MMA, equal weights", equal_weights),
+    "pointwise": Objective("pointwise control", "wdat", math.inf),
+    "trades": Objective("TRADES", "trades", math.inf),
+}
+
+
+def train_for(settings: Settings, objective: str) -> Any:
+    """A record of kind "objective": the whole network trained further, with the tau and eta of the settings.
+
+    Raises:
+        ParameterError: as `bench`; or the objective is not known.
+    """
+    if objective not in OBJECTIVES:
+        raise ParameterError(f"objective must be one of {', '.join(OBJECTIVES)}, not {objective!r}")
+    on, how = bench(settings), OBJECTIVES[objective]
+    shared: dict[str, Any] = {"threat": Threat(how.p, settings.r, settings.delta), "clip": CLIP, "perturb": "whole"}  # type: ignore[arg-type]
+    shared |= {
+        name: getattr(settings, name) for name in ("tau", "eta", "beta", "steps", "epochs", "batch_size", "seed")
+    }
+    config = ObjectiveConfig(objective=objective, found_steps=settings.found_steps, **shared)
+    begun = begin("objective", on, ("train", "val", "test"), config)
+    if known := held(begun, on):
+        return known
+    run = [begun, core_digest(), device_name(on.device), versions()]
+    kept = files.RUNS / f"{digest(repr(run).encode())[:16]}.checkpoint"
+    how_to_train = FinetuneConfig(objective=how.function, **shared)
+    record = measured(begun, on, _command(settings, objective), lambda: _trained(on, how_to_train, kept))
+    kept.unlink(missing_ok=True)
+    return record
+
+
+def _trained(on: Bench, config: FinetuneConfig, kept: Any) -> dict[str, Any]:
+    tuned, start = copy.deepcopy(on.model), time.perf_counter()
+    show = on.progress(f"beta {config.beta:g}, tau {config.tau:g}, seed {config.seed}")
+    history = wdat_core.finetune(
+        tuned, on.data.train, None, config, eval_batch_size=on.at_once, resume=kept, progress=show
+    )
+    trained, steps = time.perf_counter(), int(on.settings.found_steps or 0)
+    there = on.with_model(tuned)
+    distance = {part: there.boundary(getattr(on.data, part), steps=steps).distance for part in ("val", "test")}
+    return {
+        "history": {"epochs": history.epochs, "best": history.best},
+        "boundary": {
+            "steps": steps,
+            "core": core_digest(),
+            "device": device_name(on.device),
+            "distance": {part: pack_floats(d) for part, d in distance.items()},
+        },
+        "seconds": {
+            "train": round(history.seconds, 1),
+            "evaluate": round(time.perf_counter() - trained, 1),
+            "total": round(time.perf_counter() - start, 1),
+        },
+    }
+
+
+def _command(settings: Settings, objective: str) -> str:
+    data = "embedded" if settings.data == "embedded" else "data"
+    assert settings.delta is not None
+    given = {"beta": settings.beta, "delta": 255 * settings.delta, "tau": settings.tau, "eta": settings.eta}
+    given |= {name.replace("_", "-"): getattr(settings, name) for name in ("seed", *SIZES)}
+    return f"python -m companion.objectives {settings.network} --objective {objective} " + " ".join(
+        [*(f"--{name} {value:g}" for name, value in given.items()), f"--data {data}"]
+    )
+
+
+SIZES = {"train_images": 10_000, "val_images": 2_000, "test_images": 10_000, "epochs": 20, "found_steps": 100}
+
+
+def main(arguments: list[str]) -> None:
+    parser = arguments_of(__doc__)
+    parser.add_argument("networks", nargs="+", help="names of networks")
+    parser.add_argument("--objective", nargs="+", default=["slope"], help=f"of {', '.join(OBJECTIVES)}")
+    parser.add_argument("--beta", nargs="+", type=float, default=[6.0], help="weight of the term that makes it robust")
+    parser.add_argument("--delta", nargs="+", type=float, default=[8.0], help="radius, in 255ths")
+    parser.add_argument("--tau", nargs="+", type=float, default=[0.01])
+    parser.add_argument("--eta", nargs="+", type=float, default=[1.0])
+    parser.add_argument("--seed", nargs="+", type=int, default=[0])
+    for name, value in SIZES.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
+    given = parser.parse_args(arguments)
+    sizes = {name: getattr(given, name) for name in SIZES}
+    each = itertools.product(given.seed, given.networks, given.objective, given.beta, given.delta, given.tau, given.eta)
+    for seed, network, objective, beta, delta, tau, eta in each:
+        one = {"beta": beta, "delta": delta / 255, "tau": tau, "eta": eta, "seed": seed, **sizes}
+        try:
+            settings = Settings(preset="paper", network=network, data=given.data, models=given.models, **one)
+            print(record_name(train_for(settings.resolved(), objective)), flush=True)
+        except (ParameterError, WdatError) as error:
+            sys.exit(f"objectives: {error}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
