@@ -1384,16 +1384,15 @@ class Boundary:
             raise WdatError("the accuracy under a pointwise threat has no slope in the distances: give a finite p")
         if price is not None:
             _check_number("price", price, above=0)
-            return torch.where((distance > 0) & (distance <= price), (distance / price) ** (p - 1), 0.0) * (
-                p / n / price
-            )
+            relative = torch.where(distance <= price, distance / price, 0.0)
+            return torch.where(relative > 0, relative ** (p - 1), 0.0) * (p / n / price)
         bought = self.bought(threat)
         t = torch.where(bought, math.inf, distance).min()
         if t == math.inf:
             return torch.zeros_like(distance)
-        relative = torch.where(bought, distance / t, 0.0)
+        relative = torch.where(distance < t, distance / t, 0.0)
         part = n * (threat.delta / t) ** p - (relative**p).sum()
-        split = ~bought & (distance == t)  # images of the same price share what is left
+        split = distance == t  # images of the same price share what is left
         slope = torch.where(relative > 0, relative ** (p - 1), 0.0) + split * (part / split.sum())
         return slope * (p / n / t)
 

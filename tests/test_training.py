@@ -35,12 +35,12 @@ X = torch.full((1, *SHAPE), 0.5, dtype=torch.float64)  # an image to find the la
 
 def quick(objective="wdat", **fields):
     """Two epochs of three minibatches on 12 images, otherwise as the objective is trained."""
-    threat = THREAT if objective == "wdat" else POINTWISE
+    threat = THREAT if objective in ("wdat", "worst_case") else POINTWISE
     defaults = {"threat": threat, "steps": 2, "epochs": 2, "batch_size": 5, "sample": 0.3}
     return configuration(objective, **(defaults | fields))
 
 
-both = pytest.mark.parametrize("objective", ["wdat", "trades"])
+both = pytest.mark.parametrize("objective", ["wdat", "worst_case", "trades"])
 
 
 def trained(objective="wdat", kind="full", val=False, on_epoch=None, model=None, **fields):
@@ -620,6 +620,7 @@ OTHER = {
     "augment": [False],
     "momentum": [0.9],
     "weight_decay": [0.01],
+    "clip": [0.1],
     "schedule": ["cosine", "one_cycle"],
     "average": [0.5],
     "loss": ["ce", "dlr"],

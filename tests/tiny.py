@@ -23,7 +23,7 @@ FROM_SCRATCH = {
     "weight_decay": 5e-4,
     "schedule": "one_cycle",
 }
-STARTS = {"wdat": {}, "trades": FROM_SCRATCH, "pgd": FROM_SCRATCH}
+STARTS = {"wdat": {}, "worst_case": {}, "trades": FROM_SCRATCH, "pgd": FROM_SCRATCH}
 
 
 def configuration(objective, **fields):
