@@ -34,6 +34,9 @@ And three say how robust it is for every budget::
 Three things can be replaced by a function: the loss of the attacker (`wpgd`), the vector along which it steps (`wpgd`)
 and the objective of the training (`Minibatch`); each has an example where it is described.
 
+On many devices each process holds a part of the images and gives a `group` of torch.distributed; what is global stays
+global, so that N processes attack and train as one does. See `wpgd` and `finetune`.
+
 Conventions, everywhere in this file:
 
 - images `x`: floating point, shape (n, c, h, w) (any shape (n, ...) works), values in [0, 1]; labels `y`: int64, (n,);
@@ -67,6 +70,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -199,6 +203,7 @@ def sensitivity(
     batch_size: int = 512,
     precision: str = "float32",
     compiled: bool = False,
+    group: Any = None,
 ) -> float:
     """The sensitivity Upsilon = (E ||grad_x J||_s^q)^(1/q) of Theorem 4.1 (i) over all the images.
 
@@ -208,15 +213,15 @@ def sensitivity(
     Raises:
         WdatError: for the faults of input that `wpgd` names.
     """
-    on = _attacker(model, x, y, threat, loss, batch_size, precision, compiled)
+    on = _attacker(model, x, y, threat, loss, batch_size, precision, compiled, group=group)
     with _prepared(model):
         return float(_sensitivity(on, _plain(x), _plain(y)))
 
 
 def _sensitivity(on: _Attacker, x: Tensor, y: Tensor) -> Tensor:
     look = _look(on, x, y, _blank(on, x, directions=False))
-    upsilon = _mean(look.norm, on.threat.q)
-    _check_finite(look.finite & upsilon.isfinite())
+    upsilon = _mean(look.norm, on.threat.q, on.among)
+    _check_finite(on.among.all(look.finite) & upsilon.isfinite())
     return upsilon
 
 
@@ -269,14 +274,14 @@ def project(x_adv: Tensor, x: Tensor, threat: Threat) -> Tensor:
             f" {tuple(x.shape)} {x.dtype} on {x.device}"
         )
     distance = _norm(x_adv - x, threat.r)
-    return _pull_back(x_adv, x, distance, _budgets(distance, threat.p, threat.delta), threat.r)
+    return _pull_back(x_adv, x, distance, _budgets(distance, threat.p, threat.delta, _Among()), threat.r)
 
 
-def _budgets(distance: Tensor, p: float, delta: Tensor | float) -> Tensor:
+def _budgets(distance: Tensor, p: float, delta: Tensor | float, among: _Among) -> Tensor:
     """The radius (n,) within which the projection leaves each image."""
     if p == math.inf:
         return torch.as_tensor(delta, dtype=distance.dtype, device=distance.device).expand_as(distance)
-    total = _mean(distance, p)
+    total = _mean(distance, p, among)
     # Not delta / total, for which torch takes 1 / total, and that can be infinite.
     return torch.where(total > delta, distance / total * delta, distance)
 
@@ -333,6 +338,7 @@ def wpgd(
     batch_size: int = 512,
     precision: str = "float32",
     compiled: bool = False,
+    group: Any = None,
     progress: Progress | None = None,
 ) -> Attack:
     """W-PGD (Bai et al., 2023; eq. 5.3): projected gradient ascent of the mean loss inside a Wasserstein ball.
@@ -373,19 +379,24 @@ def wpgd(
         seed: of that random direction.
         precision: "float32" runs the model as it is, "bfloat16" under autocast; images and steps stay as they are.
         compiled: run the model through `torch.compile`, with CUDA graphs on a GPU; the first batch then takes a minute.
+        group: a process group of torch.distributed, such as `torch.distributed.group.WORLD`, each of whose processes
+            calls this with its own part of the images, of any size, even of none. They attack as one process would that
+            has them all: accuracy, loss, distance and history are of all images, x_adv and correct of the part. Only
+            the random start is each process's own.
         progress: what the steps are wrapped in to show how far they are, such as `tqdm.tqdm`.
 
     Raises:
         WdatError: names what is wrong with the images, the labels, the model or a parameter.
     """
-    on = _attacker(model, x, y, threat, loss, batch_size, precision, compiled, steps, step_ratio, rule)
-    _check_fine(x, on)
     _check_number("random_start", random_start, at_least=0, at_most=1)
     _check_number("seed", seed, at_least=0, below=2**63, whole=True)
     _check_function("progress", progress)
+    on = _attacker(model, x, y, threat, loss, batch_size, precision, compiled, steps, step_ratio, rule, group)
+    _check_fine(x, on)
     with _prepared(model):
         x, y = _plain(x), _plain(y)
-        start = _random_start(x, threat, random_start, torch.Generator().manual_seed(seed)) if random_start else None
+        own = torch.Generator().manual_seed((seed + on.among.rank) % 2**63)
+        start = _random_start(x, threat, random_start, own) if random_start else None
         return _attack(on, x, y, start=start, progress=progress)
 
 
@@ -409,10 +420,11 @@ def _attack(
         last: the last iterate is wanted, as in training, and its forward pass is saved (accuracy, loss and correct are
             then those of the iterate before).
     """
-    passes, steps, n, p, q, r = on.passes, on.steps, len(x), on.threat.p, on.threat.q, on.threat.r
+    passes, steps, among, p, q, r = on.passes, on.steps, on.among, on.threat.p, on.threat.q, on.threat.r
     delta = on.threat.delta if delta is None else delta
     alpha = on.step_ratio * delta / steps
-    slices = [slice(i, i + passes.batch_size) for i in range(0, n, passes.batch_size)]
+    slices = [slice(i, i + passes.batch_size) for i in range(0, len(x), passes.batch_size)]
+    n = among.count(x)
     # Where the direction is that of the present gradient alone, an image with gradient 0 stays where it is, and so does
     # all that an eval-mode network says of it: it is not looked at again until a projection moves it.
     rests = on.rule is None and not passes.whole and on.loss not in SLOPED
@@ -423,10 +435,10 @@ def _attack(
     x_adv = (x if start is None else start).clone()
     now = _look(on, x_adv, y, _blank(on, x)) if first is None else first
     was_correct = now.correct.clone()
-    hits, losses, upsilons = [now.correct.sum()], [now.loss.mean()], []
+    hits, losses, upsilons = [among.total(now.correct.sum())], [among.mean(now.loss)], []
     assert now.direction is not None
     for k in progress(range(1, steps + 1)) if progress else range(1, steps + 1):
-        upsilons.append(_mean(now.norm, q))
+        upsilons.append(_mean(now.norm, q, among))
         step = _step(now.norm, upsilons[-1], q, alpha)
         moved, distance = now.norm > 0, torch.empty_like(now.norm)
         for rows in slices:  # a batch at a time, while it is in the cache
@@ -437,7 +449,7 @@ def _attack(
             else:
                 distance[rows] = _norm(x_adv[rows] - x[rows], r)
         if k > free:
-            budget = _budgets(distance, p, delta)
+            budget = _budgets(distance, p, delta, among)
             moved |= distance > budget
             for rows in slices:
                 x_adv[rows] = _pull_back(x_adv[rows], x[rows], distance[rows], budget[rows], r)  # pj_delta,
@@ -447,8 +459,8 @@ def _attack(
 
         again = passes.batches(x, moved.nonzero()[:, 0] if rests else None)
         _look(on, x_adv, y, now, again, backward=k < steps)
-        hits.append(now.correct.sum())
-        losses.append(now.loss.mean())
+        hits.append(among.total(now.correct.sum()))
+        losses.append(among.mean(now.loss))
         if k == 1:
             x_best, best_correct, best_hits, best_loss = x_adv.clone(), now.correct.clone(), hits[1], losses[1]
         else:
@@ -457,11 +469,12 @@ def _attack(
             best_correct = torch.where(better, now.correct, best_correct)
             best_hits, best_loss = torch.where(better, hits[k], best_hits), torch.where(better, losses[k], best_loss)
 
-    _check_finite(now.finite)
+    _check_finite(among.all(now.finite))
     if last:
         x_best, best_correct, best_hits, best_loss = x_adv, now.correct, hits[-1], losses[-1]
     history = {"accuracy": [h / n for h in _floats(hits)], "loss": _floats(losses), "upsilon": _floats(upsilons)}
-    reached = _mean(torch.cat([_norm(x_best[rows] - x[rows], r) for rows in slices]), p)
+    far = [_norm(x_best[rows] - x[rows], r) for rows in slices] or [now.norm]
+    reached = _mean(torch.cat(far), p, among)
     return Attack(x_best, best_hits.item() / n, best_loss.item(), reached.item(), best_correct, was_correct, history)
 
 
@@ -512,12 +525,12 @@ def wpgd_budget(
         batches = list(zip(_plain(x).split(size), _plain(y).split(size), strict=True))
         for xb, yb in progress(batches) if progress else batches:
             first = _look(on, xb, yb, _blank(on, xb))
-            delta_b = _radius(threat, _upsilon(first.norm, threat.q), upsilon)  # (5.5)
+            delta_b = _radius(threat, _upsilon(first.norm, threat.q, on.among), upsilon)  # (5.5)
             attacks.append(_attack(on, xb, yb, delta=delta_b, first=first))
     sizes = torch.tensor([len(xb) / len(x) for xb, _ in batches], dtype=torch.float64)
 
     def pool(values: Sequence[float], order: float) -> float:
-        return _mean(torch.tensor(values, dtype=torch.float64), order, sizes).item()
+        return _mean(torch.tensor(values, dtype=torch.float64), order, weights=sizes).item()
 
     def average(values: Sequence[float]) -> float:
         return float(sizes @ torch.tensor(values, dtype=torch.float64))
@@ -548,9 +561,9 @@ def _radius(threat: Threat, upsilon_b: Tensor, upsilon: Tensor | float) -> Tenso
     return threat.delta * torch.where(upsilon > 0, share, 1.0)
 
 
-def _upsilon(norm: Tensor, q: float) -> Tensor:
+def _upsilon(norm: Tensor, q: float, among: _Among) -> Tensor:
     """Upsilon of some images, in float32 at least: the quotient of two overflows in float16."""
-    return _mean(norm, q).to(torch.promote_types(norm.dtype, torch.float32))
+    return _mean(norm, q, among).to(torch.promote_types(norm.dtype, torch.float32))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -784,6 +797,13 @@ class Minibatch:
     memory: dict[str, list[Tensor]]
     generator: torch.Generator
     _run: _Run = field(repr=False)
+    _part: slice = field(repr=False)  # of a minibatch that several processes share
+    _whole: int = field(repr=False)  # how many images that minibatch has
+
+    def draw(self, random: Callable[..., Tensor]) -> Tensor:
+        """Random numbers for the images, as x: of a function such as `torch.randn`; alike however many processes."""
+        drawn = random((self._whole, *self.x.shape[1:]), generator=self.generator)
+        return drawn[self._part].to(self.x)
 
     def attack(
         self,
@@ -847,7 +867,16 @@ class Minibatch:
 
     def random_start(self, threat: Threat, fraction: float) -> Tensor:
         """The images, each moved `fraction` of delta in a random direction, then clamped; x itself for 0."""
-        return _random_start(self.x, threat, fraction, self.generator) if fraction else self.x
+        return _moved(self.x, threat, fraction, self.draw(torch.rand)) if fraction else self.x
+
+    def upsilon(self, look: _Look, threat: Threat) -> Tensor:
+        """Upsilon_B, the sensitivity of the minibatch, from what `look` says of it."""
+        return _upsilon(look.norm, threat.q, self._run.on.among)
+
+    def price(self, found: Boundary, threat: Threat) -> Tensor | None:
+        """The price up to which the budget buys in the minibatch, see `Boundary.price`; from what `boundary` found."""
+        among = self._run.on.among
+        return (found if among.group is None else found.gather(among.group)).price(threat)
 
     def estimate_upsilon(self, upsilon_b: Tensor) -> Tensor:
         """The estimate of Upsilon, as the configuration has it: of a fresh random sample of the training set."""
@@ -858,7 +887,7 @@ class Minibatch:
         if config.upsilon_from == "batch" and not everything:
             return _mean(torch.stack(recent), config.threat.q)
         count = len(run.x) if everything else max(1, round(config.sample * len(run.x)))
-        rows = run.draw(count)
+        rows = run.draw(count)[run.on.among.part(count)]
         x, y = run.x[rows], run.y[rows]
         if config.attack_label == "predicted":
             y = self.logits(x).argmax(1)
@@ -873,7 +902,7 @@ def wdat(batch: Minibatch) -> Tensor:
 
     start = batch.random_start(threat, config.random_start)
     first = batch.look(start, labels, threat, loss)
-    upsilon_b = _upsilon(first.norm, threat.q)
+    upsilon_b = batch.upsilon(first, threat)
     estimate = batch.estimate_upsilon(upsilon_b)  # Upsilon-hat
     upsilons = batch.memory.setdefault("upsilon", [])
     upsilon = upsilons[-1] + config.eta * (estimate - upsilons[-1]) if upsilons else estimate  # (5.4)
@@ -906,7 +935,7 @@ def worst_case(batch: Minibatch) -> Tensor:
     config, threat, x, y = batch.config, batch.config.threat, batch.x, batch.y
     found = batch.boundary(threat.r)
     latest = batch.memory.setdefault("price", [])
-    price = found.price(threat)
+    price = batch.price(found, threat)
     if price is not None:
         latest[:] = [latest[0] + config.eta * (price - latest[0]) if latest else price]
 
@@ -929,7 +958,7 @@ def trades(batch: Minibatch) -> Tensor:
     x' comes from PGD on that KL, started at x plus Gaussian noise of standard deviation 0.001.
     """
     x = batch.x
-    start = (x + 0.001 * torch.randn(x.shape, generator=batch.generator).to(x)).clamp(0, 1)
+    start = (x + 0.001 * batch.draw(torch.randn)).clamp(0, 1)
     x_adv = batch.attack(batch.config.threat, _kl, labels=batch.logits(x).softmax(1), start=start)
     logits, logits_adv = batch.net(x), batch.net(x_adv)
     return F.cross_entropy(logits, batch.y) + batch.config.beta * _consistency("kl", logits, logits_adv)
@@ -942,8 +971,7 @@ def pgd(batch: Minibatch) -> Tensor:
     """
     x, threat = batch.x, batch.config.threat
     if threat.r == math.inf:
-        noise = 2 * torch.rand(x.shape, generator=batch.generator) - 1
-        start = (x + threat.delta * noise.to(x)).clamp(0, 1)
+        start = (x + threat.delta * (2 * batch.draw(torch.rand) - 1)).clamp(0, 1)
     else:
         start = batch.random_start(threat, 1.0)
     return F.cross_entropy(batch.net(batch.attack(threat, ce, start=start)), batch.y)
@@ -1000,6 +1028,7 @@ def finetune(
     save_every: float = 60.0,
     stop_after: float | None = None,
     on_epoch: Callable[[int, nn.Module], dict[str, float] | None] | None = None,
+    group: Any = None,
     progress: Progress | None = None,
 ) -> History:
     """Algorithm 1: perturb the model, then train it against W-PGD-budget; eq. 5.1, or eq. 5.6 for gamma > 0.
@@ -1027,24 +1056,26 @@ def finetune(
         stop_after: seconds after which the run writes its checkpoint and returns, at the end of a minibatch.
         on_epoch: called with the epoch and the model, in eval mode; a dict of numbers that it returns joins the
             epoch's history. The names that the history has already are taken: nothing but validation chooses the epoch.
+        group: a process group of torch.distributed, each of whose processes calls this with the same arguments. They
+            share each minibatch, the sample and the validation images, and train as one process would, to rounding;
+            the first one writes the checkpoint, which all of them can read, and from which any number of them goes on.
+            Batch statistics are those of a process's share: on GPUs, torch.nn.SyncBatchNorm makes them global.
 
     Raises:
         WdatError: for the faults of input that `wpgd` names, when loss, gradient or logits are no longer finite, and
             when the checkpoint cannot be written or belongs to another run.
     """
-    _check_training(train, val, config, on_epoch, progress)
+    _check_model(model)
+    among = _among(group, model, train)
+    kept = (resume, save_every, stop_after)
+    check = functools.partial(_checked_training, model, train, val, config, eval_batch_size, kept, on_epoch, progress)
+    agree = functools.partial(_identity, model, train, val, config)
+    on, checkpoint, saved = _agreed(among, lambda: check(among), agree)
+    how: Any = (eval_batch_size, config.precision, config.compiled, on.classes)
     x, y = train
-    _check_number("eval_batch_size", eval_batch_size, at_least=1, whole=True)
-    attacker: Any = (eval_batch_size, config.precision, config.compiled, config.steps, config.step_ratio)
-    on = _attacker(model, x, y, config.threat, config.loss, *attacker)
-    _check_fine(x, on)
-    if val is not None:
-        _attacker(model, *val, config.threat, config.loss, *attacker)
     training = config.update_mode == "train" and config.perturb != "last_layer"
-    _check_minibatches(model, x, config, training)
     objective = _function_of("objective", config.objective, OBJECTIVES)
     generator = torch.Generator().manual_seed(config.seed)
-    checkpoint, saved = _checkpoint(resume, save_every, stop_after, model, train, val, config)
 
     with _seeded(model, generator), _untouched(model), torch.inference_mode(False), torch.enable_grad():
         run = _Run(model, _plain(x), _plain(y), config, on, generator)
@@ -1061,7 +1092,7 @@ def finetune(
                 model, multi_avg_fn=_moving(config.average), use_buffers=True
             )
         shown = model if averaged is None else averaged.module
-        on_shown = on if averaged is None else _attacker(shown, x, y, config.threat, config.loss, *attacker)
+        on_shown = on if averaged is None else replace(on, passes=_passes(shown, x, *how))
         score = f"w_{config.threat.p:g}"
         parts: dict[str, Any] = {"model": model, "optimiser": optimiser, "schedule": schedule, "averaged": averaged}
         parts = {name: part for name, part in parts.items() if part is not None}
@@ -1087,7 +1118,7 @@ def finetune(
         begin = time.perf_counter() - spent
 
         def save() -> None:
-            if checkpoint.path is not None:
+            if checkpoint.path is not None and among.rank == 0:
                 state = {name: part.state_dict() for name, part in parts.items()}
                 state |= {"order": order, "losses": losses, "rows": rows, "best": best, "best_state": best_state}
                 state |= {
@@ -1113,30 +1144,38 @@ def finetune(
                     parameter.requires_grad_(True)
                 optimiser.zero_grad()
                 with _blamed(optimiser, epoch, len(losses) + 1, len(indices)):
-                    total = objective(run.minibatch(indices, memory))  # (5.4), (5.5), (5.3), (5.1),
+                    batch = run.minibatch(indices, memory)
+                    total = objective(batch)  # (5.4), (5.5), (5.3), (5.1),
                     _check_objective(total)
-                    total.backward()
+                    share = len(batch.x) / len(indices)
+                    (total * share).backward()
+                    total = among.total(total.detach() * share)
+                    _add_up(among, [p.grad for p in trained if p.grad is not None], 1.0)
                     gradients = [p.grad.isfinite().all() for p in trained if p.grad is not None]
                     _check_finite(torch.stack([total.isfinite(), *gradients]).all())
                     if config.clip < math.inf:
                         nn.utils.clip_grad_norm_(trained, config.clip)
                 optimiser.step()  # theta <- theta - tau grad,
+                _add_up(among, [b for b in model.buffers() if b.is_floating_point()], 1 / among.size)
                 schedule.step()
                 if averaged is not None:
                     averaged.update_parameters(model)
                 losses.append(total.item())
-                if checkpoint.time_is_up():
+                up, due = checkpoint.time_is_up(), checkpoint.is_due()
+                if checkpoint.path is not None and group is not None:  # the first process decides, else the others wait
+                    up, due = among.gather((up, due))[0]
+                if up or due:
                     save()
+                if up:
                     return history(finished=False)
-                if checkpoint.is_due():
-                    save()
 
             row = {"epoch": epoch, "loss": sum(losses) / len(losses), "seconds": time.perf_counter() - begin}
             with _blamed(optimiser, epoch, len(losses), config.batch_size):
                 _check_finite(torch.stack([t.isfinite().all() for t in shown.parameters()]).all())
                 if val is not None:
                     with _prepared(shown):
-                        attack = _attack(on_shown, *map(_plain, val))
+                        part = among.part(len(val[0]))
+                        attack = _attack(on_shown, *(_plain(tensor)[part] for tensor in val))
                     row |= {"clean": attack.history["accuracy"][0], score: attack.accuracy}
             if on_epoch:
                 with _prepared(shown):
@@ -1149,6 +1188,15 @@ def finetune(
             save()
     model.load_state_dict(best_state)
     return history(finished=True)
+
+
+def _add_up(among: _Among, tensors: list[Tensor], factor: float) -> None:
+    """Each tensor becomes its sum over the processes, times a factor; in one message."""
+    if among.group is None or not tensors:
+        return
+    flat = among.total(torch.cat([t.flatten() for t in tensors])) * factor
+    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
 
 
 @dataclass
@@ -1167,11 +1215,15 @@ class _Run:
         return torch.randperm(len(self.x), generator=self.generator)[:count].to(self.x.device)
 
     def minibatch(self, indices: Tensor, memory: dict[str, list[Tensor]]) -> Minibatch:
-        passes = self.on.passes
+        passes, whole, part = self.on.passes, len(indices), self.on.among.part(len(indices))
         x, y = self.x[indices].to(passes.device), self.y[indices].to(passes.device)
         if self.config.augment:
             x = _crop_and_flip(x, self.generator)
-        return Minibatch(x, y, lambda z: passes.call(z).to(z.dtype), self.config, memory, self.generator, self)
+
+        def net(z: Tensor) -> Tensor:
+            return passes.call(z).to(z.dtype)
+
+        return Minibatch(x[part], y[part], net, self.config, memory, self.generator, self, part, whole)
 
     @contextmanager
     def attacked(self, threat: Threat | None = None, loss: str | Loss | None = None) -> Iterator[_Attacker]:
@@ -1266,7 +1318,7 @@ def evaluate(
     Args:
         loss: of the W_2 attack; a network with two classes needs "ce".
         found_steps: of `boundary`, for the lowest W_2 accuracy that it finds; 0 leaves that out, 40 is its default.
-        options: of both attacks, as `wpgd` takes them: steps, batch_size, precision, compiled, progress and others.
+        options: of both attacks, as `wpgd` takes them: steps, batch_size, precision, compiled, group and others.
 
     Raises:
         WdatError: for the faults of input that `wpgd` names, and for a random start, where nothing would be clean.
@@ -1279,11 +1331,16 @@ def evaluate(
     w_2 = Threat(p=2, delta=delta)
     distributional = wpgd(model, x, y, w_2, loss=loss, **options)
     correct = {"clean": pointwise.was_correct, "w_inf": pointwise.correct, "w_2": distributional.correct}
+    among = _among(options.get("group"), model, x)
     if found_steps:
         how = {name: value for name, value in options.items() if name in ("batch_size", "precision", "compiled")}
-        found = boundary(model, x, y, steps=found_steps, keep=False, **how)
-        correct["w_2_found"] = ~found.bought(w_2)
-    return Scores(**{name: c.sum().item() / len(x) for name, c in correct.items()}, correct=correct)
+        none = Boundary(x.new_empty(0))
+        found = boundary(model, x, y, steps=found_steps, keep=False, **how) if len(x) else none
+        parts = [len(part) for part in among.gather(found.distance.cpu())]
+        bought = found.gather(among.group).bought(w_2).split(parts)
+        correct["w_2_found"] = ~bought[among.rank].to(x.device)
+    count = among.count(x)
+    return Scores(**{name: int(among.total(c.sum())) / count for name, c in correct.items()}, correct=correct)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1314,6 +1371,14 @@ class Boundary:
     distance: Tensor
     r: float = math.inf
     x_adv: Tensor | None = field(default=None, repr=False)
+
+    def gather(self, group: Any) -> Boundary:
+        """The distances that all processes of a group of torch.distributed found, in their order, on the CPU.
+
+        It is what one process would have found with all the images: the search itself needs no others.
+        """
+        parts = _Among(group).gather(self.distance.cpu())
+        return Boundary(torch.cat(parts), self.r)
 
     def bought(self, threat: Threat) -> Tensor:
         """Which images are misclassified in the worst case, bool (n,): the cheapest ones that the budget pays for."""
@@ -1617,7 +1682,7 @@ def _lead(logits: Tensor, sides: Tensor) -> Tensor:
 def _nearest(on: _Attacker, x: Tensor, y: Tensor, rivals: Tensor) -> tuple[Tensor, Tensor]:
     """The distance (n,) of images that are classified correctly to the nearest others found, and these, as x."""
     r, runs = on.threat.r, rivals.shape[1]
-    most = x[0].numel() ** (1 / r)  # no two images are further apart
+    most = math.prod(x.shape[1:]) ** (1 / r)  # no two images are further apart
     margin = on.rounding  # by which logits differ from batch to batch
     best, nearest = x.new_full((len(x),), math.inf), x.clone()
     own = F.one_hot(y, on.classes)
@@ -1652,6 +1717,114 @@ def _nearest(on: _Attacker, x: Tensor, y: Tensor, rivals: Tensor) -> tuple[Tenso
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Many processes: what is global is added up here, and nowhere else
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Among:
+    """The processes that share the images, each with a part of them; without a group it is this one alone."""
+
+    group: Any = None
+    device: torch.device | None = None  # where the group's tensors are
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.group is None else dist.get_rank(self.group)
+
+    @property
+    def size(self) -> int:
+        return 1 if self.group is None else dist.get_world_size(self.group)
+
+    def part(self, n: int) -> slice:
+        """Which of n things, that all processes have, are this one's."""
+        return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
+
+    def total(self, value: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
+        """The sum over the processes, or what another operation makes of their values; alike on all of them."""
+        if self.group is None:
+            return value
+        there = value.detach().to(self.device, copy=True)
+        with _heard():
+            dist.all_reduce(there, op, group=self.group)
+        return there.to(value.device)
+
+    def top(self, values: Tensor) -> Tensor:
+        """The greatest of values (n,) >= 0."""
+        own = values.max() if len(values) else values.new_zeros(())
+        return self.total(own, dist.ReduceOp.MAX)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean of values (n,)."""
+        if self.group is None:
+            return values.mean()
+        count, total = self.total(torch.stack([values.new_tensor(len(values)).double(), values.double().sum()]))
+        return (total / count).to(values)
+
+    def count(self, x: Tensor) -> int:
+        """How many images there are."""
+        return len(x) if self.group is None else int(self.total(torch.tensor(len(x))))
+
+    def all(self, true: Tensor) -> Tensor:
+        """Whether something is true, bool (), in every process."""
+        return true if self.group is None else self.total(true.int(), dist.ReduceOp.MIN).bool()
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each process has, in their order."""
+        if self.group is None:
+            return [value]
+        found = [None] * self.size
+        with _heard():
+            dist.all_gather_object(found, value, group=self.group)
+        return found
+
+
+@contextmanager
+def _heard() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise WdatError(
+            f"another process of the group has ended, so this one ends too: see what that one said; a run with a"
+            f" checkpoint goes on from there ({error})"
+        ) from error
+
+
+def _among(group: Any, model: nn.Module, x: Any) -> _Among:
+    if group is None:
+        return _Among()
+    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
+        raise WdatError(
+            "group must be a process group, such as torch.distributed.group.WORLD after init_process_group,"
+            f" not {group!r}"
+        )
+    tensors = [*model.parameters(), *model.buffers(), *([x] if isinstance(x, Tensor) else []), torch.empty(0)]
+    return _Among(group, tensors[0].device)
+
+
+def _agreed(among: _Among, check: Callable[[], Any], settings: Callable[[], dict[str, str]]) -> Any:
+    """What `check` returns, if it raises in no process and all of them have the same settings; else all raise."""
+    if among.group is None:
+        return check()
+    fault, found, own = None, None, {}
+    try:
+        found = check()
+        own = settings()
+    except WdatError as error:
+        fault = error
+    said = among.gather((fault and str(fault), own))
+    if fault:
+        raise fault
+    for rank, (other, theirs) in enumerate(said):
+        if other:
+            raise WdatError(f"process {rank} of {among.size} cannot go on: {other}")
+        for name, value in own.items():
+            if theirs[name] != value:
+                raise WdatError(f"{name} must be the same in all processes: {value} here, {theirs[name]} in {rank}")
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # One look at a batch: all that the attack and the sensitivity ask of the network
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -1680,6 +1853,7 @@ class _Attacker:
     rule: Rule | None
     classes: int
     rounding: float  # of the logits, relative to the greatest
+    among: _Among  # the processes that share the images
     boxed: bool = False  # no gradient at pixels of 0 and 1 that it would move out of [0, 1]
 
 
@@ -1688,7 +1862,7 @@ def _blank(on: _Attacker, x: Tensor, directions: bool = True, packed: bool = Tru
     numbers = (x.new_zeros(len(x), dtype=torch.bool), x.new_zeros(len(x)), x.new_zeros(len(x)))
     direction = None
     if directions:  # signs take two bits a pixel, so that an attack holds little more than x, x_adv and the best x_adv
-        shape = (len(x), math.ceil(x[0].numel() / 4))
+        shape = (len(x), math.ceil(math.prod(x.shape[1:]) / 4))
         direction = x.new_empty(shape, dtype=torch.uint8) if on.threat.s == 1 and packed else torch.empty_like(x)
     return _Look(*numbers, direction, torch.zeros_like(x) if on.rule else None, x.new_ones((), dtype=torch.bool))
 
@@ -1818,7 +1992,11 @@ def _out_of_memory(error: RuntimeError) -> bool:
 
 def _random_start(x: Tensor, threat: Threat, fraction: float, generator: torch.Generator) -> Tensor:
     """Each image moved `fraction` of delta in a random direction, then clamped to [0, 1]."""
-    noise = (2 * torch.rand(x.shape, generator=generator) - 1).to(x)
+    return _moved(x, threat, fraction, torch.rand(x.shape, generator=generator).to(x))
+
+
+def _moved(x: Tensor, threat: Threat, fraction: float, random: Tensor) -> Tensor:
+    noise = 2 * random - 1
     return (x + fraction * threat.delta * noise / _per_image(_norm(noise, threat.r), x)).clamp(0, 1)
 
 
@@ -1933,16 +2111,20 @@ def _checkpoint(
     path = Path(resume)
     if path.is_dir():
         raise WdatError(f"resume must be the path of a file, and {path} is a folder")
-    identity = {
+    stop_at = math.inf if stop_after is None else time.monotonic() + stop_after
+    checkpoint = _Checkpoint(path, _identity(model, train, val, config), save_every, stop_at)
+    return checkpoint, checkpoint.load()
+
+
+def _identity(model: nn.Module, train: Images, val: Images | None, config: FinetuneConfig) -> dict[str, str]:
+    """What decides a run, by name."""
+    return {
         **{f.name: _named(getattr(config, f.name)) for f in fields(config)},
         "the network": _digest_of(model.state_dict()),
         "the training images": _digest(*train),
         "the validation images": "none" if val is None else _digest(*val),
         "the code of wdat_core.py": code_digest(),
     }
-    stop_at = math.inf if stop_after is None else time.monotonic() + stop_after
-    checkpoint = _Checkpoint(path, identity, save_every, stop_at)
-    return checkpoint, checkpoint.load()
 
 
 def _named(value: Any) -> str:
@@ -2027,14 +2209,15 @@ def _power(x: Tensor, exponent: float) -> Tensor:
     return x ** min(exponent, torch.finfo(x.dtype).max)
 
 
-def _mean(values: Tensor, order: float, weights: Tensor | None = None) -> Tensor:
+def _mean(values: Tensor, order: float, among: _Among | None = None, weights: Tensor | None = None) -> Tensor:
     """(mean_i v_i^order)^(1/order) of values >= 0, their maximum for order inf; scaled first, so nothing overflows."""
-    top = values.max()
+    among = among or _Among()
+    top = among.top(values)
     if order == math.inf:
         return top
     scale = torch.where(top > 0, top, 1.0)
     powers = _power(values / scale, order)
-    return scale * (powers.mean() if weights is None else (powers * weights).sum()) ** (1 / order)
+    return scale * (among.mean(powers) if weights is None else (powers * weights).sum()) ** (1 / order)
 
 
 def _norm(x: Tensor, order: float) -> Tensor:
@@ -2066,7 +2249,7 @@ def _unpack(packed: Tensor, x: Tensor) -> Tensor:
     bits = packed.to(torch.int32)
     bits = bits | bits << 12
     bits = (bits | bits << 6) & 0x03030303
-    flat = bits.view(torch.int8).sub_(1)[:, : x[0].numel()]
+    flat = bits.view(torch.int8).sub_(1)[:, : math.prod(x.shape[1:])]
     return flat.reshape(x.movedim(1, -1).shape).movedim(-1, 1) if x.ndim == 4 else flat.reshape(x.shape)
 
 
@@ -2097,7 +2280,7 @@ class _Passes:
 
     def batches(self, x: Tensor, rows: Tensor | None = None) -> Sequence[Rows]:
         """Which of the images go together: all of them as slices, or the given row numbers in even shares."""
-        n, size = len(x), min(self.batch_size, len(x))
+        n, size = len(x), max(1, min(self.batch_size, len(x)))
         fixed = self.fixed and not self.whole  # copies of an image would change the statistics of a batch
         if rows is None and not (fixed and n % size):
             return [slice(i, i + size) for i in range(0, n, size)]
@@ -2208,21 +2391,53 @@ def _attacker(
     steps: int = 1,
     step_ratio: float = 1.0,
     rule: Rule | None = None,
+    group: Any = None,
 ) -> _Attacker:
-    """Names the first fault of what an attack is given; what comes back has none."""
+    """Names the first fault of what an attack is given, in any process; what comes back has none."""
+    _check_model(model)
+    among = _among(group, model, x)
+    given: dict[str, Any] = {
+        "threat": threat,
+        "loss": loss,
+        "precision": precision,
+        "steps": steps,
+        "step_ratio": step_ratio,
+    }
+    given |= {"rule": rule, "compiled": compiled}
+
+    def settings() -> dict[str, str]:
+        return {name: _named(value) for name, value in given.items()} | {"images": f"{x.dtype} {tuple(x.shape[1:])}"}
+
+    return _agreed(among, lambda: _checked_attacker(model, x, y, **given, batch_size=batch_size, among=among), settings)
+
+
+def _checked_attacker(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    threat: Threat,
+    loss: str | Loss,
+    batch_size: int,
+    precision: str,
+    compiled: bool,
+    steps: int,
+    step_ratio: float,
+    rule: Rule | None,
+    among: _Among,
+) -> _Attacker:
     _check_threat(threat)
     if threat.p < 1.001:  # an order q above a thousand leaves float32 no digits
         raise WdatError(
             f"W-PGD needs a threat with p of 1.001 or more, not {threat.p:g}: boundary takes any p from 1 on"
         )
-    _check_images(x, y)
+    _check_images(x, y, some=among.group is None)
     _check_number("batch_size", batch_size, at_least=1, whole=True)
     _check_choice("precision", precision, PRECISIONS)
     _check_flag("compiled", compiled)
     _check_steps(steps, step_ratio)
     _check_function("rule", rule)
     function = _function_of("loss", loss, LOSSES)
-    _check_model(model)
     devices = {tensor.device for tensor in [*model.parameters(), *model.buffers()]} or {x.device}
     device = min(devices, key=str)
     if len(devices) > 1 or device.type == "meta" or x.device not in (device, torch.device("cpu")):
@@ -2235,7 +2450,8 @@ def _attacker(
     if kinds and x.dtype not in kinds:
         raise WdatError(f"the model is {kinds.pop()}, the images are {x.dtype}: convert one to the other")
     with _prepared(model), torch.enable_grad():
-        logits = model(_plain(x[:1]).to(device).requires_grad_().clone())
+        one = _plain(x[:1]) if len(x) else x.new_zeros(1, *x.shape[1:])
+        logits = model(one.to(device).requires_grad_().clone())
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1:
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise WdatError(f"the model must return logits of shape (b, classes); for one image it returned {shape}")
@@ -2248,17 +2464,17 @@ def _attacker(
     passes = _passes(model, x, batch_size, precision, compiled, classes)
     short = x.dtype == torch.float32 and device.type == "cuda" and torch.backends.cudnn.allow_tf32
     rounding = 0.03 if precision == "bfloat16" else 0.004 if short else 16 * torch.finfo(x.dtype).eps
-    return _Attacker(passes, threat, function, int(steps), float(step_ratio), rule, classes, rounding)
+    return _Attacker(passes, threat, function, int(steps), float(step_ratio), rule, classes, rounding, among)
 
 
-def _check_images(x: Tensor, y: Tensor) -> None:
+def _check_images(x: Tensor, y: Tensor, some: bool = True) -> None:
     if not isinstance(x, Tensor) or x.dtype not in FLOATS:
         kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise WdatError(f"images must be a floating-point tensor in [0, 1], not {kind}: divide bytes by 255")
     _check_dense("images", x)
-    if x.ndim < 2 or x.numel() == 0:
+    if x.ndim < 2 or (x[:1].numel() == 0 and (some or 0 in x.shape[1:])):
         raise WdatError(f"images must have shape (n, c, h, w) with at least one image, not {tuple(x.shape)}")
-    least, most = x.aminmax()
+    least, most = x.aminmax() if len(x) else (0, 0)
     if not (least >= 0 and most <= 1):
         raise WdatError(
             f"images must lie in [0, 1], these span [{least:.4g}, {most:.4g}]: normalisation belongs in the model"
@@ -2273,7 +2489,7 @@ def _check_images(x: Tensor, y: Tensor) -> None:
 
 
 def _check_labels(y: Tensor, classes: int) -> None:
-    low, high = int(y.min()), int(y.max())
+    low, high = (int(y.min()), int(y.max())) if len(y) else (0, 0)
     if low < 0 or high >= classes:
         raise WdatError(f"labels must lie in 0..{classes - 1} for this model, these span {low}..{high}")
 
@@ -2298,6 +2514,29 @@ def _check_model(model: nn.Module) -> None:
         raise WdatError(f"model must be a torch.nn.Module, not {type(model).__name__}")
 
 
+def _checked_training(
+    model: nn.Module,
+    train: Images,
+    val: Images | None,
+    config: FinetuneConfig,
+    eval_batch_size: int,
+    kept: tuple[Any, Any, Any],
+    on_epoch: Any,
+    progress: Any,
+    among: _Among,
+) -> tuple[_Attacker, _Checkpoint, dict[str, Any] | None]:
+    """Names the first fault of what `finetune` is given; before anything is changed."""
+    _check_training(train, val, config, on_epoch, progress)
+    _check_number("eval_batch_size", eval_batch_size, at_least=1, whole=True)
+    attacker: Any = (eval_batch_size, config.precision, config.compiled, config.steps, config.step_ratio)
+    on = _attacker(model, *train, config.threat, config.loss, *attacker)
+    _check_fine(train[0], on)
+    if val is not None:
+        _attacker(model, *val, config.threat, config.loss, *attacker)
+    _check_minibatches(model, train[0], config, among.size)
+    return replace(on, among=among), *_checkpoint(*kept, model, train, val, config)
+
+
 def _check_training(train: Images, val: Images | None, config: Any, on_epoch: Any, progress: Any) -> None:
     """What training alone is given; before anything is unpacked."""
     if not isinstance(config, FinetuneConfig):
@@ -2309,8 +2548,15 @@ def _check_training(train: Images, val: Images | None, config: Any, on_epoch: An
     _check_function("progress", progress)
 
 
-def _check_minibatches(model: nn.Module, x: Tensor, config: FinetuneConfig, training: bool) -> None:
+def _check_minibatches(model: nn.Module, x: Tensor, config: FinetuneConfig, processes: int) -> None:
     """What would go wrong in the first minibatch, or in the last."""
+    smallest = len(x) % config.batch_size or min(config.batch_size, len(x))
+    if smallest < processes:
+        raise WdatError(
+            f"a minibatch of {smallest} images cannot be shared by {processes} processes: take fewer processes, or a"
+            " batch_size that leaves more"
+        )
+    training = config.update_mode == "train" and config.perturb != "last_layer"
     if config.augment and x.ndim != 4:
         raise WdatError(f"augment needs images of shape (n, c, h, w), not {tuple(x.shape)}: use augment=False")
     for name in ("tau", "weight_decay"):
@@ -2318,7 +2564,7 @@ def _check_minibatches(model: nn.Module, x: Tensor, config: FinetuneConfig, trai
             raise WdatError(f"{name} must be a number that {x.dtype} holds, not {getattr(config, name)!r}")
     attacked = config.attack_mode == "train" and config.perturb != "last_layer"
     counts = [len(x)] * (training or attacked) + [max(1, round(config.sample * len(x)))] * attacked
-    if any(1 in (count, config.batch_size, count % config.batch_size) for count in counts):
+    if any(1 in (n // processes for n in (count, config.batch_size, count % config.batch_size)) for count in counts):
         norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         single: list[bool] = []
         hooks = [m.register_forward_pre_hook(lambda _, z: single.append(z[0].numel() == z[0].shape[1])) for m in norms]

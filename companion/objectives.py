@@ -83,7 +83,7 @@ def train_for(settings: Settings, objective: str) -> Any:
     shared |= {
         name: getattr(settings, name) for name in ("tau", "eta", "beta", "steps", "epochs", "batch_size", "seed")
     }
-    config = ObjectiveConfig(objective=objective, found_steps=settings.found_steps, **shared)
+    config = ObjectiveConfig(objective=objective, found_steps=int(settings.found_steps or 0), **shared)
     begun = begin("objective", on, ("train", "val", "test"), config)
     if known := held(begun, on):
         return known

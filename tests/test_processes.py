@@ -1,0 +1,170 @@
+"""Several processes attack and train as one does: 2 of them here, also 4 with WDAT_PROCESSES=4 in the environment."""
+
+import os
+import time
+
+import processes
+import pytest
+import torch
+from spread import task
+from tiny import INF
+
+from wdat_core import FinetuneConfig, Threat, WdatError, boundary, evaluate, finetune, sensitivity, wpgd
+
+MOST = int(os.environ.get("WDAT_PROCESSES", "2"))
+ENDS = [(0, 9, 23), (0, 23, 23), (0, 1, 23)] if MOST == 2 else [(0, 4, 4, 17, 23)]  # unequal parts, one of no image
+UNEQUAL = (0, 5, 23) if MOST == 2 else (0, 5, 9, 12, 23)
+THREATS = [
+    (Threat(2, INF, 0.1), "redlr"),
+    (Threat(2, 2.0, 0.4), "ce"),
+    (Threat(4, INF, 0.1), "dlr"),
+    (Threat(INF, INF, 0.1), "ce"),
+]
+TRAINING = {"threat": Threat(delta=0.1), "steps": 3, "epochs": 3, "batch_size": 9, "sample": 0.3, "tau": 0.05}
+TRAINING |= {"augment": False}
+
+
+FORMS = [
+    {},
+    {"consistency": "ce", "gamma": 2.0, "random_start": 0.5, "momentum": 0.9, "clip": 0.5},
+    {"objective": "worst_case", "eta": 0.5},
+    {"objective": "trades", "threat": Threat(INF, INF, 0.1)},
+    {"objective": "pgd", "threat": Threat(INF, INF, 0.1), "average": 0.5},
+    {"upsilon_from": "batch", "first_upsilon": "full"},
+]
+OTHERS = {
+    "steps": ("steps must be the same in all processes: 2 here, 3 in 1", "steps must be the same"),
+    "labels": ("process 1 of 2 cannot go on: labels must lie in 0..3", "labels must lie in 0..3"),
+    "images": ("the training images must be the same in all processes", "the training images must be the same"),
+    "seed": ("seed must be the same in all processes: 0 here, 1 in 1", "seed must be the same"),
+    "few": ("a minibatch of 1 images cannot be shared by 2 processes", "cannot be shared by 2 processes"),
+}
+
+
+def near(a, b):
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+
+
+def alone(fields, kind="smooth", val=True, **options):
+    model, x, y = task(40, kind)
+    return model, finetune(model, (x, y), (x[:11], y[:11]) if val else None, FinetuneConfig(**fields), **options)
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory):
+    """What each of the processes says to each task: they start once for all tests here."""
+    folder = tmp_path_factory.mktemp("processes")
+    stopped = str(folder / "stopped by one.ckpt")
+    alone(TRAINING, resume=stopped, stop_after=0.0)
+    tasks = {f"attacks {ends}": ("attacks", (ends, THREATS)) for ends in ENDS}
+    tasks |= {"scores": ("scores", (ENDS[0],)), "distances": ("distances", (UNEQUAL,))}
+    tasks |= {f"training {fields}": ("training", (TRAINING | fields, "smooth")) for fields in FORMS}
+    for mode in ("train", "eval"):
+        tasks[f"batch statistics {mode}"] = ("training", (TRAINING | {"update_mode": mode}, "full"))
+    tasks["goes on"] = ("training", (TRAINING, "smooth", stopped))
+    tasks["stops"] = ("training", (TRAINING, "smooth", str(folder / "stopped by many.ckpt"), 0.0))
+    if MOST == 2:
+        tasks |= {f"other {what}": ("other_settings", (what,)) for what in OTHERS}
+    found = dict(zip(tasks, processes.run(MOST, list(tasks.values())), strict=True))
+    return found | {"folder": folder}
+
+
+@pytest.mark.parametrize("ends", ENDS, ids=str)
+def test_an_attack_is_that_of_one_process(ends, said):
+    model, x, y = task()
+    each = said[f"attacks {ends}"]
+    for i, (threat, loss) in enumerate(THREATS):
+        one = wpgd(model, x, y, threat, loss=loss, steps=6, step_ratio=2.0, batch_size=4)
+        upsilon = sensitivity(model, x, y, threat, loss=loss)
+        found = [part[i][0] for part in each]
+        near(torch.cat([a.x_adv for a in found]), one.x_adv)
+        assert torch.equal(torch.cat([a.correct for a in found]), one.correct)
+        for attack, theirs in (part[i] for part in each):
+            assert theirs == pytest.approx(upsilon, rel=1e-9)
+            assert attack.accuracy == one.accuracy and attack.distance == pytest.approx(one.distance, rel=1e-9)
+            for name, values in one.history.items():
+                assert attack.history[name] == pytest.approx(values, rel=1e-9), name
+
+
+def test_scores_are_those_of_one_process(said):
+    one = evaluate(*task(), delta=0.05, steps=4, found_steps=8)
+    for name in ("clean", "w_inf", "w_2", "w_2_found"):
+        assert [getattr(s, name) for s in said["scores"]] == [getattr(one, name)] * MOST, name
+        assert torch.equal(torch.cat([s.correct[name] for s in said["scores"]]), one.correct[name]), name
+
+
+def test_distances_come_together_in_their_order(said):
+    one = boundary(*task(), steps=8)
+    for found in said["distances"]:
+        near(found.distance, one.distance)
+        assert found.accuracy(Threat(delta=0.1)) == one.accuracy(Threat(delta=0.1))
+
+
+@pytest.mark.parametrize("fields", FORMS, ids=str)
+def test_training_is_that_of_one_process(fields, said):
+    model, history = alone(TRAINING | fields)
+    start = task(40)[0].state_dict()
+    for state, theirs in said[f"training {fields}"]:
+        for name, value in model.state_dict().items():
+            near(state[name], value)
+        assert theirs.upsilon == pytest.approx(history.upsilon, rel=1e-9) and theirs.best == history.best
+        for row, expected in zip(theirs.epochs, history.epochs, strict=True):
+            for name in row.keys() - {"seconds"}:
+                assert row[name] == pytest.approx(expected[name], rel=1e-9), name
+        assert not torch.equal(state["2.weight"], start["2.weight"])
+
+
+def test_batch_statistics_in_eval_mode_are_those_of_one_process(said):
+    model, _ = alone(TRAINING | {"update_mode": "eval"}, "full")
+    for state, _ in said["batch statistics eval"]:
+        for name, value in model.state_dict().items():
+            near(state[name], value)
+
+
+def test_batch_statistics_in_train_mode_stay_alike(said):
+    first, *others = (state for state, _ in said["batch statistics train"])
+    for name, value in first.items():
+        assert all(torch.equal(value, state[name]) for state in others), name
+
+
+def test_a_run_goes_on_with_another_number_of_processes(said):
+    model, _ = alone(TRAINING)
+    for state, history in said["goes on"]:
+        assert history.finished
+        for name, value in model.state_dict().items():
+            near(state[name], value)
+    assert all(not history.finished and len(history.upsilon) == 1 for _, history in said["stops"])
+    after, history = alone(TRAINING, resume=said["folder"] / "stopped by many.ckpt")
+    for name, value in model.state_dict().items():
+        near(after.state_dict()[name], value)
+
+
+def test_a_process_that_is_killed_ends_the_others_and_the_run_goes_on(tmp_path):
+    path = tmp_path / "run.ckpt"
+    begin = time.monotonic()
+    running = processes.start(2, [("training_that_dies", (TRAINING, "smooth", str(path), 0))], folder=tmp_path)
+    said = [process.communicate(timeout=60)[1] for process in running]
+    assert time.monotonic() - begin < 60
+    assert running[0].returncode == -9 and running[1].returncode == 1
+    assert said[1].startswith("another process of the group has ended") and "Traceback" not in said[1]
+    model, history = alone(TRAINING, val=False, resume=path)
+    assert history.finished and len(history.epochs) == 3
+    one, _ = alone(TRAINING, val=False)
+    for name, value in one.state_dict().items():
+        near(model.state_dict()[name], value)
+
+
+@pytest.mark.skipif(MOST != 2, reason="two processes that differ")
+@pytest.mark.parametrize("what", OTHERS)
+def test_what_differs_between_processes_is_named_by_all_of_them(what, said):
+    for words, expected in zip(said[f"other {what}"], OTHERS[what], strict=True):
+        assert isinstance(words, str) and expected in words
+
+
+@pytest.mark.parametrize("group", ["WORLD", 2])
+def test_a_group_that_is_none_is_named(group):
+    model, x, y = task()
+    with pytest.raises(WdatError, match="group must be a process group"):
+        wpgd(model, x, y, Threat(), group=group)
+    with pytest.raises(WdatError, match="group must be a process group"):
+        finetune(model, (x, y), None, FinetuneConfig(), group=group)
