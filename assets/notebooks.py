@@ -16,8 +16,8 @@ from typing import Any
 import nbformat
 
 from companion import files
-from companion.parameters import explained
-from companion.settings import GRIDS, NOTEBOOKS, PAPER_NETWORKS, Settings
+from companion.parameters import defaults, explained
+from companion.settings import GRIDS, NOTEBOOKS, PAPER_NETWORKS
 
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -195,12 +195,6 @@ origins.drawn_from(followed)
 
 # ------------------------------------------------------------------------------------------------------- what differs
 
-USUAL: dict[str, dict[str, Any]] = {  # parameters that are not as by default in `Settings`
-    **{f"figure7_{n}": {"tau": 0.01, "eta": 1.0} for n in (2, 3, 4)},
-    "open_points": {"tau": 0.01, "eta": 1.0},
-    "stronger": {"network": "small_trades"},
-    "own_network": {"tau": 0.1, "epochs": 2, "delta": 4 / 255},
-}
 HOW = {
     "whole": {
         "how": "whole network",
@@ -302,7 +296,7 @@ def filled(template: str, number: int, values: dict[str, str]) -> str:
 
 def parameters(name: str) -> str:
     """The parameters cell of any notebook: each parameter, its value and what it means."""
-    values = Settings().model_dump() | USUAL.get(name, {})
+    values = defaults(name)
     lines = [f"{parameter} = {literal(values[parameter])}  # {means}" for parameter, means in explained(name).items()]
     return "\n".join(lines)
 

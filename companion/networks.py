@@ -97,9 +97,19 @@ def load_network(name: str, models: Path, dataset: str = "cifar10", norm: str = 
         return _plain(name, files.ASSETS)
     if name in PUBLISHED:
         return _published(name, Path(models))
-    if name not in zoo(dataset, norm):
-        raise _unknown(name, dataset, norm)
+    check_name(name, dataset, norm)
     return _robustbench(name, Path(models), dataset, norm)
+
+
+def check_name(name: str, dataset: str, norm: str) -> None:
+    """The name is one that `load_network` knows, or a path.
+
+    Raises:
+        ParameterError: it is not; says the nearest ones.
+    """
+    is_path = is_own(name) or Path(name).name != name
+    if not is_path and name not in STAND_INS and name not in PUBLISHED and name not in zoo(dataset, norm):
+        raise _unknown(name, dataset, norm)
 
 
 def check_fit(network: Network, data: Data) -> None:

@@ -1,9 +1,12 @@
-"""What each parameter of a notebook means there: the description of `Settings`, or one of the notebook's own.
+"""What each parameter of a notebook means there, its default, and how its value is read from a command line.
 
 Nothing here imports torch: parameters are checked before it is loaded.
 """
 
 from __future__ import annotations
+
+import contextlib
+from typing import Any
 
 from companion.settings import NOTEBOOKS, PARAMETERS, Settings
 
@@ -38,6 +41,12 @@ OWN: dict[str, dict[str, str]] = {  # by what a notebook does: where it means so
         "seed": "of the weights and of the training",
     },
 }
+USUAL: dict[str, dict[str, Any]] = {  # parameters that are not as by default in `Settings`
+    **{f"figure7_{n}": {"tau": 0.01, "eta": 1.0} for n in (2, 3, 4)},
+    "open_points": {"tau": 0.01, "eta": 1.0},
+    "stronger": {"network": "small_trades"},
+    "own_network": {"tau": 0.1, "epochs": 2, "delta": 4 / 255},
+}
 
 
 def explained(notebook: str) -> dict[str, str]:
@@ -45,3 +54,22 @@ def explained(notebook: str) -> dict[str, str]:
     does = NOTEBOOKS[notebook]
     own = OWN.get(does, {})
     return {name: own.get(name) or str(Settings.model_fields[name].description) for name in PARAMETERS[does]}
+
+
+def defaults(notebook: str) -> dict[str, Any]:
+    """The values that the parameters of a notebook have when none is given."""
+    values = Settings().model_dump() | USUAL.get(notebook, {})
+    return {name: values[name] for name in PARAMETERS[NOTEBOOKS[notebook]]}
+
+
+CONSTANTS = {"True": True, "False": False, "None": None}
+
+
+def read(text: str) -> Any:
+    """A value as papermill's -p reads it: True, False, None, a number, or else text."""
+    if text in CONSTANTS:
+        return CONSTANTS[text]
+    for number in (int, float):
+        with contextlib.suppress(ValueError):
+            return number(text)
+    return text

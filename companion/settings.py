@@ -231,7 +231,7 @@ class Settings(BaseModel):
             if name in known:
                 given[name] = value
             elif not again:
-                raise ParameterError(_unknown(name, known))
+                raise ParameterError(unknown(name, known))
         namespace["_parameters_were_checked"] = True
         if given.get("preset") == "paper" and given.get("network") is None and notebook in PAPER_SUBJECTS:
             given["network"] = PAPER_SUBJECTS[notebook]
@@ -340,7 +340,7 @@ def _in_words(error: Any) -> str:
     """One of pydantic's errors as one sentence."""
     name, value = str(error["loc"][0]), error["input"]
     if error["type"] == "extra_forbidden":
-        return _unknown(name, list(Settings.model_fields))
+        return unknown(name, list(Settings.model_fields))
     context = error.get("ctx", {})
     wanted = {
         "float_type": "a number",
@@ -359,7 +359,8 @@ def _in_words(error: Any) -> str:
     return f"{name} must be {'a number, a text, True or False' if name == 'value' else wanted}, not {value!r}"
 
 
-def _unknown(name: str, known: Sequence[str]) -> str:
+def unknown(name: str, known: Sequence[str]) -> str:
+    """What to say of a parameter that there is none of."""
     near = difflib.get_close_matches(name, known, n=1)
     hint = f": did you mean {near[0]!r}?" if near else "."
     return f"unknown parameter {name!r}{hint} Known are {', '.join(known)}"

@@ -28,6 +28,11 @@ def plain(value: Any) -> Any:
     return "inf" if value == math.inf else value
 
 
+def _with_infinity(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a configuration as they were before `plain`."""
+    return {k: math.inf if isinstance(v, str) and v == "inf" else v for k, v in fields.items()}
+
+
 def pack(correct: Tensor) -> str:
     """Bools (n,) as text, eight to a byte."""
     import numpy as np
@@ -80,13 +85,13 @@ def _within(low: float, high: float) -> PlainValidator:
 def _threat(value: Any) -> Threat:
     if isinstance(value, Threat):
         return value
-    return _of_the_core(Threat, {k: math.inf if v == "inf" else v for k, v in _table("the threat", value).items()})
+    return _of_the_core(Threat, _with_infinity(_table("the threat", value)))
 
 
 def finetune_config(value: Any) -> FinetuneConfig:
     """A configuration that wdat_core would run; a field that came later than the record has its default."""
     if not isinstance(value, FinetuneConfig):
-        fields = _table("it", value)
+        fields = _with_infinity(_table("it", value))
         fields = fields | ({"threat": _threat(fields["threat"])} if "threat" in fields else {})
         value = _of_the_core(FinetuneConfig, fields)
     for name, one in vars(value).items():
