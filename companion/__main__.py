@@ -44,6 +44,7 @@ class Item(click.Command):
     def invoke(self, context: click.Context) -> None:
         item, given = str(self.name), {name: read(text) for name, text in context.params["parameter"]}
         each = checked(item, given)
+        from companion import processes
         from companion.networks import check_name
         from companion.records import record_name
         from wdat_core import WdatError
@@ -53,11 +54,13 @@ class Item(click.Command):
                 for one in each:
                     check_name(str(one.network), one.dataset, one.norm)
                 return
-            with contextlib.redirect_stdout(sys.stderr):  # what is printed on the way is no name
+            with contextlib.redirect_stdout(sys.stderr), processes.joined():  # what is printed on the way is no name
                 records = compute(item, each)
+                first = processes.is_first()
         except WdatError as error:
             raise ParameterError(str(error)) from error
-        click.echo("\n".join(record_name(record) for record in records))
+        if first:
+            click.echo("\n".join(record_name(record) for record in records))
 
 
 PARAMETER = click.Option(

@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import wdat_core
-from companion import files, own
+from companion import files, own, processes
 from companion.data import Data, load_data
 from companion.datasets import DATASETS, is_own
 from companion.files import from_root
 from companion.kinds import SCHEMA, Begun, Record
-from companion.machine import core_digest, made_on, pick_device
+from companion.machine import core_digest, hardware, made_on, pick_device
 from companion.networks import Network, check_fit, load_network
 from companion.records import make_record, parse_record, protocol, record_name, subject, write_record
 from companion.settings import NOTEBOOKS, PAPER_NETWORKS, PARAMETERS, PRESETS, ParameterError, Settings
@@ -68,21 +68,46 @@ class Bench:
     def attack(self, images: Images, p: float, **options: Any) -> Attack:
         """W-PGD as in the paper's tables; the pointwise one, p = inf, is PGD with CE."""
         usual = {"loss": self.loss if p < math.inf else "ce", "steps": self.settings.steps, "batch_size": self.at_once}
-        return wdat_core.wpgd(self.model, *images, self.threat(p), **{**usual, **self.how, **options})
+        usual |= {**self.how, "group": processes.group()}
+        part = processes.own(images)
+        return processes.whole(wdat_core.wpgd(self.model, *part, self.threat(p), **{**usual, **options}))
 
     def boundary(self, images: Images, *, steps: int, keep: bool = False) -> Boundary:
         """The distances of images to the nearest misclassified ones; with `keep` these too."""
         show = self.progress("worst case")
         how = {"batch_size": self.at_once, "progress": show, **self.how}
-        return wdat_core.boundary(self.model, *images, r=self.settings.r, steps=steps, keep=keep, **how)
+        x, y = processes.own(images)
+        found = Boundary(x.new_empty(0), self.settings.r, x)
+        if len(x):
+            found = wdat_core.boundary(self.model, x, y, r=self.settings.r, steps=steps, keep=keep, **how)
+        x_adv = processes.gathered(found.x_adv) if keep and found.x_adv is not None else None
+        return Boundary(processes.gathered(found.distance), self.settings.r, x_adv)
+
+    def budget(self, images: Images, upsilon: float, show: Any) -> tuple[Tensor, float]:
+        """W-PGD-budget for (W_2, l_r): which images stay right, and how far they went all together."""
+        (x, y), size = images, int(self.settings.batch_size or 0)
+        rows = processes.part(len(y), size)
+        how = {"loss": self.loss, "steps": self.settings.steps, "batch_size": size, "progress": show, **self.how}
+        own, distance = torch.empty(0, dtype=torch.bool, device=y.device), 0.0
+        if len(y[rows]):
+            attack = wdat_core.wpgd_budget(self.model, x[rows], y[rows], self.threat(2.0), upsilon=upsilon, **how)
+            own, distance = attack.correct, attack.distance
+        far = processes.gathered(torch.full((len(own),), distance, dtype=torch.float64))
+        return processes.gathered(own), (distance if processes.count() == 1 else float(far.square().mean().sqrt()))
 
     def sensitivity(self, images: Images) -> float:
         return wdat_core.sensitivity(
-            self.model, *images, self.threat(2.0), loss=self.loss, batch_size=self.at_once, **self.how
+            self.model,
+            *processes.own(images),
+            self.threat(2.0),
+            loss=self.loss,
+            batch_size=self.at_once,
+            group=processes.group(),
+            **self.how,
         )
 
     def progress(self, what: str) -> Any:
-        return progress(f"{self.network.name}, {what}")
+        return progress(f"{self.network.name}, {what}") if processes.is_first() else list
 
 
 def bench(settings: Settings) -> Bench:
@@ -120,8 +145,9 @@ def measured(begun: Begun, on: Bench, command: str, measure: Callable[[], dict[s
     seconds = {"total": round(time.perf_counter() - begin, 1)}
     known = {name: getattr(begun, name) for name in ("kind", "network", "data", "config")}
     record = make_record({"schema": SCHEMA, **known, "seconds": seconds, **found, **made_on(on.device, command)})
-    write_record(record, files.RUNS)
-    return record
+    if processes.is_first():
+        write_record(record, files.RUNS)
+    return processes.of_first(lambda: record)  # with one time and one date, and not before it is there
 
 
 def begin(kind: str, on: Bench, parts: Sequence[str], config: Any, **data: int) -> Begun:
@@ -136,14 +162,17 @@ def begin(kind: str, on: Bench, parts: Sequence[str], config: Any, **data: int) 
 
 def held(begun: Begun, on: Bench) -> Any:
     """The finished run in runs/ that this one would repeat, or None."""
-    if on.settings.fresh:
-        return None
+    return None if on.settings.fresh else processes.of_first(lambda: _held(begun, on))
+
+
+def _held(begun: Begun, on: Bench) -> Any:
     try:
         record = parse_record((files.RUNS / record_name(begun)).read_bytes())
     except (OSError, ValueError):
         return None
     here = made_on(on.device, record.command)
-    alike = all(getattr(record, name) == here[name] for name in ("core", "versions", "device"))
+    alike = all(getattr(record, name) == here[name] for name in ("core", "versions"))
+    alike &= hardware(record.device) == hardware(here["device"])
     return record if alike and protocol(record) == protocol(begun) else None
 
 

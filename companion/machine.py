@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import functools
 import platform
+import re
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,8 +50,11 @@ def device_name(device: torch.device) -> str:
     """The hardware in words."""
     import torch
 
+    from companion import processes
+
+    among = f", {processes.count()} processes" * (processes.count() > 1)
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        return torch.cuda.get_device_name(device) + among
     processor = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -58,7 +62,12 @@ def device_name(device: torch.device) -> str:
     except (OSError, StopIteration):
         pass
     threads = torch.get_num_threads()
-    return f"{processor}, {threads} thread{'s' * (threads > 1)}"
+    return f"{processor}, {threads} thread{'s' * (threads > 1)}{among}"
+
+
+def hardware(device: str) -> str:
+    """A device's name without how many threads and processes used it, which decide no more than rounding."""
+    return re.sub(r", \d+ (thread|process)(e?s)?\b", "", device)
 
 
 def processor() -> str:

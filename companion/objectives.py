@@ -25,7 +25,7 @@ import wdat_core
 from companion import files
 from companion.bench import Bench, begin, bench, held, measured
 from companion.files import digest
-from companion.machine import core_digest, device_name, versions
+from companion.machine import core_digest, device_name, hardware, versions
 from companion.parts import ObjectiveConfig
 from companion.records import record_name
 from companion.settings import ParameterError, Settings
@@ -87,7 +87,7 @@ def train_for(settings: Settings, objective: str) -> Any:
     begun = begin("objective", on, ("train", "val", "test"), config)
     if known := held(begun, on):
         return known
-    run = [begun, core_digest(), device_name(on.device), versions()]
+    run = [begun, core_digest(), hardware(device_name(on.device)), versions()]
     kept = files.RUNS / f"{digest(repr(run).encode())[:16]}.checkpoint"
     how_to_train = FinetuneConfig(objective=how.function, **shared)
     record = measured(begun, on, _command(settings, objective), lambda: _trained(on, how_to_train, kept))

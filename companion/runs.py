@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import wdat_core
-from companion import files
+from companion import files, processes
 from companion.bench import Bench, begin, bench, check_clean, command, held, measured, recorded
 from companion.files import digest
 from companion.kinds import EvaluateRecord, FinetuneRecord, accuracy_name
-from companion.machine import core_digest, device_name, versions
+from companion.machine import core_digest, device_name, hardware, versions
 from companion.parts import AttackConfig, EvaluateConfig, SensitivityConfig
 from companion.settings import CONTROLS, METRICS, OPEN_POINTS, STRONGER, ParameterError, Settings
 from companion.values import pack, pack_floats
@@ -64,24 +64,13 @@ def _attacked(on: Bench, part: str, notebook: str) -> Any:
                 f" to attack: are their labels those that it was trained with? ({on.data.source})"
             )
         upsilon = on.sensitivity(images)
-        budget = wdat_core.wpgd_budget(
-            on.model,
-            *images,
-            config.threat,
-            loss=on.loss,
-            upsilon=upsilon,
-            steps=config.steps,
-            batch_size=size,
-            progress=show,
-            **on.how,
-        )
-        correct["budget"] = budget.correct
+        correct["budget"], distance = on.budget(images, upsilon, show)
         return {
             "metrics": {part: {name: _mean(bits) for name, bits in correct.items()}},
             "correct": {part: {name: pack(bits) for name, bits in correct.items()}},
             **found(on, steps, part),
             "upsilon": upsilon,
-            "distance": budget.distance,
+            "distance": distance,
             "seconds": {"evaluate": round(time.perf_counter() - start, 1)},
         }
 
@@ -295,10 +284,10 @@ def _column(on: Bench, config: FinetuneConfig, before: EvaluateRecord, line: str
         return known
     follow = curves or has_curves  # what was measured is not lost to a run for another purpose
     tuned = copy.deepcopy(on.model)
-    run = [begun, on.at_once, follow, core_digest(), device_name(on.device), versions()]
+    run = [begun, on.at_once, follow, core_digest(), hardware(device_name(on.device)), versions()]
     kept = files.RUNS / f"{digest(repr(run).encode())[:16]}.checkpoint"
     record: Any = measured(begun, on, line, lambda: _trained(on, config, before, tuned, kept, follow))
-    if settings.export is not None:
+    if settings.export is not None and processes.is_first():
         print(f"exported to {export(tuned, record, settings.export, settings.dataset, settings.norm)}")
     kept.unlink(missing_ok=True)
     return record
@@ -318,6 +307,7 @@ def _trained(
         resume=kept,
         stop_after=on.settings.stop_after,
         on_epoch=(lambda _, model: _along(on, model)) if follow else None,
+        group=processes.group(),
         progress=on.progress(label),
     )
     if not history.finished:

@@ -83,6 +83,16 @@ def other_settings(group, what):
     return finetune(model, (x[:9], y[:9]), None, FinetuneConfig(epochs=1, batch_size=8), group=group)
 
 
+def records(group, item, given, folder):
+    """The records that the command makes, in a folder of their own."""
+    from companion import files, items
+    from companion.records import record_name
+
+    files.RUNS = Path(folder)
+    made = items.compute(item, items.checked(item, given))
+    return [(record_name(record), record.stored()) for record in made]
+
+
 def done(name, given):
     try:
         return globals()[name](dist.group.WORLD, *given)

@@ -437,8 +437,8 @@ def test_threat_that_is_none(function, threat):
 
 
 BAD_FINETUNE = [
-    ({"objective": "madry"}, ("objective must be one of wdat, trades, pgd", "'madry'")),
-    ({"objective": 3}, ("objective must be one of wdat, trades, pgd or a function", "3")),
+    ({"objective": "madry"}, ("objective must be one of wdat, worst_case, trades, pgd", "'madry'")),
+    ({"objective": 3}, ("objective must be one of wdat, worst_case, trades, pgd or a function", "3")),
     ({"objective": "trades"}, ('objective="trades" is pointwise', "threat=Threat(p=math.inf)")),
     ({"objective": "pgd", "threat": Threat(p=3)}, ('objective="pgd" is pointwise', "threat=Threat(p=math.inf)")),
     ({"nesterov": True}, ("nesterov needs a momentum above 0",)),

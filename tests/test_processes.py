@@ -9,6 +9,8 @@ import torch
 from spread import task
 from tiny import INF
 
+from companion import files, items
+from companion.records import record_name
 from wdat_core import FinetuneConfig, Threat, WdatError, boundary, evaluate, finetune, sensitivity, wpgd
 
 MOST = int(os.environ.get("WDAT_PROCESSES", "2"))
@@ -32,6 +34,12 @@ FORMS = [
     {"objective": "pgd", "threat": Threat(INF, INF, 0.1), "average": 0.5},
     {"upsilon_from": "batch", "first_upsilon": "full"},
 ]
+SMALL = {"train_images": 40, "test_images": 51, "steps": 2, "batch_size": 20}
+ITEMS = {
+    "table4": SMALL | {"val_images": 33, "epochs": 2, "found_steps": 4, "tau": 0.01, "eta": 1.0},
+    "table2": SMALL | {"network": "demo"},
+    "figure7_1": {"train_images": 40, "network": "demo"},
+}
 OTHERS = {
     "steps": ("steps must be the same in all processes: 2 here, 3 in 1", "steps must be the same"),
     "labels": ("process 1 of 2 cannot go on: labels must lie in 0..3", "labels must lie in 0..3"),
@@ -63,6 +71,7 @@ def said(tmp_path_factory):
         tasks[f"batch statistics {mode}"] = ("training", (TRAINING | {"update_mode": mode}, "full"))
     tasks["goes on"] = ("training", (TRAINING, "smooth", stopped))
     tasks["stops"] = ("training", (TRAINING, "smooth", str(folder / "stopped by many.ckpt"), 0.0))
+    tasks |= {item: ("records", (item, given, str(folder / item))) for item, given in ITEMS.items()}
     if MOST == 2:
         tasks |= {f"other {what}": ("other_settings", (what,)) for what in OTHERS}
     found = dict(zip(tasks, processes.run(MOST, list(tasks.values())), strict=True))
@@ -152,6 +161,32 @@ def test_a_process_that_is_killed_ends_the_others_and_the_run_goes_on(tmp_path):
     one, _ = alone(TRAINING, val=False)
     for name, value in one.state_dict().items():
         near(model.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("item", ITEMS)
+def test_a_command_makes_the_records_of_one_process_and_one_process_finds_them(item, said, tmp_path, monkeypatch):
+    def made(folder):
+        monkeypatch.setattr(files, "RUNS", folder)
+        return [(record_name(r), r.stored()) for r in items.compute(item, items.checked(item, ITEMS[item]))]
+
+    first, *others = said[item]
+    assert all(other == first for other in others) and len(list((said["folder"] / item).glob("*.json"))) >= len(first)
+    for (name, record), (its_name, one) in zip(first, made(tmp_path), strict=True):
+        assert name == its_name and record["device"].endswith(f", {MOST} processes")
+        for field in ("network", "data", "config"):
+            assert record[field] == one[field]
+        numbers = [record.get("metrics"), record.get("upsilon"), record.get("reference"), record.get("estimates")]
+        others = [one.get("metrics"), one.get("upsilon"), one.get("reference"), one.get("estimates")]
+        for number, other in zip(flat(numbers), flat(others), strict=True):
+            assert number == pytest.approx(other, rel=1e-4, abs=0.021)  # one of 51 images may round otherwise
+    assert [record["created"] for _, record in made(said["folder"] / item)] == [r["created"] for _, r in first]
+
+
+def flat(value):
+    """The numbers in lists and tables."""
+    if isinstance(value, dict | list):
+        return [number for part in (value.values() if isinstance(value, dict) else value) for number in flat(part)]
+    return [] if value is None else [value]
 
 
 @pytest.mark.skipif(MOST != 2, reason="two processes that differ")
