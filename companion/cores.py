@@ -5,8 +5,9 @@
 
 The sample: each stand-in attacked on the 10,000 test images, the column of Table 4 of the demo with tau 0.01 and eta 1,
 one epoch of each small stand-in on 40,000 training images, and, where a version has them, the distances that `boundary`
-finds for each stand-in and two short epochs of `worst_case`. What two versions both can do is compared. On one machine they are the same where every bit is;
-on two machines, where no accuracy is further apart than 0.05 points. It takes about ten minutes on one core.
+finds for each stand-in and two short epochs of `worst_case`. What two versions both can do is compared. On one machine
+they are the same where every bit is; on two machines, where no accuracy is further apart than 0.05 points. It takes
+about ten minutes on one core.
 """
 
 from __future__ import annotations
