@@ -17,6 +17,8 @@ from companion.parts import (
     CertifiedConfig,
     DataPart,
     EvaluateConfig,
+    FirstOrderConfig,
+    FirstOrderRow,
     FormerPretrainConfig,
     History,
     NetworkPart,
@@ -259,6 +261,22 @@ class SensitivityRecord(OfNetwork):
     needs = ("data.train",)
 
 
+class FirstOrderRecord(OfNetwork):
+    """The greatest mean loss that W-PGD reaches at several radii, beside what first order says."""
+
+    kind: Literal["first_order"]
+    config: FirstOrderConfig
+    rows: Annotated[list[FirstOrderRow], Field(min_length=1)]
+
+    needs = ("data.test", "seconds.total")
+
+    @model_validator(mode="after")
+    def _a_value_for_each_radius(self) -> Self:
+        if any(len(row.values) != len(self.config.fractions) for row in self.rows):
+            raise ValueError("a row does not have a value for each radius")
+        return self
+
+
 class SpendRecord(OfNetwork):
     """For each image its label, the prediction before and after each attack, and how far each attack moved it.
 
@@ -352,6 +370,7 @@ KINDS: dict[str, type[Record]] = {
     "finetune": FinetuneRecord,
     "evaluate": EvaluateRecord,
     "sensitivity": SensitivityRecord,
+    "first_order": FirstOrderRecord,
     "spend": SpendRecord,
     "stronger": StrongerRecord,
     "objective": ObjectiveRecord,

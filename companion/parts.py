@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from companion.values import Amount, Count, Distances, Fraction, Seed, Sha256, Text, ThreatField, Whole
+from companion.values import Amount, Count, Distances, Fraction, Seed, Sha256, Text, ThreatField, Value, Whole
 
 
 class Part(BaseModel):
@@ -116,6 +116,25 @@ class ObjectiveConfig(Part):
     batch_size: Count
     found_steps: Count
     seed: Seed
+
+
+class FirstOrderConfig(Part):
+    """Of V at several radii: fractions of that of each threat, for each loss."""
+
+    steps: Count
+    fractions: Annotated[list[Fraction], Field(min_length=1)]
+    losses: list[Text]
+    threats: list[ThreatField]
+
+
+class FirstOrderRow(Part):
+    """For one threat and loss: Upsilon, V(0), and V at the fractions of the radius."""
+
+    threat: ThreatField
+    loss: Text
+    upsilon: Amount
+    start: Value
+    values: list[Value]
 
 
 class ReliabilityConfig(Part):

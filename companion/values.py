@@ -122,6 +122,7 @@ Label = Annotated[int, Field(ge=0, lt=1000)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Fraction = Annotated[float, _within(0, 1)]
 Amount = Annotated[float, _within(0, sys.float_info.max)]
+Value = Annotated[float, _within(-sys.float_info.max, sys.float_info.max)]
 ThreatField = Annotated[Threat, PlainValidator(_threat), _AS_JSON]
 ConfigField = Annotated[FinetuneConfig, PlainValidator(finetune_config), _AS_JSON]
 Distances = Annotated[str, PlainValidator(_distances)]  # float32, of the images in their order; inf: none was found
