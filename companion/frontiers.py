@@ -267,11 +267,11 @@ def frontier_table(records: Sequence[Record]) -> Any:
             seconds = f"{sum(r.seconds['train'] for r in those) / len(those):,.0f}"
             where = f" ({listed(sorted({r.device for r in those}))})" if len(devices) > 1 else ""
             seeds = ", ".join(str(seed) for seed in sorted(r.config.seed for r in those))
-            cells = [called, name(setting.objective), f"{setting.beta:g}", f"{setting.delta:.4g}/255", seeds]
-            lines.append([*cells, *_accuracies(those), f"{mark}{text}{mark}", seconds + where])
-    heads = ["network", "objective", "β", "δ", "seeds", "clean"]
+            cells = [called, name(setting.objective), f"{setting.beta:g}", f"{setting.delta:.4g}/255"]
+            lines.append([*cells, f"{mark}{text}{mark}", *_accuracies(those), seeds, seconds + where])
+    heads = ["network", "objective", "β", "δ", "above Algorithm 1", "clean"]
     heads += [f"A{'₂' if p == 2 else '∞'}, {delta}/255" for p, delta in SHOWN]
-    heads += ["above Algorithm 1", "training, s"]
+    heads += ["seeds", "training, s"]
     return markdown(heads, lines) if lines else markdown(["network"], [[NOTHING]])
 
 
