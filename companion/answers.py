@@ -25,6 +25,7 @@ from companion.evidence import (
     relative_errors,
     setting_of,
 )
+from companion.frontiers import frontier_answer
 from companion.intervals import Estimate, bits, change, estimate_of, outcome_of_change, side, span
 from companion.kinds import FinetuneRecord, Record, images_of
 from companion.open_points import matters
@@ -365,6 +366,7 @@ PAGES: dict[str, Callable[[Sequence[Record]], str]] = {
     "intro": _intro,
     "claims": _claims,
     "worst_case": worst_answer,
+    "train_worst_case": frontier_answer,
     "table1": _networks,
     "table2": _budget,
     "table5": _best,

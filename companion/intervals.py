@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from companion.kinds import Record, Scored, SpendRecord, images_of, unpack
+from companion.kinds import ObjectiveRecord, Record, Scored, SpendRecord, images_of, unpack
 from companion.settings import FOUND
 from companion.values import unpack_floats
 from wdat_core import Boundary, Threat
@@ -64,7 +64,7 @@ def _ball(metric: str, threat: Threat) -> Threat:
     return replace(threat, p=float(p), delta=float(delta) / 255)
 
 
-def shares(record: Scored, when: str, threat: Threat) -> Any:
+def shares(record: Scored | ObjectiveRecord, when: str, threat: Threat) -> Any:
     """What each image adds to the lowest accuracy found in the ball, a numpy array (n,): see `Boundary.shares`.
 
     Raises:
@@ -73,7 +73,7 @@ def shares(record: Scored, when: str, threat: Threat) -> Any:
     return boundary_of(record, when).shares(threat).numpy()
 
 
-def boundary_of(record: Scored | SpendRecord, when: str) -> Boundary:
+def boundary_of(record: Scored | SpendRecord | ObjectiveRecord, when: str) -> Boundary:
     """The distances of the images of a record.
 
     Raises:

@@ -6,12 +6,13 @@ import html
 from collections.abc import Sequence
 from typing import Any
 
+from companion import frontiers
 from companion.evidence import columns_of, has_curves, is_current
 from companion.kinds import FinetuneRecord, Record
 from companion.machine import made_on
 from companion.records import LATER, record_name
 from companion.settings import STAND_INS
-from companion.words import column_words, plural, seeds_words
+from companion.words import NOTHING, column_words, listed, plural, seeds_words
 
 
 def describe(records: Sequence[FinetuneRecord], title: str) -> Any:
@@ -41,6 +42,29 @@ def describe(records: Sequence[FinetuneRecord], title: str) -> Any:
         f" {seconds[0]['baseline']:.0f} s for the baseline. torch {r.versions['torch']}, Python"
         f" {r.versions['python']}, core {', '.join(sorted(core[:8] for core in cores))}."
     )
+
+
+def trained(records: Sequence[Record]) -> Any:
+    """How each study of "Training for the worst case" was run, in one line of Markdown."""
+    from IPython.display import Markdown
+
+    lines, every = [], frontiers.studies(records)
+    for study in every:
+        data, config = study[0].data, study[0].config
+        devices = sorted({record.device for record in study})
+        versions = sorted({f"torch {r.versions['torch']}, Python {r.versions['python']}" for r in study})
+        known = [
+            f"{words} images" for part, words in frontiers.PARTS.items() if frontiers.as_it_is(study, part, records)
+        ]
+        lines.append(
+            f"- {frontiers.label(study, every, code=True)}: {data.train:,} training, {data.val:,} validation and"
+            f" {data.test:,} test images of {data.source}; {plural(config.epochs, 'epoch')} at batch size"
+            f" {config.batch_size}, τ = {config.tau:g}, η = {config.eta:g}, {config.steps} steps of an attack, gradient"
+            f" clipped at norm {config.clip:g}, {seeds_words(study)}; {config.found_steps} gradients an image for the"
+            f" distances. The frontier includes the network as it is on {listed(known) or 'no images'}. On"
+            f" {listed(devices)}; {listed(versions)}."
+        )
+    return Markdown("\n".join(lines) or NOTHING)
 
 
 def drawn_from(records: Sequence[Record]) -> Any:

@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from companion import frontiers
 from companion.evidence import ALONG, COLUMNS, along, by_setting, paper_value, studies
 from companion.intervals import change, change_of_each
-from companion.kinds import FinetuneRecord, SensitivityRecord
+from companion.kinds import FinetuneRecord, Record, SensitivityRecord
 from companion.settings import FOUND, GRIDS, METRICS
 from companion.tables import grid_rows, labels_of
 from companion.words import HOW, NOTHING, column_words, short_name
@@ -19,6 +20,16 @@ if TYPE_CHECKING:
 PAPER, RECORDED, THIS_RUN = "#4d4d4d", "#0072b2", "#d55e00"  # Okabe and Ito's, told apart by every eye
 # For each study that is recorded: theirs too, but darker, so that all can be told from white; and a marker.
 STUDIES = [(RECORDED, "o"), ("#007a5a", "^"), ("#a6467f", "v"), ("#8a5a00", "P"), ("#2d7da8", "X"), ("#4b3f8f", "*")]
+# For each objective of "Training for the worst case": colour, marker, line. The last two tell them apart in grey too.
+OBJECTIVES: dict[str, tuple[str, str, str]] = {
+    "algorithm1": (PAPER, "o", "-"),
+    "slope": (RECORDED, "^", "-"),
+    "cheapest": (THIS_RUN, "v", "--"),
+    "mma": ("#007a5a", "s", "--"),
+    "pointwise": ("#a6467f", "P", ":"),
+    "trades": ("#8a5a00", "X", "-."),
+}
+FILLS = ("full", "none", "left", "top")  # of markers, by the radius of training, the greatest first
 WIDTH = 5.0  # of a figure in inches, at 100 dots to the inch
 # Of the panels; what the paper is about comes first.
 TITLES = {metric: f"{METRICS[metric]} accuracy" for metric in ("w_2", "w_inf", "clean")}
@@ -140,6 +151,83 @@ def plot_along(what: str, records: Sequence[FinetuneRecord], recorded: Sequence[
     for axis in drawn.axes:
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     return drawn
+
+
+def plot_frontiers(records: Sequence[Record]) -> Figure:
+    """What each objective gives and costs: clean accuracy against A_2, a panel for each study, on test images.
+
+    A line joins the weights of one objective at one radius; small points are single seeds where there are several. What
+    Algorithm 1 reaches is shaded.
+    """
+    import seaborn as sns
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+    from matplotlib.patheffects import withStroke
+
+    every = frontiers.studies(records)
+    deltas = sorted({setting.delta for study in every for setting in frontiers.settings_of(study)}, reverse=True)
+    fills = {delta: FILLS[i % len(FILLS)] for i, delta in enumerate(deltas)}
+    with sns.axes_style("whitegrid"), sns.plotting_context("notebook", font_scale=0.9):
+        figure = _figure(1.4 + 3.2 * max(1, len(every)))
+        if not every:
+            figure.text(0.5, 0.5, NOTHING, ha="center", va="center")
+            return figure
+        shown: dict[str, Any] = {}
+        for axis, study in zip(figure.subplots(len(every), 1, squeeze=False)[:, 0], every, strict=True):
+            for (objective, delta), those in _lines(study).items():
+                colour, marker, line = OBJECTIVES.get(objective, ("black", "d", ":"))
+                look: Any = {"color": colour, "marker": marker, "fillstyle": fills[delta], "linestyle": line}
+                words = f"{frontiers.name(objective)}, δ = {delta:.4g}/255"
+                shown.setdefault(words, Line2D([], [], label=words, markersize=7, linewidth=1.5, **look))
+                points = [_place(group) for group in those.values()]
+                axis.plot(*zip(*points, strict=True), markersize=7, linewidth=1.5, zorder=3, **look)
+                for (beta, group), at in zip(those.items(), points, strict=True):
+                    axis.annotate(
+                        f"{beta:g}", at, (5, 4), textcoords="offset points", color=colour, fontsize=9, zorder=4,
+                        path_effects=[withStroke(linewidth=2.5, foreground="white")],
+                    )  # fmt: skip
+                    for record in group if len(group) > 1 else []:
+                        axis.plot(*_place([record]), marker=marker, color=colour, markersize=2.5, zorder=3)
+            if before := frontiers.as_it_is(study, "test", records):
+                star: Any = {"color": "black", "marker": "*", "markersize": 12, "linestyle": ""}
+                axis.plot(*_place([before]), zorder=5, **star)
+                shown["before"] = Line2D([], [], label="the network as it is", **star)
+            axis.margins(0.12)
+            low, _ = axis.get_ylim()
+            if grid := _edge(frontiers.frontier(study, "test", records)):
+                axis.fill_between(*zip(*grid, strict=True), low, color="0.9", linewidth=0, zorder=1)
+                shown["frontier"] = Patch(color="0.9", label="what Algorithm 1 reaches")
+            axis.set(
+                title=frontiers.label(study, every), ylabel=f"A₂ at {frontiers.AT}/255, per cent", ylim=(low, None)
+            )
+        axis.set_xlabel("clean accuracy, per cent")
+        title = "numbers at points: the weight β"
+        figure.legend(handles=[*shown.values()], title=title, loc="outside lower center", frameon=False)
+    return figure
+
+
+def _edge(line: Sequence[frontiers.Point]) -> list[tuple[float, float]]:
+    """A frontier as it is drawn: clean accuracy and A_2 in per cent, from its lowest clean accuracy to its highest."""
+    import numpy as np
+
+    if not line:
+        return []
+    grid = np.linspace(line[0].clean.mean(), line[-1].clean.mean(), 401)
+    heights = [frontiers.reached(frontiers.Point(np.array([at]), 0), line).mean() for at in grid]
+    return [(100 * x, 100 * y) for x, y in zip(grid, heights, strict=True)]
+
+
+def _lines(study: frontiers.Study) -> dict[tuple[str, float], dict[float, frontiers.Study]]:
+    """The records of each line: of an objective at a radius, for each weight."""
+    found: dict[tuple[str, float], dict[float, frontiers.Study]] = {}
+    for (objective, beta, delta), those in frontiers.settings_of(study).items():
+        found.setdefault((objective, delta), {})[beta] = those
+    return found
+
+
+def _place(records: Sequence[Any]) -> tuple[float, float]:
+    there = frontiers.point(records, "test")
+    return 100 * there.clean.mean(), 100 * there.robust.mean()
 
 
 def _append(data: Data, *values: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from companion.kinds import FinetuneRecord, OfNetwork
+from companion.kinds import FinetuneRecord, ObjectiveRecord, OfNetwork
 from companion.settings import PAPER_NETWORKS
 
 # What one comparison says of what the paper says.
@@ -69,7 +69,7 @@ def training_words(record: FinetuneRecord) -> str:
     return f"{record.data.train:,} images, {plural(record.config.epochs, 'epoch')}"
 
 
-def seeds_words(records: Sequence[FinetuneRecord]) -> str:
+def seeds_words(records: Sequence[FinetuneRecord | ObjectiveRecord]) -> str:
     """The seeds of records: "seeds 0, 1, 2"."""
     seeds = sorted({record.config.seed for record in records})
     return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
