@@ -25,6 +25,7 @@ from companion.evidence import (
     relative_errors,
     setting_of,
 )
+from companion.first_order import first_order_answer
 from companion.frontiers import frontier_answer
 from companion.intervals import Estimate, bits, change, estimate_of, outcome_of_change, side, span
 from companion.kinds import FinetuneRecord, Record, images_of
@@ -367,6 +368,7 @@ PAGES: dict[str, Callable[[Sequence[Record]], str]] = {
     "claims": _claims,
     "worst_case": worst_answer,
     "train_worst_case": frontier_answer,
+    "first_order": first_order_answer,
     "table1": _networks,
     "table2": _budget,
     "table5": _best,

@@ -96,7 +96,8 @@ def first_order_answer(records: Sequence[FirstOrderRecord]) -> str:
     parts, at_usual = [], []
     for record in those:
         row = next(row for row in record.rows if (row.loss, row.threat) == ("redlr", THREATS[0]))
-        parts.append(f"up to {_radius(reach(record, row))} on {name_of(record)}")
+        far = reach(record, row)
+        parts.append(f"{f'up to {_radius(far)}' if far else f'at {_radius(far)}'} on {name_of(record)}")
         at_usual.append(carried(record, row)[-1])
     low, high = min(at_usual), max(at_usual)
     said = f"{low:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} to {high:.2f}"

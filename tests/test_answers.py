@@ -92,7 +92,7 @@ def test_the_best_setting_is_named():
 
 def test_every_committed_record_has_its_page_and_every_page_its_answer():
     kinds = ["finetune", "evaluate", "sensitivity", "stronger", "certified", "pretrain", "spend", "benchmark"]
-    records = [record for kind in [*kinds, "objective"] for record in read_records(kind=kind)]
+    records = [record for kind in [*kinds, "objective", "first_order"] for record in read_records(kind=kind)]
     assert {page for page in NOTEBOOKS if page != "own_network"} <= PAGES.keys()
     for page in PAGES:
         text = answer(page, records)

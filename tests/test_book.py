@@ -184,13 +184,13 @@ def test_the_first_page_begins_with_what_was_found(build):
 
 
 @pytest.mark.parametrize(
-    "page", ["table3", "table4", "table11", "figure7_2", "claims", "worst_case", "train_worst_case"]
+    "page", ["table3", "table4", "table11", "figure7_2", "claims", "worst_case", "train_worst_case", "first_order"]
 )
 def test_the_first_words_that_are_seen_on_a_page_are_its_answer(build, page):
     article = article_of(build, f"notebooks/{page}")
     for folded in article.select("details"):
         folded.decompose()
-    kinds = ("finetune", "evaluate", "sensitivity", "certified", "objective")
+    kinds = ("finetune", "evaluate", "sensitivity", "certified", "objective", "first_order")
     known = [record for kind in kinds for record in read_records(kind=kind)]
     title = article.find("h1").extract().get_text()
     assert title and words(article.get_text()).startswith(words(answer(page, known)))
