@@ -19,19 +19,25 @@ from companion.parameters import read
 from companion.settings import PAPER_NETWORKS, STAND_INS, ParameterError, Settings
 
 
-def jobs(grid: Any) -> dict[str, list[str]]:
+KEYS = {"grid": list, "python": str, "threads": int, "gpus": int}  # of workflow/config.yaml
+
+
+def jobs(config: Mapping[str, Any]) -> dict[str, list[str]]:
     """The arguments of `python -m companion` for each job, by the job's name.
 
     Args:
-        grid: a list of tables from `item` and names of parameters to a value, or to a list of values: each of them.
+        config: what workflow/config.yaml holds. An entry of its grid has an `item` and parameters, each with a value or
+            with a list of values: each of them.
 
     Raises:
-        ParameterError: as `checked`; or the grid has another shape.
+        ParameterError: as `checked`; or the configuration has another shape.
     """
+    if wrong := [k for k in {**config, **KEYS} if k not in KEYS or not isinstance(config.get(k), KEYS[k])]:
+        raise ParameterError(f"{wrong[0]} is not known, or not what it has to be: see workflow/config.yaml")
     found = {}
-    for block in grid if isinstance(grid, list) else [grid]:
+    for block in config["grid"]:
         if not isinstance(block, Mapping) or "item" not in block:
-            raise ParameterError(f"a grid is a list of tables, each with an item, and {block!r:.100} is none")
+            raise ParameterError(f"an entry of the grid has an item and its parameters, and {block!r:.100} has not")
         each = {str(name): value if isinstance(value, list) else [value] for name, value in block.items()}
         for values in itertools.product(*each.values()):
             given = {name: str(value) for name, value in zip(each, values, strict=True)}
