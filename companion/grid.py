@@ -18,7 +18,6 @@ from companion.items import checked
 from companion.parameters import read
 from companion.settings import PAPER_NETWORKS, STAND_INS, ParameterError, Settings
 
-
 KEYS = {"grid": list, "python": str, "threads": int, "gpus": int}  # of workflow/config.yaml
 
 

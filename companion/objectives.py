@@ -28,6 +28,7 @@ from companion.files import digest
 from companion.machine import core_digest, device_name, hardware, versions
 from companion.parts import ObjectiveConfig
 from companion.records import record_name
+from companion.runs import attacked
 from companion.settings import ParameterError, Settings
 from companion.terminal import arguments_of
 from companion.values import pack_floats
@@ -72,6 +73,9 @@ OBJECTIVES = {
 
 def train_for(settings: Settings, objective: str) -> Any:
     """A record of kind "objective": the whole network trained further, with the tau and eta of the settings.
+
+    Args:
+        objective: a key of `OBJECTIVES`.
 
     Raises:
         ParameterError: as `bench`; or the objective is not known.
@@ -120,6 +124,16 @@ def _trained(on: Bench, config: FinetuneConfig, kept: Any) -> dict[str, Any]:
     }
 
 
+def as_it_is(settings: Settings) -> list[Any]:
+    """The records of the network before it is trained, of validation and of test images: where every frontier starts.
+
+    Raises:
+        ParameterError: as `bench`.
+    """
+    on, line = bench(settings), _command(settings, "none")
+    return [attacked(on, part, line) for part in ("val", "test")]
+
+
 def _command(settings: Settings, objective: str) -> str:
     data = "embedded" if settings.data == "embedded" else "data"
     assert settings.delta is not None
@@ -136,7 +150,7 @@ SIZES = {"train_images": 10_000, "val_images": 2_000, "test_images": 10_000, "ep
 def main(arguments: list[str]) -> None:
     parser = arguments_of(__doc__)
     parser.add_argument("networks", nargs="+", help="names of networks")
-    parser.add_argument("--objective", nargs="+", default=["slope"], help=f"of {', '.join(OBJECTIVES)}")
+    parser.add_argument("--objective", nargs="+", default=["slope"], help=f"of {', '.join(OBJECTIVES)}; none: as it is")
     parser.add_argument("--beta", nargs="+", type=float, default=[6.0], help="weight of the term that makes it robust")
     parser.add_argument("--delta", nargs="+", type=float, default=[8.0], help="radius, in 255ths")
     parser.add_argument("--tau", nargs="+", type=float, default=[0.01])
@@ -151,7 +165,9 @@ def main(arguments: list[str]) -> None:
         one = {"beta": beta, "delta": delta / 255, "tau": tau, "eta": eta, "seed": seed, **sizes}
         try:
             settings = Settings(preset="paper", network=network, data=given.data, models=given.models, **one)
-            print(record_name(train_for(settings.resolved(), objective)), flush=True)
+            settings = settings.resolved()
+            made = as_it_is(settings) if objective == "none" else [train_for(settings, objective)]
+            print(*map(record_name, made), sep="\n", flush=True)
         except (ParameterError, WdatError) as error:
             sys.exit(f"objectives: {error}")
 

@@ -39,18 +39,18 @@ def attack_each(settings: Sequence[Settings], part: str, *, notebook: str) -> li
     Raises:
         ParameterError: as `bench`; or the network's clean accuracy on test images is not the published one.
     """
-    return [_attacked(bench(one), part, notebook) for one in settings]
+    return [attacked(bench(one), part, command(one, notebook)) for one in settings]
 
 
-def _attacked(on: Bench, part: str, notebook: str) -> Any:
-    """A record of kind "evaluate"."""
+def attacked(on: Bench, part: str, line: str) -> Any:
+    """A record of kind "evaluate", of a part of the images; of test and validation images with distances."""
     size = int(on.settings.batch_size or 0)
     config = EvaluateConfig(steps=on.settings.steps, batch_size=size, **on.config)
     begun = begin("evaluate", on, (part,), config)
     known = held(begun, on)
-    if known and (part != "test" or _is_found(known, on.settings)):
+    if known and (part == "train" or _is_found(known, on.settings)):
         return known
-    steps = int(on.settings.found_steps or 0) if part == "test" else 0
+    steps = int(on.settings.found_steps or 0) if part != "train" else 0
 
     def measure() -> dict[str, Any]:
         images: wdat_core.Images = getattr(on.data, part)
@@ -74,19 +74,20 @@ def _attacked(on: Bench, part: str, notebook: str) -> Any:
             "seconds": {"evaluate": round(time.perf_counter() - start, 1)},
         }
 
-    return measured(begun, on, command(on.settings, notebook), measure)
+    return measured(begun, on, line, measure)
 
 
 def found(on: Bench, steps: int, when: str, **known: str) -> dict[str, Any]:
     """How far each test image is from the nearest misclassified one, beside what is known; nothing for 0 steps.
 
     Args:
-        when: what the network is called in the record: "test", "before", "after".
+        when: what the network is called in the record: "test", "before", "after"; or "val", of validation images.
         known: packed distances of another network, by what it is called.
     """
     if not steps:
         return {}
-    return _boundary(on, steps, {**known, when: pack_floats(on.boundary(on.data.test, steps=steps).distance)})
+    images = on.data.val if when == "val" else on.data.test
+    return _boundary(on, steps, {**known, when: pack_floats(on.boundary(images, steps=steps).distance)})
 
 
 def _boundary(on: Bench, steps: int, distance: dict[str, str]) -> dict[str, Any]:
@@ -253,7 +254,7 @@ def finetune_grid(
     if settings.export is not None:
         check_export(on.network.name, settings.export, settings.dataset, settings.norm)
     _ = on.data.train, on.data.val  # images that are missing are named before an attack of hours
-    before = _attacked(on, "test", notebook)
+    before = attacked(on, "test", command(settings, notebook))
     records = []
     for tau, eta in settings.grid():
         config = FinetuneConfig(

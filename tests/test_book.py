@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import importlib.util
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -148,7 +149,8 @@ def test_every_function_that_a_page_names_is_linked(build, page):
 
 def test_the_ledger_states_the_defaults_of_the_configuration():
     ledger = (ROOT / "book" / "ledger.md").read_text(encoding="utf-8")
-    stated = {name: ast.literal_eval(value) for name, value in re.findall(r"`(\w+)=([^`]+)`", ledger)}
+    found = re.findall(r"`(\w+)=([^`]+)`", ledger)
+    stated = {name: math.inf if value == "inf" else ast.literal_eval(value) for name, value in found}
     stated.pop("perturb")  # not a default: the setting under which a point arises
     fields = [field.name for field in dataclasses.fields(wdat_core.FinetuneConfig)]
     left_open = fields[fields.index("consistency") :]
