@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import wdat_core
 from companion.bench import Bench, begin, bench, recorded
-from companion.kinds import FirstOrderRecord
+from companion.kinds import FirstOrderRecord, Record
 from companion.parts import FirstOrderConfig, FirstOrderRow
 from companion.records import record_name
 from companion.settings import ParameterError, Settings
@@ -80,15 +80,16 @@ def reach(record: FirstOrderRecord, row: FirstOrderRow) -> float:
     return max((255 * fraction * row.threat.delta for fraction, _ in held), default=0.0)
 
 
-def newest(records: Sequence[FirstOrderRecord]) -> list[FirstOrderRecord]:
+def newest(records: Sequence[Record]) -> list[FirstOrderRecord]:
     """For each network the record of the most images."""
     best: dict[str, FirstOrderRecord] = {}
-    for record in sorted(records, key=lambda r: r.data.test or 0):
+    those = [record for record in records if isinstance(record, FirstOrderRecord)]
+    for record in sorted(those, key=lambda r: r.data.test or 0):
         best[record.network.name] = record
     return list(best.values())
 
 
-def first_order_answer(records: Sequence[FirstOrderRecord]) -> str:
+def first_order_answer(records: Sequence[Record]) -> str:
     """Up to which radius first order holds, for the paper's loss and ball, and what it is worth at the usual one."""
     those = newest(records)
     if not those:
@@ -111,7 +112,7 @@ def _radius(radius: float) -> str:
     return f"{radius:.3g}/255" if radius else "no radius that was tried"
 
 
-def reach_table(records: Sequence[FirstOrderRecord]) -> Any:
+def reach_table(records: Sequence[Record]) -> Any:
     """For each network, ball and loss: Upsilon, how far first order holds, and what it is worth at the usual radius."""
     lines = []
     for record in newest(records):
@@ -133,7 +134,7 @@ def _ball(threat: Threat) -> str:
     )
 
 
-def plot_first_order(records: Sequence[FirstOrderRecord]) -> Figure:
+def plot_first_order(records: Sequence[Record]) -> Figure:
     """A panel for each ball and loss: what W-PGD reaches over what first order says, against the radius."""
     import matplotlib.pyplot as plt
     import seaborn as sns
@@ -167,7 +168,7 @@ def plot_first_order(records: Sequence[FirstOrderRecord]) -> Figure:
     return figure
 
 
-def how_measured(records: Sequence[FirstOrderRecord]) -> Any:
+def how_measured(records: Sequence[Record]) -> Any:
     """How it was measured, a line for each network, as Markdown."""
     from IPython.display import Markdown
 
