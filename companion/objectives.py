@@ -140,7 +140,7 @@ def _command(settings: Settings, objective: str) -> str:
     given = {"beta": settings.beta, "delta": 255 * settings.delta, "tau": settings.tau, "eta": settings.eta}
     given |= {name.replace("_", "-"): getattr(settings, name) for name in ("seed", *SIZES)}
     return f"python -m companion.objectives {settings.network} --objective {objective} " + " ".join(
-        [*(f"--{name} {value:g}" for name, value in given.items()), f"--data {data}"]
+        [*(f"--{name} {value:.10g}" for name, value in given.items()), f"--data {data}"]
     )
 
 
