@@ -1,0 +1,162 @@
+"""A network trained further for one objective or another: what each computes, and the records of `train_for`."""
+
+import re
+import shlex
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import INF, images, network
+
+import wdat_core
+from companion import files, objectives
+from companion.objectives import OBJECTIVES, cheapest, equal_weights, train_for
+from companion.records import parse_record, record_name
+from companion.settings import ParameterError, Settings
+from companion.values import unpack_floats
+from wdat_core import FinetuneConfig, Threat, boundary, finetune
+
+SMALL = {"train_images": 24, "val_images": 10, "test_images": 12, "epochs": 1, "steps": 2, "found_steps": 3}
+SMALL |= {"tau": 0.05, "eta": 1.0, "batch_size": 12, "network": "small_trades", "data": "embedded"}
+
+
+@pytest.fixture(autouse=True)
+def runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "RUNS", tmp_path / "runs")
+
+
+def value_and_batch(objective, **fields):
+    """The value of an objective on one minibatch of a tiny network, and what the minibatch is."""
+    model, seen = network("smooth"), []
+    x, y = images(20, model)
+
+    def noted(batch):
+        total = objective(batch)
+        seen.append((total.item(), batch.x.clone(), batch.y.clone()))
+        return total
+
+    usual = {"perturb": "none", "augment": False, "epochs": 1, "batch_size": 20, "tau": 1e-12, "steps": 6, "beta": 2.0}
+    finetune(model, (x, y), None, FinetuneConfig(objective=noted, **(usual | fields)))
+    return model, *seen[0]
+
+
+def test_cheapest_first_in_place_of_w_pgd():
+    threat = Threat(2, INF, 0.06)
+    model, value, x, y = value_and_batch(cheapest, threat=threat)
+    x_adv = boundary(model, x, y, steps=6).spend(x, threat).x_adv
+    logits = model(x)
+    expected = F.cross_entropy(logits, y) + 2 * F.cross_entropy(model(x_adv), logits.softmax(1).detach())
+    assert value == pytest.approx(expected.item(), rel=1e-6) and not torch.equal(x, x_adv)
+
+
+def test_equal_weights_raise_each_distance_up_to_delta():
+    model, value, x, y = value_and_batch(equal_weights, threat=Threat(2, INF, 0.06))
+    distance = boundary(model, x, y, steps=6).distance
+    expected = F.cross_entropy(model(x), y) - 2 * distance.clamp(max=0.06).mean() / 0.06
+    assert value == pytest.approx(expected.item(), rel=1e-6)
+    assert (distance > 0.06).any() and ((distance > 0) & (distance < 0.06)).any()
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_each_objective_leaves_a_record_of_what_it_made(objective):
+    settings = Settings(preset="paper", **SMALL).resolved()
+    record = train_for(settings, objective)
+    path = files.RUNS / record_name(record)
+    assert parse_record(path.read_bytes()).stored() == record.stored()
+    assert record.config.objective == objective and record.config.threat.p == OBJECTIVES[objective].p
+    for part, n in (("val", 10), ("test", 12)):
+        distance = unpack_floats(record.boundary.distance[part])
+        assert len(distance) == n and (distance >= 0).all() and (distance > 0).any()
+    assert not list(files.RUNS.glob("*.checkpoint"))
+    assert train_for(settings, objective).created == record.created  # read, not computed
+
+
+def test_the_weights_are_those_of_the_same_call_of_finetune(monkeypatch):
+    made = []
+    trained = wdat_core.finetune
+
+    def noted(model, *given, **how):
+        history = trained(model, *given, **how)
+        made.append(model)
+        return history
+
+    monkeypatch.setattr(wdat_core, "finetune", noted)
+    settings = Settings(preset="paper", **SMALL).resolved()
+    record = train_for(settings, "slope")
+    on = objectives.bench(settings)
+    config = FinetuneConfig(objective="worst_case", epochs=1, steps=2, batch_size=12, tau=0.05, clip=10.0)
+    trained(on.model, on.data.train, None, config, eval_batch_size=128)
+    for name, value in on.model.state_dict().items():
+        assert torch.equal(value, made[0].state_dict()[name]), name
+    distance = boundary(on.model, *on.data.test, steps=3, batch_size=128).distance
+    assert unpack_floats(record.boundary.distance["test"]) == pytest.approx(distance.double().numpy())
+
+
+def test_a_run_that_is_stopped_goes_on(monkeypatch):
+    settings = Settings(preset="paper", **SMALL).resolved()
+    whole = train_for(settings, "mma")
+    (files.RUNS / record_name(whole)).unlink()
+    trained = wdat_core.finetune
+
+    def stopped(*given, **how):
+        trained(*given, **how, stop_after=0.0)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(wdat_core, "finetune", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        train_for(settings, "mma")
+    assert len(list(files.RUNS.glob("*.checkpoint"))) == 1
+    monkeypatch.setattr(wdat_core, "finetune", trained)
+    again = train_for(settings, "mma")
+    assert again.boundary.distance == whole.boundary.distance and again.created >= whole.created
+    assert not list(files.RUNS.glob("*.checkpoint"))
+
+
+def named(capsys):
+    """The names of records that were printed, beside what shows how far a run is."""
+    return re.findall(r"\w+-small_trades-\S*\.json", capsys.readouterr().out)
+
+
+def test_the_command_in_a_record_makes_it_again(capsys):
+    sizes = [f"--{k.replace('_', '-')}={v}" for k, v in SMALL.items() if k in objectives.SIZES]
+    given = ["small_trades", "--objective=slope", "--delta=4", "--beta=3", "--tau=0.05", "--data=embedded", *sizes]
+    objectives.main(given)
+    (name,) = named(capsys)
+    record = parse_record((files.RUNS / name).read_bytes())
+    assert record.config.threat == Threat(2, INF, 4 / 255) and record.config.beta == 3
+    (files.RUNS / name).unlink()
+    words = shlex.split(record.command)
+    assert words[:3] == ["python", "-m", "companion.objectives"]
+    objectives.main(words[3:])
+    assert named(capsys) == [name]
+    assert parse_record((files.RUNS / name).read_bytes()).boundary.distance == record.boundary.distance
+
+
+def test_the_network_as_it_is_has_distances_of_both_parts(capsys):
+    sizes = [f"--{k.replace('_', '-')}={v}" for k, v in SMALL.items() if k in objectives.SIZES]
+    objectives.main(["small_trades", "--objective=none", "--data=embedded", *sizes])
+    parts = [parse_record((files.RUNS / name).read_bytes()) for name in named(capsys)]
+    assert [set(record.boundary.distance) for record in parts] == [{"val"}, {"test"}]
+    assert [len(unpack_floats(*record.boundary.distance.values())) for record in parts] == [10, 12]
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        (["small_tradess"], "unknown network 'small_tradess'"),
+        (["small_trades", "--objective", "slop"], "objective must be one of algorithm1, slope"),
+        (["small_trades", "--delta", "-1"], "delta must be above 0"),
+        (["small_trades", "--beta", "-1"], "beta must be at least 0"),
+        (["small_trades", "--data", "nowhere"], "nowhere"),
+    ],
+)
+def test_what_the_user_can_put_right_ends_in_one_line(given, words):
+    few = ["--train-images=24", "--val-images=10", "--test-images=12", "--epochs=1", "--found-steps=2"]
+    with pytest.raises(SystemExit) as ended:
+        objectives.main([*given, *few])
+    assert str(ended.value).startswith("objectives: ") and words in str(ended.value)
+
+
+def test_an_objective_that_is_not_known_is_named():
+    with pytest.raises(ParameterError, match="objective must be one of"):
+        train_for(Settings(preset="paper", **SMALL).resolved(), "slop")
