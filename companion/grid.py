@@ -49,7 +49,7 @@ def jobs(config: Mapping[str, Any]) -> dict[str, list[str]]:
 
 def _name(item: str, given: Mapping[str, str], settings: Sequence[Settings]) -> str:
     """Item, network, tau, eta and seed where they are given, and a digest of all settings."""
-    known = [item, *[Path(given["network"]).name] * ("network" in given)]
+    known = [item] + ([Path(given["network"]).name] if "network" in given else [])
     known += [f"{name}{given[name].removesuffix('.0')}" for name in ("tau", "eta", "seed") if name in given]
     digest = files.digest(json.dumps([one.model_dump() for one in settings], sort_keys=True).encode())
     return re.sub(r"[^\w.-]", "_", "-".join([*known, digest[:8]]))

@@ -145,7 +145,7 @@ def protocol(record: Begun) -> str:
 def _later(config: Any) -> dict[str, Any]:
     """The fields of a configuration that the first records did not have, with what was meant then."""
     if isinstance(config, FinetuneConfig):
-        return LATER
+        return plain(LATER)  # as `_config_of` has it
     return {name: field.default for name, field in type(config).model_fields.items() if not field.is_required()}
 
 

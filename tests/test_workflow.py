@@ -198,6 +198,14 @@ def test_a_marker_that_is_gone_is_made_again_from_the_record(grid):
 
 
 @snakemake
+def test_notebooks_and_book_come_after_the_columns(grid):
+    code, said = grid.run("--dry-run", "book")
+    pages = re.findall(r"output: runs/grid/pages/(\w+)\.done", said)
+    assert code == 0 and sorted(pages) == sorted(path.stem for path in files.ROOT.glob("notebooks/*.ipynb")), said
+    assert "output: runs/grid/book.done" in said
+
+
+@snakemake
 @pytest.mark.parametrize("change", [{"item": "tabel4"}, {"tua": 1}, {"network": "smal_trades"}])
 def test_a_configuration_that_is_wrong_stops_at_once(grid, change):
     grid.set(COLUMNS | change)
