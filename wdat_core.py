@@ -61,8 +61,10 @@ import io
 import math
 import os
 import pickle
+import re
 import sys
 import time
+import types
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
@@ -379,19 +381,25 @@ def wpgd(
         seed: of that random direction.
         precision: "float32" runs the model as it is, "bfloat16" under autocast; images and steps stay as they are.
         compiled: run the model through `torch.compile`, with CUDA graphs on a GPU; the first batch then takes a minute.
-        group: a process group of torch.distributed, such as `torch.distributed.group.WORLD`, each of whose processes
-            calls this with its own part of the images, of any size, even of none. They attack as one process would that
-            has them all: accuracy, loss, distance and history are of all images, x_adv and correct of the part. Only
-            the random start is each process's own.
+        group: a process group of torch.distributed, such as `torch.distributed.group.WORLD` after
+            `init_process_group`, each of whose processes calls this with its own part of the images, of any size, even
+            of none. They attack as one process would that has them all: accuracy, loss, distance and history are of
+            all images, x_adv and correct of the part. Only the random start is each process's own.
         progress: what the steps are wrapped in to show how far they are, such as `tqdm.tqdm`.
 
     Raises:
         WdatError: names what is wrong with the images, the labels, the model or a parameter.
     """
-    _check_number("random_start", random_start, at_least=0, at_most=1)
-    _check_number("seed", seed, at_least=0, below=2**63, whole=True)
-    _check_function("progress", progress)
-    on = _attacker(model, x, y, threat, loss, batch_size, precision, compiled, steps, step_ratio, rule, group)
+
+    def ahead() -> None:
+        _check_number("random_start", random_start, at_least=0, at_most=1)
+        _check_number("seed", seed, at_least=0, below=2**63, whole=True)
+        _check_function("progress", progress)
+
+    also = {"random_start": random_start}
+    on = _attacker(
+        model, x, y, threat, loss, batch_size, precision, compiled, steps, step_ratio, rule, group, ahead, also
+    )
     _check_fine(x, on)
     with _prepared(model):
         x, y = _plain(x), _plain(y)
@@ -760,8 +768,9 @@ class FinetuneConfig:
         if self.nesterov and not self.momentum:
             raise WdatError("nesterov needs a momentum above 0")
         _as_plain_numbers(self)
-        if self.objective in ("trades", "pgd") and self.threat.p != math.inf:
-            raise WdatError(f'objective="{self.objective}" is pointwise: give threat=Threat(p=math.inf)')
+        if self.objective in ("trades", "pgd", trades, pgd) and self.threat.p != math.inf:
+            name = self.objective if isinstance(self.objective, str) else self.objective.__name__
+            raise WdatError(f'objective="{name}" is pointwise: give threat=Threat(p=math.inf)')
         if self.objective in ("worst_case", worst_case) and self.threat.p == math.inf:
             raise WdatError("the worst case over a pointwise ball has no slope in the distances: give a finite p")
 
@@ -770,8 +779,9 @@ class FinetuneConfig:
 class Minibatch:
     """What the objective of a training is given: one minibatch, and what it needs to attack it and to learn from it.
 
-    An objective is a function of it to a scalar, which one step of SGD then lowers. Pairing of logits (Kannan et al.,
-    2018), as an example::
+    An objective is a function of it to a scalar, which one step of SGD then lowers. Where several processes share a
+    minibatch it is a mean over the images of the process's own part, and what it keeps is alike in all. Pairing of
+    logits (Kannan et al., 2018), as an example::
 
         def pairing(batch):
             x_adv = batch.attack(Threat(p=math.inf), loss="ce")
@@ -839,15 +849,19 @@ class Minibatch:
     def boundary(self, r: float) -> Boundary:
         """How far each image is from the nearest misclassified one, in l_r, and those: see the function `boundary`.
 
-        As many gradients for each image as the configuration has steps.
+        As many gradients for each image as the configuration has steps, on the network in eval mode.
         """
         _check_precise(self.x)
-        search = _Search(keep=True)
-        with self._run.attacked(Threat(p=math.inf, r=r), _lead) as on:
+        search, finite = _Search(keep=True), True
+        with self._run.attacked(Threat(p=math.inf, r=r), _lead, in_eval_mode=True) as on:
             on = replace(on, boxed=True)
-            search.take(on, self.x, self.y)
-            while search.waiting():
-                search.attack(on, on.passes.batch_size)
+            try:
+                search.take(on, self.x, self.y)
+                while search.waiting():
+                    search.attack(on, on.passes.batch_size)
+            except _NotFiniteError:
+                finite = False
+            _check_finite(on.among.all(torch.tensor(finite)))  # in every process, or all would not stop
         found = search.found(r)
         assert found is not None
         return found
@@ -858,8 +872,10 @@ class Minibatch:
         The distance of an image moves as m(x*) / ||grad_x m(x*)||_s does, m the margin z_y - max_j z_j and x* the
         nearest misclassified image (Ding et al., 2020). There is no gradient at a distance of 0 or inf.
         """
-        assert found.x_adv is not None
-        steepness = self.look(found.x_adv, self.y, Threat(p=math.inf, r=found.r), _margin).norm
+        if found.x_adv is None:
+            raise WdatError("the nearest images were not kept: take what the minibatch's own boundary found")
+        with self._run.attacked(Threat(p=math.inf, r=found.r), _margin, in_eval_mode=True) as on:
+            steepness = _look(on, found.x_adv, self.y, _blank(on, found.x_adv)).norm
         moves = (steepness > 0) & (found.distance > 0) & (found.distance < math.inf)
         margin = _margin(self.net(found.x_adv), self.y)
         move = torch.where(moves, (margin - margin.detach()) / torch.where(moves, steepness, 1.0), 0.0)
@@ -930,7 +946,9 @@ def worst_case(batch: Minibatch) -> Tensor:
         CE(f(x), y) - beta sum_i (dA_p / dd_i) d_i.
 
     The slope needs the price t up to which the budget buys. It follows that of the minibatches as (5.4) follows
-    Upsilon: t + eta (t_B - t); with eta = 1 it is the minibatch's own. What is misclassified already is left to CE.
+    Upsilon: t + eta (t_B - t); with eta = 1 it is the minibatch's own, see `Boundary.price`. All images up to t count
+    in full: the next one too, of which the budget pays only a part; and where it pays for all, and the exact slope is
+    0, t is the greatest distance, so that there is a way to go. What is misclassified already is left to CE.
     """
     config, threat, x, y = batch.config, batch.config.threat, batch.x, batch.y
     found = batch.boundary(threat.r)
@@ -1059,7 +1077,8 @@ def finetune(
         group: a process group of torch.distributed, each of whose processes calls this with the same arguments. They
             share each minibatch, the sample and the validation images, and train as one process would, to rounding;
             the first one writes the checkpoint, which all of them can read, and from which any number of them goes on.
-            Batch statistics are those of a process's share: on GPUs, torch.nn.SyncBatchNorm makes them global.
+            Batch statistics are those of a process's share: on GPUs, torch.nn.SyncBatchNorm makes them global. The
+            masks of dropout are alike in all.
 
     Raises:
         WdatError: for the faults of input that `wpgd` names, when loss, gradient or logits are no longer finite, and
@@ -1069,8 +1088,11 @@ def finetune(
     among = _among(group, model, train)
     kept = (resume, save_every, stop_after)
     check = functools.partial(_checked_training, model, train, val, config, eval_batch_size, kept, on_epoch, progress)
-    agree = functools.partial(_identity, model, train, val, config)
-    on, checkpoint, saved = _agreed(among, lambda: check(among), agree)
+
+    def settings() -> dict[str, str]:
+        return {"the checkpoint": _mark(resume), **_identity(model, train, val, config)}
+
+    on, checkpoint, saved = _agreed(among, lambda: check(among), settings)
     how: Any = (eval_batch_size, config.precision, config.compiled, on.classes)
     x, y = train
     training = config.update_mode == "train" and config.perturb != "last_layer"
@@ -1117,16 +1139,15 @@ def finetune(
         fresh, saved = saved is None, None  # it may be as large as three networks
         begin = time.perf_counter() - spent
 
+        def write() -> None:
+            state = {name: part.state_dict() for name, part in parts.items()}
+            state |= {"order": order, "losses": losses, "rows": rows, "best": best, "best_state": best_state}
+            random, seconds = _random_state(model, generator), time.perf_counter() - begin
+            checkpoint.save(state | {"memory": memory, "random": random, "spent": seconds})
+
         def save() -> None:
-            if checkpoint.path is not None and among.rank == 0:
-                state = {name: part.state_dict() for name, part in parts.items()}
-                state |= {"order": order, "losses": losses, "rows": rows, "best": best, "best_state": best_state}
-                state |= {
-                    "memory": memory,
-                    "random": _random_state(model, generator),
-                    "spent": time.perf_counter() - begin,
-                }
-                checkpoint.save(state)
+            if checkpoint.path is not None:  # the first process writes, and the file is there before any goes on
+                _agreed(among, write if among.rank == 0 else dict, dict)
 
         def history(finished: bool) -> History:
             upsilons = _floats(memory.get("upsilon", []))
@@ -1143,6 +1164,7 @@ def finetune(
                 for parameter in trained:
                     parameter.requires_grad_(True)
                 optimiser.zero_grad()
+                buffers = [b.clone() for b in model.buffers() if b.is_floating_point()] if group is not None else []
                 with _blamed(optimiser, epoch, len(losses) + 1, len(indices)):
                     batch = run.minibatch(indices, memory)
                     total = objective(batch)  # (5.4), (5.5), (5.3), (5.1),
@@ -1150,13 +1172,13 @@ def finetune(
                     share = len(batch.x) / len(indices)
                     (total * share).backward()
                     total = among.total(total.detach() * share)
-                    _add_up(among, [p.grad for p in trained if p.grad is not None], 1.0)
+                    _add_up_gradients(among, trained)
                     gradients = [p.grad.isfinite().all() for p in trained if p.grad is not None]
                     _check_finite(torch.stack([total.isfinite(), *gradients]).all())
                     if config.clip < math.inf:
-                        nn.utils.clip_grad_norm_(trained, config.clip)
+                        _check_finite(nn.utils.clip_grad_norm_(trained, config.clip).isfinite())
                 optimiser.step()  # theta <- theta - tau grad,
-                _add_up(among, [b for b in model.buffers() if b.is_floating_point()], 1 / among.size)
+                _average_buffers(among, model, buffers)
                 schedule.step()
                 if averaged is not None:
                     averaged.update_parameters(model)
@@ -1179,8 +1201,8 @@ def finetune(
                     row |= {"clean": attack.history["accuracy"][0], score: attack.accuracy}
             if on_epoch:
                 with _prepared(shown):
-                    more = on_epoch(epoch, shown)
-                row |= _checked_row(more, {"clean", score, *row})
+                    call = functools.partial(on_epoch, epoch, shown)
+                    row |= _agreed(among, lambda: _checked_row(call(), {"clean", score, *row}), dict)  # noqa: B023
             rows.append(row)
             if val is None or best == 0 or row[score] > rows[best - 1][score]:
                 best, best_state = epoch, copy.deepcopy(shown.state_dict())
@@ -1190,13 +1212,33 @@ def finetune(
     return history(finished=True)
 
 
-def _add_up(among: _Among, tensors: list[Tensor], factor: float) -> None:
-    """Each tensor becomes its sum over the processes, times a factor; in one message."""
-    if among.group is None or not tensors:
+def _add_up_gradients(among: _Among, parameters: Sequence[nn.Parameter]) -> None:
+    """Each gradient becomes its sum over the processes, in one message; 0 where a process has none and another has."""
+    if among.group is None:
         return
-    flat = among.total(torch.cat([t.flatten() for t in tensors])) * factor
-    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-        tensor.copy_(part.view_as(tensor))
+    used = among.total(torch.tensor([p.grad is not None for p in parameters]).int(), dist.ReduceOp.MAX).tolist()
+    gradients = [
+        torch.zeros_like(p) if p.grad is None else p.grad
+        for p, is_used in zip(parameters, used, strict=True)
+        if is_used
+    ]
+    if not gradients:
+        return
+    total = among.total(torch.cat([g.flatten() for g in gradients])).split([g.numel() for g in gradients])
+    for parameter in [p for p, is_used in zip(parameters, used, strict=True) if is_used]:
+        part, *total = total
+        parameter.grad = part.view_as(parameter).clone()
+
+
+def _average_buffers(among: _Among, model: nn.Module, before: Sequence[Tensor]) -> None:
+    """Buffers that changed in a process, such as batch statistics, become their mean over the processes."""
+    buffers = [b for b in model.buffers() if b.is_floating_point()]
+    if among.group is None or not buffers:
+        return
+    changed = torch.tensor([not torch.equal(a, b) for a, b in zip(before, buffers, strict=True)]).int()
+    for buffer, has in zip(buffers, among.total(changed, dist.ReduceOp.MAX).tolist(), strict=True):
+        if has:
+            buffer.copy_(among.total(buffer.double()) / among.size)
 
 
 @dataclass
@@ -1226,11 +1268,13 @@ class _Run:
         return Minibatch(x[part], y[part], net, self.config, memory, self.generator, self, part, whole)
 
     @contextmanager
-    def attacked(self, threat: Threat | None = None, loss: str | Loss | None = None) -> Iterator[_Attacker]:
+    def attacked(
+        self, threat: Threat | None = None, loss: str | Loss | None = None, in_eval_mode: bool = False
+    ) -> Iterator[_Attacker]:
         """The attacker of the training, with its threat and loss or others, on the network in its `attack_mode`."""
         _check_threat(threat or self.on.threat)
         on = replace(self.on, threat=threat or self.on.threat, loss=_function_of("loss", loss or self.on.loss, LOSSES))
-        in_train_mode = self.config.attack_mode == "train" and self.config.perturb != "last_layer"
+        in_train_mode = self.config.attack_mode == "train" and self.config.perturb != "last_layer" and not in_eval_mode
         if in_train_mode:  # batch statistics are those of the whole minibatch
             on = replace(on, passes=replace(on.passes, batch_size=self.config.batch_size, whole=True))
         with _prepared(self.model, training=in_train_mode):
@@ -1325,13 +1369,18 @@ def evaluate(
     """
     if options.get("random_start"):
         raise WdatError("evaluate measures the clean accuracy where the attack starts: it takes no random_start")
-    if found_steps and isinstance(x, Tensor):
-        _check_precise(x)  # now, and not after both attacks
+    among = _among(options.get("group"), model, x)
+
+    def check() -> None:
+        _check_number("found_steps", found_steps, at_least=0, whole=True)
+        if found_steps and isinstance(x, Tensor):
+            _check_precise(x)  # now, and not after both attacks
+
+    _agreed(among, check, lambda: {"found_steps": repr(found_steps)})
     pointwise = wpgd(model, x, y, Threat(p=math.inf, delta=delta), loss="ce", **options)
     w_2 = Threat(p=2, delta=delta)
     distributional = wpgd(model, x, y, w_2, loss=loss, **options)
     correct = {"clean": pointwise.was_correct, "w_inf": pointwise.correct, "w_2": distributional.correct}
-    among = _among(options.get("group"), model, x)
     if found_steps:
         how = {name: value for name, value in options.items() if name in ("batch_size", "precision", "compiled")}
         none = Boundary(x.new_empty(0))
@@ -1377,7 +1426,8 @@ class Boundary:
 
         It is what one process would have found with all the images: the search itself needs no others.
         """
-        parts = _Among(group).gather(self.distance.cpu())
+        among = _among(group, nn.Module(), self.distance)
+        parts = _agreed(among, lambda: among, lambda: {"r": repr(float(self.r))}).gather(self.distance.cpu())
         return Boundary(torch.cat(parts), self.r)
 
     def bought(self, threat: Threat) -> Tensor:
@@ -1429,7 +1479,7 @@ class Boundary:
             return None
         return distance[found & left].min() if (found & left).any() else distance[found].max()
 
-    def slope(self, threat: Threat, price: float | None = None) -> Tensor:
+    def slope(self, threat: Threat, price: float | Tensor | None = None) -> Tensor:
         """How fast A_p(delta) rises with each distance, float64 (n,), for a finite p: p d_i^(p-1) / (n t^p).
 
         That is of the images that the budget buys; 0 for those that are misclassified already, or too dear. t is the
@@ -1438,7 +1488,7 @@ class Boundary:
         small change of a distance saves one: the slope is 0.
 
         Args:
-            price: t, where it is known from more images than these: those up to it count as bought.
+            price: t, where it is known from more images than these: those up to it count as bought, in full.
 
         Raises:
             WdatError: for p = inf, where the accuracy jumps and has no slope.
@@ -1448,6 +1498,7 @@ class Boundary:
         if p == math.inf:
             raise WdatError("the accuracy under a pointwise threat has no slope in the distances: give a finite p")
         if price is not None:
+            price = price.item() if isinstance(price, Tensor) and price.numel() == 1 else price
             _check_number("price", price, above=0)
             relative = torch.where(distance <= price, distance / price, 0.0)
             return torch.where(relative > 0, relative ** (p - 1), 0.0) * (p / n / price)
@@ -1758,7 +1809,9 @@ class _Among:
         """The mean of values (n,)."""
         if self.group is None:
             return values.mean()
-        count, total = self.total(torch.stack([values.new_tensor(len(values)).double(), values.double().sum()]))
+        own = torch.tensor([len(values), 0.0], dtype=torch.float64, device=values.device)  # no 16 bits hold every count
+        own[1] = values.double().sum()
+        count, total = self.total(own)
         return (total / count).to(values)
 
     def count(self, x: Tensor) -> int:
@@ -1785,8 +1838,8 @@ def _heard() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise WdatError(
-            f"another process of the group has ended, so this one ends too: see what that one said; a run with a"
-            f" checkpoint goes on from there ({error})"
+            f"another process of the group does not answer or has ended, so this one ends too: see what that one said;"
+            f" a run with a checkpoint goes on from there ({error})"
         ) from error
 
 
@@ -1807,20 +1860,24 @@ def _agreed(among: _Among, check: Callable[[], Any], settings: Callable[[], dict
     if among.group is None:
         return check()
     fault, found, own = None, None, {}
+    with suppress(Exception):  # what cannot be said is named by the check
+        own = settings()
     try:
         found = check()
-        own = settings()
-    except WdatError as error:
+    except Exception as error:
         fault = error
-    said = among.gather((fault and str(fault), own))
+    said = among.gather((fault and f"{fault}", own))
+    if isinstance(fault, WdatError):
+        raise fault
+    for rank, (_, theirs) in enumerate(said):
+        for name in own.keys() & theirs.keys():
+            if theirs[name] != own[name]:
+                raise WdatError(f"{name} must be the same in all processes: {own[name]} here, {theirs[name]} in {rank}")
     if fault:
         raise fault
-    for rank, (other, theirs) in enumerate(said):
-        if other:
+    for rank, (other, _) in enumerate(said):
+        if other is not None:
             raise WdatError(f"process {rank} of {among.size} cannot go on: {other}")
-        for name, value in own.items():
-            if theirs[name] != value:
-                raise WdatError(f"{name} must be the same in all processes: {value} here, {theirs[name]} in {rank}")
     return found
 
 
@@ -2116,6 +2173,15 @@ def _checkpoint(
     return checkpoint, checkpoint.load()
 
 
+def _mark(resume: Any) -> str:
+    """Which checkpoint there is: what tells a file from others."""
+    if resume is None:
+        return "none"
+    with suppress(OSError, ValueError, TypeError), Path(resume).open("rb") as file:
+        return hashlib.sha256(file.read(len(CHECKPOINT) + 32)).hexdigest()[:16]
+    return "not there"
+
+
 def _identity(model: nn.Module, train: Images, val: Images | None, config: FinetuneConfig) -> dict[str, str]:
     """What decides a run, by name."""
     return {
@@ -2127,21 +2193,37 @@ def _identity(model: nn.Module, train: Images, val: Images | None, config: Finet
     }
 
 
-def _named(value: Any) -> str:
-    """A field of a configuration in words that are the same in another process."""
-    if not callable(value):
-        return repr(value)
+def _named(value: Any, inside: tuple[int, ...] = ()) -> str:
+    """A field of a configuration in words that are the same in another process, and others for another value."""
+    if id(value) in inside:
+        return "itself"
+
+    def named(*parts: Any) -> str:
+        return ", ".join(_named(part, (*inside, id(value))) for part in parts)
+
+    if isinstance(value, Tensor):
+        return f"tensor {_digest(value)[:8]}"
+    if isinstance(value, nn.Module):
+        return f"{type(value).__qualname__} {_digest_of(value.state_dict())[:8]}"
+    if isinstance(value, (list, tuple)):
+        return f"[{named(*value)}]"
+    if isinstance(value, dict):
+        return f"{{{named(*(part for pair in value.items() for part in pair))}}}"
+    if isinstance(value, (set, frozenset)):
+        return f"{{{', '.join(sorted(map(_named, value)))}}}"
+    if isinstance(value, types.CodeType):
+        return f"code {hashlib.sha256(value.co_code).hexdigest()[:8]} {named(value.co_names, value.co_consts)}"
     if isinstance(value, functools.partial):
-        given = [*value.args, *(part for pair in value.keywords.items() for part in pair)]
-        return f"partial({', '.join(map(_named, [value.func, *given]))})"
-    name = f"{value.__module__}.{getattr(value, '__qualname__', type(value).__qualname__)}"
-    code = getattr(value, "__code__", None)
-    if code is None:
-        return name
-    closed = (cell.cell_contents for cell in value.__closure__ or ())
-    values = [*code.co_consts, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *closed]
-    plain = [v for v in values if isinstance(v, int | float | str)]
-    return f"{name} {hashlib.sha256(repr((code.co_code, code.co_names, plain)).encode()).hexdigest()[:8]}"
+        return f"partial({named(value.func, value.args, value.keywords)})"
+    if isinstance(value, types.MethodType):
+        return f"method({named(value.__func__, value.__self__)})"
+    if isinstance(value, types.FunctionType):
+        closed = [cell.cell_contents for cell in value.__closure__ or ()]
+        inner = named(value.__code__, value.__defaults__, value.__kwdefaults__, closed)
+        return f"{value.__module__}.{value.__qualname__} {hashlib.sha256(inner.encode()).hexdigest()[:8]}"
+    if callable(value) and hasattr(value, "__dict__") and not isinstance(value, (type, types.BuiltinFunctionType)):
+        return f"{type(value).__module__}.{type(value).__qualname__}({named(vars(value))})"
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
 def code_digest(path: str | os.PathLike[str] = __file__) -> str:
@@ -2185,14 +2267,16 @@ def _digest(*tensors: Tensor, names: Sequence[str] = ()) -> str:
 def _random_state(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
     """The states of all generators that a training run draws from."""
     state = {"run": generator.get_state(), "cpu": torch.get_rng_state()}
-    return state | {str(d): torch.get_device_module(d).get_rng_state(d) for d in _accelerators(model)}
+    for device in _accelerators(model):
+        state["device"] = torch.get_device_module(device).get_rng_state(device)
+    return state
 
 
 def _set_random_state(model: nn.Module, generator: torch.Generator, state: dict[str, Tensor]) -> None:
     generator.set_state(state["run"].cpu())
     torch.set_rng_state(state["cpu"].cpu())
-    for device in _accelerators(model):
-        torch.get_device_module(device).set_rng_state(state[str(device)].cpu(), device)
+    for device in _accelerators(model) if "device" in state else []:  # a run has one, and goes on on another too
+        torch.get_device_module(device).set_rng_state(state["device"].cpu(), device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2392,23 +2476,32 @@ def _attacker(
     step_ratio: float = 1.0,
     rule: Rule | None = None,
     group: Any = None,
+    ahead: Callable[[], None] = lambda: None,
+    also: dict[str, Any] | None = None,
 ) -> _Attacker:
-    """Names the first fault of what an attack is given, in any process; what comes back has none."""
+    """Names the first fault of what an attack is given, in any process; what comes back has none.
+
+    Args:
+        ahead: checks what else there is.
+        also: what else has to be the same in all processes.
+    """
     _check_model(model)
     among = _among(group, model, x)
-    given: dict[str, Any] = {
-        "threat": threat,
-        "loss": loss,
-        "precision": precision,
-        "steps": steps,
-        "step_ratio": step_ratio,
-    }
-    given |= {"rule": rule, "compiled": compiled}
+    given: dict[str, Any] = {"threat": threat, "loss": loss, "precision": precision, "steps": steps}
+    given |= {"step_ratio": step_ratio, "rule": rule, "compiled": compiled}
 
     def settings() -> dict[str, str]:
-        return {name: _named(value) for name, value in given.items()} | {"images": f"{x.dtype} {tuple(x.shape[1:])}"}
+        same = {name: _named(value) for name, value in {**given, **(also or {})}.items()}
+        return same | {"images": f"{x.dtype} {tuple(x.shape[1:])}", "the network": _digest_of(model.state_dict())[:16]}
 
-    return _agreed(among, lambda: _checked_attacker(model, x, y, **given, batch_size=batch_size, among=among), settings)
+    def check() -> _Attacker:
+        ahead()
+        return _checked_attacker(model, x, y, **given, batch_size=batch_size, among=among)
+
+    on: _Attacker = _agreed(among, check, settings)
+    if not among.count(x):
+        raise WdatError("no process of the group has an image")
+    return on
 
 
 def _checked_attacker(
@@ -2458,8 +2551,8 @@ def _checked_attacker(
     classes = logits.shape[1]
     if function in (dlr, redlr) and classes < 3:
         raise WdatError(f"DLR and ReDLR need 3 classes or more, the model has {classes}: use loss='ce'")
-    if function is _lead and classes < 2:
-        raise WdatError("a network with one class can make no error: there is nothing to search for")
+    if function is _lead:
+        _check_two_classes(classes)
     _check_labels(y, classes)
     passes = _passes(model, x, batch_size, precision, compiled, classes)
     short = x.dtype == torch.float32 and device.type == "cuda" and torch.backends.cudnn.allow_tf32
@@ -2503,6 +2596,11 @@ def _check_fine(x: Tensor, on: _Attacker) -> None:
         )
 
 
+def _check_two_classes(classes: int) -> None:
+    if classes < 2:
+        raise WdatError("a network with one class can make no error: there is nothing to search for")
+
+
 def _check_precise(x: Tensor) -> None:
     if x.dtype.itemsize == 2:
         how = 'give float32 images and model, and precision="bfloat16" for speed'
@@ -2533,6 +2631,9 @@ def _checked_training(
     _check_fine(train[0], on)
     if val is not None:
         _attacker(model, *val, config.threat, config.loss, *attacker)
+    if config.objective in ("worst_case", worst_case):
+        _check_precise(train[0])
+        _check_two_classes(on.classes)
     _check_minibatches(model, train[0], config, among.size)
     return replace(on, among=among), *_checkpoint(*kept, model, train, val, config)
 
@@ -2564,7 +2665,9 @@ def _check_minibatches(model: nn.Module, x: Tensor, config: FinetuneConfig, proc
             raise WdatError(f"{name} must be a number that {x.dtype} holds, not {getattr(config, name)!r}")
     attacked = config.attack_mode == "train" and config.perturb != "last_layer"
     counts = [len(x)] * (training or attacked) + [max(1, round(config.sample * len(x)))] * attacked
-    if any(1 in (n // processes for n in (count, config.batch_size, count % config.batch_size)) for count in counts):
+    sizes = {size for n in counts for size in (n, config.batch_size, n % config.batch_size)}
+    parts = {part for n in sizes for part in (n // processes, -(-n // processes))}
+    if 1 in parts | {part % config.batch_size for part in parts}:
         norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         single: list[bool] = []
         hooks = [m.register_forward_pre_hook(lambda _, z: single.append(z[0].numel() == z[0].shape[1])) for m in norms]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -137,10 +138,15 @@ def as_it_is(settings: Settings) -> list[Any]:
 def _command(settings: Settings, objective: str) -> str:
     data = "embedded" if settings.data == "embedded" else "data"
     assert settings.delta is not None
-    given = {"beta": settings.beta, "delta": 255 * settings.delta, "tau": settings.tau, "eta": settings.eta}
+    given: dict[str, Any] = {
+        "beta": settings.beta,
+        "delta": round(255 * settings.delta, 9),
+        "tau": settings.tau,
+        "eta": settings.eta,
+    }
     given |= {name.replace("_", "-"): getattr(settings, name) for name in ("seed", *SIZES)}
     return f"python -m companion.objectives {settings.network} --objective {objective} " + " ".join(
-        [*(f"--{name} {value:.10g}" for name, value in given.items()), f"--data {data}"]
+        [*(f"--{name} {value!r}" for name, value in given.items()), f"--data {data}"]
     )
 
 
@@ -159,6 +165,8 @@ def main(arguments: list[str]) -> None:
     for name, value in SIZES.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     given = parser.parse_args(arguments)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        sys.exit("objectives: it runs in one process; start several of it for several runs")
     sizes = {name: getattr(given, name) for name in SIZES}
     each = itertools.product(given.seed, given.networks, given.objective, given.beta, given.delta, given.tau, given.eta)
     for seed, network, objective, beta, delta, tau, eta in each:

@@ -280,7 +280,8 @@ def _column(on: Bench, config: FinetuneConfig, before: EvaluateRecord, line: str
     begun = begin("finetune", on, ("train", "val", "test"), config)
     known = held(begun, on)
     has_curves = bool(known and known.history.start)
-    exported = settings.export is None or bool(known and is_exported(known, settings.export))
+    folder = settings.export
+    exported = folder is None or processes.of_first(lambda: bool(known and is_exported(known, folder)))
     if known and _is_found(known, settings) and exported and (has_curves or not curves):
         return known
     follow = curves or has_curves  # what was measured is not lost to a run for another purpose

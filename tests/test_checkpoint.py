@@ -599,3 +599,73 @@ def test_out_of_memory_in_the_sgd_step_says_what_would_fit():
         WdatError, match=r"out of memory in the SGD step on a minibatch of 12 images: a batch_size of 6"
     ):
         finetune(model, (x, y), None, config)
+
+
+class Holder:
+    """An objective with a state."""
+
+    def __init__(self, weight):
+        self.weight = weight
+
+    def __call__(self, batch):
+        return self.weight * batch.net(batch.x).mean()
+
+    def method(self, batch):
+        return self(batch)
+
+
+def doubled(inner):
+    return lambda batch: inner(batch) * 2
+
+
+def scaled_by(by):
+    def objective(batch):
+        return (lambda total: total * by)(batch.net(batch.x).mean())
+
+    return objective
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        Holder,
+        lambda weight: Holder(weight).method,
+        lambda weight: partial(Holder.method, Holder(weight)),
+        lambda weight: doubled(Holder(weight)),
+        lambda weight: doubled(scaled_by(weight)),
+        lambda weight: doubled(torch.nn.Linear(1, 1).requires_grad_(False).apply(lambda m: m.weight.fill_(weight))),
+        lambda weight: doubled((weight, {"a": [torch.tensor(weight)]})),
+    ],
+)
+def test_objectives_that_differ_in_what_they_hold_have_other_names_and_the_same_ones_the_same(make):
+    def name(weight):
+        torch.manual_seed(0)
+        return wdat_core._named(make(weight))
+
+    assert name(1.0) == name(1.0) != name(2.0)
+    assert "0x" not in name(1.0)
+
+
+def test_a_function_that_calls_itself_has_a_name():
+    def again(batch):
+        return again(batch)
+
+    assert wdat_core._named(again) == wdat_core._named(again)
+
+
+def test_a_run_goes_on_where_the_generators_are_those_of_another_device(monkeypatch):
+    """A run has one device. Its checkpoint says "device", and not which."""
+    states, seen = {"cuda:0": torch.arange(3), "cuda:1": torch.arange(2)}, {}
+
+    class Module:
+        get_rng_state = staticmethod(lambda device: states[str(device)])
+        set_rng_state = staticmethod(lambda state, device: seen.update({str(device): state}))
+
+    model, generator = torch.nn.Linear(1, 1), torch.Generator()
+    monkeypatch.setattr(torch, "get_device_module", lambda device: Module)
+    monkeypatch.setattr(wdat_core, "_accelerators", lambda model: [torch.device("cuda:0")])
+    saved = wdat_core._random_state(model, generator)
+    monkeypatch.setattr(wdat_core, "_accelerators", lambda model: [torch.device("cuda:1")])
+    wdat_core._set_random_state(model, generator, saved)
+    assert torch.equal(seen["cuda:1"], states["cuda:0"])
+    wdat_core._set_random_state(model, generator, {name: saved[name] for name in ("run", "cpu")})  # of a CPU

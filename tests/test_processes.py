@@ -5,6 +5,7 @@ import time
 
 import processes
 import pytest
+import spread
 import torch
 from spread import task
 from tiny import INF
@@ -40,12 +41,26 @@ ITEMS = {
     "table2": SMALL | {"network": "demo"},
     "figure7_1": {"train_images": 40, "network": "demo"},
 }
-OTHERS = {
+OTHERS = {  # what the first process says, and the second
     "steps": ("steps must be the same in all processes: 2 here, 3 in 1", "steps must be the same"),
     "labels": ("process 1 of 2 cannot go on: labels must lie in 0..3", "labels must lie in 0..3"),
+    "start": ("random_start must be the same in all processes: 0.0 here, 0.5 in 1", "random_start must be the same"),
+    "random seed": ("process 1 of 2 cannot go on: seed must be", "seed must be a whole number at least 0"),
+    "shape": ("images must be the same in all processes", "images must be the same in all processes"),
+    "network": ("the network must be the same in all processes", "the network must be the same in all processes"),
+    "nothing": ("no process of the group has an image", "no process of the group has an image"),
+    "found_steps": ("found_steps must be the same in all processes: 0 here, 4 in 1", "found_steps must be the same"),
+    "negative": ("found_steps must be a whole number at least 0", "found_steps must be a whole number at least 0"),
+    "gather": ("r must be the same in all processes: 2.0 here, 3.0 in 1", "r must be the same"),
     "images": ("the training images must be the same in all processes", "the training images must be the same"),
     "seed": ("seed must be the same in all processes: 0 here, 1 in 1", "seed must be the same"),
     "few": ("a minibatch of 1 images cannot be shared by 2 processes", "cannot be shared by 2 processes"),
+    "checkpoint": ("the checkpoint must be the same in all processes", "is damaged, or no checkpoint"),
+    "no checkpoint": ("the checkpoint must be the same in all processes", "the checkpoint must be the same"),
+    "folder": ("could not be written", "process 0 of 2 cannot go on"),
+    "epoch": ("process 1 of 2 cannot go on: on_epoch must return a dict", "on_epoch must return a dict"),
+    "statistics": ("BatchNorm cannot train on a batch of one image", "BatchNorm cannot train on a batch of one image"),
+    "not finite": ("training diverged", "training diverged"),
 }
 
 
@@ -73,7 +88,11 @@ def said(tmp_path_factory):
     tasks["stops"] = ("training", (TRAINING, "smooth", str(folder / "stopped by many.ckpt"), 0.0))
     tasks |= {item: ("records", (item, given, str(folder / item))) for item, given in ITEMS.items()}
     if MOST == 2:
-        tasks |= {f"other {what}": ("other_settings", (what,)) for what in OTHERS}
+        (folder / "file").touch()
+        (folder / "other.ckpt").touch()
+
+        tasks |= {f"other {what}": ("other_settings", (what, str(folder))) for what in OTHERS}
+        tasks |= {"experts": ("experts", ()), "masked": ("masked", ()), "bits": ("sixteen_bits", ((0, 2900, 3001),))}
     found = dict(zip(tasks, processes.run(MOST, list(tasks.values())), strict=True))
     return found | {"folder": folder}
 
@@ -155,7 +174,9 @@ def test_a_process_that_is_killed_ends_the_others_and_the_run_goes_on(tmp_path):
     said = [process.communicate(timeout=60)[1] for process in running]
     assert time.monotonic() - begin < 60
     assert running[0].returncode == -9 and running[1].returncode == 1
-    assert said[1].startswith("another process of the group has ended") and "Traceback" not in said[1]
+    assert (
+        said[1].startswith("another process of the group does not answer or has ended") and "Traceback" not in said[1]
+    )
     model, history = alone(TRAINING, val=False, resume=path)
     assert history.finished and len(history.epochs) == 3
     one, _ = alone(TRAINING, val=False)
@@ -196,10 +217,33 @@ def test_what_differs_between_processes_is_named_by_all_of_them(what, said):
         assert isinstance(words, str) and expected in words
 
 
+@pytest.mark.skipif(MOST != 2, reason="two processes that differ")
+def test_a_part_of_the_network_that_one_process_does_not_use_is_trained_as_one_process_would(said):
+    expected = spread.experts(None)
+    for state in said["experts"]:
+        for name, value in expected.items():
+            near(state[name], value)
+
+
+@pytest.mark.skipif(MOST != 2, reason="two processes that differ")
+def test_buffers_that_do_not_change_stay_as_they_are(said):
+    for mask in said["masked"]:
+        assert mask.tolist() == [0.0, torch.finfo(torch.float64).min, 0.1]
+
+
+@pytest.mark.skipif(MOST != 2, reason="two processes that differ")
+def test_sixteen_bits_hold_neither_the_count_nor_the_sum_of_many_images(said):
+    accuracy, loss = spread.sixteen_bits(None, (0, 3001))
+    for theirs, other in said["bits"]:
+        assert theirs == pytest.approx(accuracy, abs=2e-3) and other == pytest.approx(loss, rel=0.02)
+
+
 @pytest.mark.parametrize("group", ["WORLD", 2])
 def test_a_group_that_is_none_is_named(group):
     model, x, y = task()
     with pytest.raises(WdatError, match="group must be a process group"):
         wpgd(model, x, y, Threat(), group=group)
+    with pytest.raises(WdatError, match="group must be a process group"):
+        boundary(model, x, y, steps=1).gather(group)
     with pytest.raises(WdatError, match="group must be a process group"):
         finetune(model, (x, y), None, FinetuneConfig(), group=group)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from scipy.optimize import minimize
 from tiny import INF, conjugate, images, lengths, network
 
-from wdat_core import Boundary, FinetuneConfig, Threat, WdatError, boundary, finetune, worst_case
+from wdat_core import Boundary, FinetuneConfig, Threat, WdatError, boundary, finetune, trades, worst_case
 
 ORDERS = (1, 1.5, 2, 4)
 
@@ -296,6 +296,7 @@ def test_the_gradient_is_no_longer_than_clip(clip):
     "message, fields",
     {
         "no slope in the distances: give a finite p": {"objective": "worst_case", "threat": Threat(p=INF)},
+        'objective="trades" is pointwise': {"objective": trades},
         "clip must be a number above 0": {"clip": 0.0},
         "clip must be a number above 0, not nan": {"clip": math.nan},
     }.items(),
@@ -312,3 +313,55 @@ def test_images_too_coarse_for_a_distance_are_named():
     with pytest.raises(WdatError, match="too coarse for a distance"):
         finetune(model, (x, y), None, config)
     assert np.isfinite(sum(p.float().sum().item() for p in model.parameters()))
+
+
+def test_distances_are_those_of_the_network_in_eval_mode_also_where_it_is_attacked_in_train_mode():
+    """Only images that are right are searched: batch statistics would be of those alone, or of one image."""
+    model = network("full")
+    x, y = images(10, model)
+    y = torch.where(torch.arange(10) < 1, y, (model(x).argmax(1) + 1) % 4)  # one right image at most
+
+    def look(batch):
+        found = batch.boundary(INF)
+        with torch.no_grad():
+            wrong = copy.deepcopy(model).eval()(found.x_adv).argmax(1) != batch.y
+        return found.distance, wrong, batch.distance(found)
+
+    distance, wrong, moved = seen({"attack_mode": "train", "threat": Threat(delta=0.1)}, model, x, y, look)
+    assert torch.equal(distance, moved) and wrong[distance < INF].all()
+
+
+def test_a_network_with_one_class_is_named_before_it_is_changed():
+    model = network("linear", classes=1)
+    x, _ = images(8, model, classes=1)
+    start = copy.deepcopy(model.state_dict())
+    config = FinetuneConfig(objective="worst_case", loss="ce", augment=False, epochs=1)
+    with pytest.raises(WdatError, match="one class can make no error"):
+        finetune(model, (x, torch.zeros(8, dtype=torch.int64)), None, config)
+    assert all(torch.equal(value, start[name]) for name, value in model.state_dict().items())
+
+
+def test_a_gradient_too_long_to_be_measured_is_no_step_of_length_0():
+    model = network("mlp", dtype=torch.float32)
+    x, y = images(8, model, dtype=torch.float32)
+    fields = {"objective": lambda batch: batch.net(batch.x).sum() * 1e30, "augment": False, "epochs": 1}
+    with pytest.raises(WdatError, match="training diverged"):
+        finetune(model, (x, y), None, FinetuneConfig(clip=1.0, **fields))
+
+
+def test_a_price_may_be_given_as_it_is_returned():
+    found, threat = Boundary(some_distances(0)), Threat(2, INF, 0.02)
+    price = found.price(threat)
+    assert torch.equal(found.slope(threat, price=price), found.slope(threat, price=price.item()))
+
+
+def test_distances_need_the_nearest_images():
+    model = network("mlp")
+    x, y = images(12, model)
+
+    def look(batch):
+        with pytest.raises(WdatError, match="the nearest images were not kept"):
+            batch.distance(boundary(model, batch.x, batch.y, steps=2, keep=False))
+        return True
+
+    assert seen({}, model, x, y, look)
