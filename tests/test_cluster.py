@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from altered import altered
 
 from benchmarks import one_node, slurm
 from companion import files
 from companion.records import parse_record, read_records, write_record
-from tests.altered import altered
 
 SNAKEMAKE = shutil.which("snakemake") or "snakemake"
 
