@@ -15,6 +15,8 @@ from companion.parts import (
     BenchmarkConfig,
     BoundaryPart,
     CertifiedConfig,
+    ClusterConfig,
+    ClusterFigures,
     DataPart,
     EvaluateConfig,
     FirstOrderConfig,
@@ -352,6 +354,14 @@ class ReliabilityRecord(Record):
     needs = ("figures.tests", "seconds.total")
 
 
+class ClusterRecord(Record):
+    kind: Literal["cluster"]
+    config: ClusterConfig
+    figures: ClusterFigures
+
+    needs = ("versions.slurm", "versions.snakemake", "seconds.total")
+
+
 class BenchmarkRecord(Record):
     """What benchmarks/speed.py measured; its tables are as it made them."""
 
@@ -379,5 +389,6 @@ KINDS: dict[str, type[Record]] = {
     "precision": PrecisionRecord,
     "upsilon": UpsilonRecord,
     "reliability": ReliabilityRecord,
+    "cluster": ClusterRecord,
     "benchmark": BenchmarkRecord,
 }

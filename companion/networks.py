@@ -252,8 +252,18 @@ def zoo(dataset: str = "cifar10", norm: str = "Linf") -> dict[str, dict[str, Any
     return model_dicts[BenchmarkDataset(DATASETS[dataset].robustbench)].get(ThreatModel(norm), {})
 
 
+def robustbench_files(name: str, models: Path, dataset: str, norm: str) -> dict[Path, str]:
+    """The files of a network's weights, each with RobustBench's id of its download.
+
+    One; several for an ensemble; none where timm or torchvision fetches the weights.
+    """
+    ids = zoo(dataset, norm)[name].get("gdrive_id") or ()
+    path = models / weights_file(name, dataset, norm)
+    return {path: ids} if isinstance(ids, str) else {Path(f"{path}_m{i}.pt"): one for i, one in enumerate(ids)}
+
+
 def _robustbench(name: str, models: Path, dataset: str, norm: str) -> Network:
-    row, ids = DATASETS[dataset], zoo(dataset, norm)[name].get("gdrive_id") or ()
+    row = DATASETS[dataset]
     known = PAPER_NETWORKS.get(name, {}) if (dataset, norm) == ("cifar10", "Linf") else {}
     expected = known.get("architecture", f"RobustBench's entry of that name for {row.name} under {norm}")
 
@@ -261,8 +271,7 @@ def _robustbench(name: str, models: Path, dataset: str, norm: str) -> Network:
         return f"place the file of RobustBench's model zoo at {file} (expected: the weights of {name}, {expected})"
 
     path = models / weights_file(name, dataset, norm)
-    # One; a list for an ensemble; nothing where timm or torchvision fetches the weights.
-    parts = {path: ids} if isinstance(ids, str) else {Path(f"{path}_m{i}.pt"): one for i, one in enumerate(ids)}
+    parts = robustbench_files(name, models, dataset, norm)
     for file, file_id in parts.items():
         if not file.exists():
             _download(file_id, file, by_hand(file))

@@ -142,6 +142,21 @@ class ReliabilityConfig(Part):
     __pydantic_extra__: dict[str, Whole]
 
 
+class ClusterConfig(Part):
+    columns: Count
+    partitions: Count
+
+
+class ClusterFigures(Part):
+    """How many columns finished and were compared, what was killed, and how many jobs were started again after it."""
+
+    finished: Whole
+    jobs_killed: Whole
+    controller_restarts: Whole
+    restarts: Whole
+    compared: Count
+
+
 class BenchmarkConfig(Part):
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, bool | int | float | Text | list[Text]]

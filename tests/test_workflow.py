@@ -13,6 +13,7 @@ import yaml
 
 from companion import files
 from companion.grid import check_networks, jobs
+from companion.networks import zoo
 from companion.records import parse_record
 from companion.settings import ParameterError
 
@@ -257,3 +258,25 @@ def test_a_grid_that_was_killed_goes_on(grid):
         grid.set(COLUMNS)
     assert {*jobs(config(long))} < {*grid.markers}
     assert not list((grid.root / "runs").glob("*.checkpoint"))
+
+
+@snakemake
+def test_the_leaderboard_has_a_job_for_each_network_whose_weights_are_here(grid):
+    """The names come from RobustBench: none is here, then one."""
+    (grid.root / "workflow" / "leaderboard.yaml").write_text("{datasets: [cifar10], preset: demo, here: true}")
+    try:
+        code, said = grid.run("--dry-run", "leaderboard")
+        assert code == 0 and "rule network" not in said, said
+        name = next(name for name, entry in zoo("cifar10", "L2").items() if isinstance(entry["gdrive_id"], str))
+        weights = grid.root / "models" / "cifar10" / "L2" / f"{name}.pt"
+        weights.parent.mkdir(parents=True)
+        weights.touch()
+        code, said = grid.run("--dry-run", "--printshellcmds", "leaderboard")
+        assert code == 0 and said.count("rule network") == 1, said
+        command = f"-m companion worst_case -p preset demo -p dataset cifar10 -p norm L2 -p network {name} >"
+        assert command in said and f"runs/grid/leaderboard/cifar10/L2/{name}.done" in said
+        (grid.root / "workflow" / "leaderboard.yaml").write_text("{datasets: [cifar], preset: demo, here: true}")
+        code, said = grid.run("--dry-run", "leaderboard")
+        assert code == 1 and "unknown data set 'cifar'" in said
+    finally:
+        shutil.copy(WORKFLOW / "leaderboard.yaml", grid.root / "workflow")
