@@ -16,7 +16,7 @@ from companion.files import digest
 from companion.intervals import Estimate, boundary_of, estimate_of, has_found, shares, span
 from companion.kinds import EvaluateRecord, ObjectiveRecord, Record, images_of
 from companion.networks import PUBLISHED
-from companion.objectives import OBJECTIVES
+from companion.objective_functions import OBJECTIVES
 from companion.settings import PAPER_NETWORKS, STAND_INS
 from companion.words import NOTHING, listed, markdown, name_of, plural, short_name
 from wdat_core import Threat

@@ -11,65 +11,26 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
 import os
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
-
-import torch.nn.functional as F
-from torch import Tensor
 
 import wdat_core
 from companion import files
 from companion.bench import Bench, begin, bench, held, measured
 from companion.files import digest
 from companion.machine import core_digest, device_name, hardware, versions
+from companion.objective_functions import OBJECTIVES
 from companion.parts import ObjectiveConfig
 from companion.records import record_name
 from companion.runs import attacked
 from companion.settings import ParameterError, Settings
 from companion.terminal import arguments_of
 from companion.values import pack_floats
-from wdat_core import FinetuneConfig, Minibatch, Threat, WdatError
+from wdat_core import FinetuneConfig, Threat, WdatError
 
 CLIP = 10.0  # of the gradient, for all alike
-
-
-def cheapest(batch: Minibatch) -> Tensor:
-    """(5.1) with the images that an attacker buys who buys the cheapest first, in place of those of W-PGD."""
-    threat = batch.config.threat
-    x_adv = batch.boundary(threat.r).spend(batch.x, threat).x_adv
-    logits = batch.net(batch.x)
-    held_fixed = logits.softmax(1).detach()
-    return F.cross_entropy(logits, batch.y) + batch.config.beta * F.cross_entropy(batch.net(x_adv), held_fixed)
-
-
-def equal_weights(batch: Minibatch) -> Tensor:
-    """MMA (Ding et al., 2020): CE(f(x), y) - beta mean_i min(d_i, delta) / delta, all with the same weight."""
-    threat = batch.config.threat
-    distance = batch.distance(batch.boundary(threat.r))
-    reached = distance.clamp(max=threat.delta).mean() / threat.delta
-    return F.cross_entropy(batch.net(batch.x), batch.y) - batch.config.beta * reached
-
-
-@dataclass(frozen=True)
-class Objective:
-    words: str
-    function: str | Callable[[Minibatch], Tensor]
-    p: float = 2.0
-
-
-OBJECTIVES = {
-    "algorithm1": Objective("Algorithm 1", "wdat"),
-    "slope": Objective("exact slope", "worst_case"),
-    "cheapest": Objective("Algorithm 1, cheapest first", cheapest),
-    "mma": Objective("MMA, equal weights", equal_weights),
-    "pointwise": Objective("pointwise control", "wdat", math.inf),
-    "trades": Objective("TRADES", "trades", math.inf),
-}
 
 
 def train_for(settings: Settings, objective: str) -> Any:

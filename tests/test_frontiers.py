@@ -10,7 +10,7 @@ from altered import altered, recorded
 from companion import answers, files, frontiers, origins, plots, worst
 from companion.frontiers import Point, Setting, above
 from companion.intervals import found_at
-from companion.objectives import OBJECTIVES
+from companion.objective_functions import OBJECTIVES
 from companion.records import make_record, parse_record, read_records, record_bytes
 from companion.values import pack, pack_floats
 from wdat_core import Threat

@@ -10,7 +10,8 @@ from tiny import INF, images, network
 
 import wdat_core
 from companion import files, objectives
-from companion.objectives import OBJECTIVES, cheapest, equal_weights, train_for
+from companion.objective_functions import OBJECTIVES, cheapest, equal_weights
+from companion.objectives import train_for
 from companion.records import parse_record, record_name
 from companion.settings import ParameterError, Settings
 from companion.values import unpack_floats
