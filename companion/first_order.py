@@ -94,18 +94,28 @@ def first_order_answer(records: Sequence[Record]) -> str:
     those = newest(records)
     if not those:
         return NOTHING
-    parts, at_usual = [], []
-    for record in those:
-        row = next(row for row in record.rows if (row.loss, row.threat) == ("redlr", THREATS[0]))
-        far = reach(record, row)
-        parts.append(f"{f'up to {_radius(far)}' if far else f'at {_radius(far)}'} on {name_of(record)}")
-        at_usual.append(carried(record, row)[-1])
+    at_usual = [carried(record, _row(record, "redlr"))[-1] for record in those]
     low, high = min(at_usual), max(at_usual)
     said = f"{low:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} to {high:.2f}"
     return (
         f"**At the paper's radius, 8/255, the mean loss rises by {said} times what first order says,** for ReDLR and"
-        f" (W₂, l∞), under W-PGD with {those[0].config.steps} steps. First order holds within a tenth {listed(parts)}."
+        f" (W₂, l∞), under W-PGD with {those[0].config.steps} steps. First order holds within a tenth"
+        f" {_held(those, 'redlr')}; for cross-entropy {_held(those, 'ce')}."
     )
+
+
+def _row(record: FirstOrderRecord, loss: str) -> FirstOrderRow:
+    """The row of a loss and the paper's ball."""
+    return next(row for row in record.rows if (row.loss, row.threat) == (loss, THREATS[0]))
+
+
+def _held(those: Sequence[FirstOrderRecord], loss: str) -> str:
+    """Up to where first order holds on each network, in words."""
+    far = [reach(record, _row(record, loss)) for record in those]
+    if not any(far):
+        return "at no radius that was tried"
+    words = [f"up to {_radius(f)}" if f else "at none that was tried" for f in far]
+    return listed([f"{w} on {name_of(record)}" for w, record in zip(words, those, strict=True)])
 
 
 def _radius(radius: float) -> str:
@@ -153,7 +163,7 @@ def plot_first_order(records: Sequence[Record]) -> Figure:
                 label = short_name(record.network.name) if (i, k) == (0, 0) else None
                 axis.plot(radii, carried(record, row), color=colour, marker=marker, markersize=5, label=label)
             ticks = [255 * threat.delta * f for f in FRACTIONS[::2]]
-            axis.set(xscale="log", ylim=(0, None))
+            axis.set(xscale="log")
             axis.set_xticks(ticks, [f"{radius:.3g}" for radius in ticks])
             axis.minorticks_off()
             if not i:
@@ -162,6 +172,8 @@ def plot_first_order(records: Sequence[Record]) -> Figure:
                 axis.set_xlabel("δ, in 255ths")
             if not k:
                 axis.set_ylabel(LOSSES[loss])
+        for axis in axes[:, 0]:
+            axis.set_ylim(0, None)
         figure.supylabel("(V(δ) − V(0)) / (δ Υ)", fontsize="medium")
         if those:
             figure.legend(loc="outside lower center", ncols=3, frameon=False)

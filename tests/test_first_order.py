@@ -72,8 +72,14 @@ def test_a_reach_ends_where_it_is_left_for_the_first_time(record):
 
 def test_the_answer_says_the_numbers_of_the_paper_s_loss_and_ball(record):
     text = answers.answer("first_order", [straight(record, 0.3)])
-    assert "rises by 1.30 times" in text and "up to 2/255 on `small_trades`" in text
-    assert "at no radius that was tried" in answers.answer("first_order", [straight(record, -9.0)])
+    assert (
+        "rises by 1.30 times" in text and "within a tenth up to 2/255 on `small_trades`; for cross-entropy up" in text
+    )
+    none = answers.answer("first_order", [straight(record, -9.0)])
+    assert "within a tenth at no radius that was tried; for cross-entropy at no radius that was tried." in none
+    other = altered(straight(record, -9.0), network={"name": "other"})
+    both = answers.answer("first_order", [straight(record, 0.3), other])
+    assert "up to 2/255 on `small_trades` and at none that was tried on `other`" in both
     assert answers.answer("first_order", []) == "Nothing is recorded here yet."
 
 
