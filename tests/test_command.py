@@ -219,6 +219,8 @@ def test_help_has_every_item_and_no_other(capsys):
         "performance",
         "reliability",
         "stand_ins",
+        "first_order",
+        "train_worst_case",
     }
     main([])
     assert "Commands:" in capsys.readouterr().out

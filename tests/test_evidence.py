@@ -350,7 +350,7 @@ def test_pgd_has_no_beta_and_trades_does():
 
     assert torch.equal(weights(objective="pgd", beta=1.0), weights(objective="pgd", beta=6.0))
     assert not torch.equal(weights(objective="trades", beta=1.0), weights(objective="trades", beta=6.0))
-    with pytest.raises(wdat_core.WdatError, match="objective must be one of wdat, trades, pgd"):
+    with pytest.raises(wdat_core.WdatError, match="objective must be one of wdat, worst_case, trades, pgd"):
         wdat_core.FinetuneConfig(objective="madry")
 
 
