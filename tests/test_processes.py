@@ -198,6 +198,8 @@ def test_a_command_makes_the_records_of_one_process_and_one_process_finds_them(i
             assert record[field] == one[field]
         numbers = [record.get("metrics"), record.get("upsilon"), record.get("reference"), record.get("estimates")]
         others = [one.get("metrics"), one.get("upsilon"), one.get("reference"), one.get("estimates")]
+        if item == "table4":  # trained with the batch statistics of each process's own part: not the same afterwards
+            numbers, others = [record["metrics"]["before"]], [one["metrics"]["before"]]
         for number, other in zip(flat(numbers), flat(others), strict=True):
             assert number == pytest.approx(other, rel=1e-4, abs=0.021)  # one of 51 images may round otherwise
     assert [record["created"] for _, record in made(said["folder"] / item)] == [r["created"] for _, r in first]
