@@ -1515,8 +1515,7 @@ class Boundary:
     def interval(self, threat: Threat) -> tuple[float, float]:
         """An interval that holds A_p(delta) of the distribution, whose sample the images are, in 95 % of samples.
 
-        It rests on many images being left: with 100 images it holds the truth in 91 to 95 % of samples from an accuracy
-        of 0.034 on, and in about 80 % at 0.01 to 0.02.
+        It rests on many images being left: where it is only one or two, the interval is too short.
         """
         shares, accuracy = self.shares(threat), self.accuracy(threat)
         half = 1.96 * shares.std(correction=0).item() / math.sqrt(len(shares))

@@ -7,6 +7,7 @@ device, is read from there, unless the settings say `fresh`. Every other one is 
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,12 +23,12 @@ from companion.data import Data, load_data
 from companion.datasets import DATASETS, is_own
 from companion.files import from_root
 from companion.kinds import SCHEMA, Begun, Record
-from companion.machine import core_digest, hardware, made_on, pick_device
+from companion.machine import core_digest, device_name, hardware, made_on, pick_device, versions
 from companion.networks import Network, check_fit, load_network
 from companion.records import make_record, parse_record, protocol, record_name, subject, write_record
 from companion.settings import NOTEBOOKS, PAPER_NETWORKS, PARAMETERS, PRESETS, ParameterError, Settings
-from companion.terminal import progress
-from wdat_core import Attack, Boundary, Images, Threat
+from companion.terminal import arguments_of, progress
+from wdat_core import Attack, Boundary, Images, Threat, WdatError
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,28 @@ def begin(kind: str, on: Bench, parts: Sequence[str], config: Any, **data: int) 
     """
     about = subject(on.network, on.data, *parts)
     return Begun(schema=SCHEMA, kind=kind, network=about["network"], data=about["data"] | data, config=config)
+
+
+def kept_at(begun: Begun, on: Bench, *also: Any) -> Path:
+    """Where a training is kept while it runs, for the next call with the same settings, code, versions and device."""
+    run = [begun, *also, core_digest(), hardware(device_name(on.device)), versions()]
+    return files.RUNS / f"{files.digest(repr(run).encode())[:16]}.checkpoint"
+
+
+def each_network(
+    name: str, doc: str | None, arguments: Sequence[str], test_images: int, each: Callable[[list[Settings]], list[Any]]
+) -> None:
+    """The command line of a module that makes one record of test images for each network; it prints their names."""
+    parser = arguments_of(doc)
+    parser.add_argument("networks", nargs="+", help="names of networks")
+    parser.add_argument("--test-images", type=int, default=test_images)
+    given = parser.parse_args(arguments)
+    try:
+        for network in given.networks:
+            settings = Settings(network=network, data=given.data, models=given.models, test_images=given.test_images)
+            print(*map(record_name, each([settings.resolved()])), sep="\n", flush=True)
+    except (ParameterError, WdatError) as error:
+        sys.exit(f"{name}: {error}")
 
 
 def held(begun: Begun, on: Bench) -> Any:

@@ -16,12 +16,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import wdat_core
-from companion.bench import Bench, begin, bench, recorded
+from companion.bench import Bench, begin, bench, each_network, recorded
 from companion.kinds import FirstOrderRecord, Record
 from companion.parts import FirstOrderConfig, FirstOrderRow
-from companion.records import record_name
-from companion.settings import ParameterError, Settings
-from companion.terminal import arguments_of
+from companion.settings import Settings
 from companion.words import NOTHING, listed, markdown, name_of, plural, short_name
 from wdat_core import Threat
 
@@ -192,17 +190,7 @@ def how_measured(records: Sequence[Record]) -> Any:
 
 
 def main(arguments: list[str]) -> None:
-    parser = arguments_of(__doc__)
-    parser.add_argument("networks", nargs="+", help="names of networks")
-    parser.add_argument("--test-images", type=int, default=500)
-    given = parser.parse_args(arguments)
-    try:
-        for name in given.networks:
-            settings = Settings(network=name, data=given.data, models=given.models, test_images=given.test_images)
-            (record,) = first_order_each([settings.resolved()])
-            print(record_name(record))
-    except (ParameterError, wdat_core.WdatError) as error:
-        sys.exit(f"first_order: {error}")
+    each_network("first_order", __doc__, arguments, 500, first_order_each)
 
 
 if __name__ == "__main__":

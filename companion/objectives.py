@@ -17,17 +17,13 @@ import time
 from typing import Any
 
 import wdat_core
-from companion import files
-from companion.bench import Bench, begin, bench, held, measured
-from companion.files import digest
-from companion.machine import core_digest, device_name, hardware, versions
+from companion.bench import Bench, begin, bench, held, kept_at, measured
 from companion.objective_functions import OBJECTIVES
 from companion.parts import ObjectiveConfig
 from companion.records import record_name
-from companion.runs import attacked
+from companion.runs import attacked, found
 from companion.settings import ParameterError, Settings
 from companion.terminal import arguments_of
-from companion.values import pack_floats
 from wdat_core import FinetuneConfig, Threat, WdatError
 
 CLIP = 10.0  # of the gradient, for all alike
@@ -53,8 +49,7 @@ def train_for(settings: Settings, objective: str) -> Any:
     begun = begin("objective", on, ("train", "val", "test"), config)
     if known := held(begun, on):
         return known
-    run = [begun, core_digest(), hardware(device_name(on.device)), versions()]
-    kept = files.RUNS / f"{digest(repr(run).encode())[:16]}.checkpoint"
+    kept = kept_at(begun, on)
     how_to_train = FinetuneConfig(objective=how.function, **shared)
     record = measured(begun, on, _command(settings, objective), lambda: _trained(on, how_to_train, kept))
     kept.unlink(missing_ok=True)
@@ -69,15 +64,10 @@ def _trained(on: Bench, config: FinetuneConfig, kept: Any) -> dict[str, Any]:
     )
     trained, steps = time.perf_counter(), int(on.settings.found_steps or 0)
     there = on.with_model(tuned)
-    distance = {part: there.boundary(getattr(on.data, part), steps=steps).distance for part in ("val", "test")}
+    validation = found(there, steps, "val")["boundary"]["distance"]
     return {
         "history": {"epochs": history.epochs, "best": history.best},
-        "boundary": {
-            "steps": steps,
-            "core": core_digest(),
-            "device": device_name(on.device),
-            "distance": {part: pack_floats(d) for part, d in distance.items()},
-        },
+        **found(there, steps, "test", **validation),
         "seconds": {
             "train": round(history.seconds, 1),
             "evaluate": round(time.perf_counter() - trained, 1),

@@ -63,8 +63,20 @@ def of_first(look: Callable[[], Any]) -> Any:
     if not group():
         return look()
     seen = [look() if is_first() else None]
-    dist.broadcast_object_list(seen)
+    with _answered():
+        dist.broadcast_object_list(seen)
     return seen[0]
+
+
+@contextmanager
+def _answered() -> Iterator[None]:
+    """What torch.distributed says where a process does not answer, in words."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ParameterError(
+            f"another process does not answer or has ended: see what it said ({one_line(error)})"
+        ) from error
 
 
 def part(n: int, size: int = 1) -> slice:
@@ -89,7 +101,8 @@ def gathered(own: Tensor) -> Tensor:
     if not group():
         return own
     parts: list[Any] = [None] * count()
-    dist.all_gather_object(parts, own.cpu())
+    with _answered():
+        dist.all_gather_object(parts, own.cpu())
     return torch.cat(parts).to(own.device)
 
 

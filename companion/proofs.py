@@ -16,12 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from companion.bench import begin, bench, recorded
+from companion.bench import begin, bench, each_network, recorded
 from companion.certified import certified_distances
 from companion.parts import CertifiedConfig
-from companion.records import record_name
 from companion.settings import ParameterError, Settings
-from companion.terminal import arguments_of
 from companion.values import pack_floats
 
 METHOD = "CROWN (Zhang et al., 2018)"
@@ -63,17 +61,7 @@ def rounded_down(distance: Tensor) -> Tensor:
 
 
 def main(arguments: list[str]) -> None:
-    parser = arguments_of(__doc__)
-    parser.add_argument("networks", nargs="+", help="names of networks")
-    parser.add_argument("--test-images", type=int, default=10_000)
-    given = parser.parse_args(arguments)
-    try:
-        for name in given.networks:
-            settings = Settings(network=name, data=given.data, models=given.models, test_images=given.test_images)
-            (record,) = certify_each([settings.resolved()])
-            print(record_name(record))
-    except ParameterError as error:
-        sys.exit(f"proofs: {error}")
+    each_network("proofs", __doc__, arguments, 10_000, certify_each)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import wdat_core
-from companion import files, processes
-from companion.bench import Bench, begin, bench, check_clean, command, held, measured, recorded
-from companion.files import digest
+from companion import processes
+from companion.bench import Bench, begin, bench, check_clean, command, held, kept_at, measured, recorded
 from companion.kinds import EvaluateRecord, FinetuneRecord, accuracy_name
-from companion.machine import core_digest, device_name, hardware, versions
+from companion.machine import core_digest, device_name
 from companion.parts import AttackConfig, EvaluateConfig, SensitivityConfig
 from companion.settings import CONTROLS, METRICS, OPEN_POINTS, STRONGER, ParameterError, Settings
 from companion.values import pack, pack_floats
@@ -286,8 +285,7 @@ def _column(on: Bench, config: FinetuneConfig, before: EvaluateRecord, line: str
         return known
     follow = curves or has_curves  # what was measured is not lost to a run for another purpose
     tuned = copy.deepcopy(on.model)
-    run = [begun, on.at_once, follow, core_digest(), hardware(device_name(on.device)), versions()]
-    kept = files.RUNS / f"{digest(repr(run).encode())[:16]}.checkpoint"
+    kept = kept_at(begun, on, on.at_once, follow)
     record: Any = measured(begun, on, line, lambda: _trained(on, config, before, tuned, kept, follow))
     if settings.export is not None and processes.is_first():
         print(f"exported to {export(tuned, record, settings.export, settings.dataset, settings.norm)}")

@@ -3,7 +3,6 @@
 import math
 
 import pytest
-import torch
 from altered import altered
 
 from companion import answers, files, first_order
@@ -115,4 +114,3 @@ def test_the_command_ends_in_one_line(capsys):
     with pytest.raises(SystemExit) as ended:
         first_order.main(["nothing_like_it"])
     assert str(ended.value).startswith("first_order: unknown network")
-    assert torch.get_num_threads() >= 1
