@@ -63,6 +63,7 @@ import os
 import pickle
 import re
 import sys
+import tempfile
 import time
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
@@ -340,6 +341,7 @@ def wpgd(
     batch_size: int = 512,
     precision: str = "float32",
     compiled: bool = False,
+    folder: str | os.PathLike[str] | None = None,
     group: Any = None,
     progress: Progress | None = None,
 ) -> Attack:
@@ -381,6 +383,9 @@ def wpgd(
         seed: of that random direction.
         precision: "float32" runs the model as it is, "bfloat16" under autocast; images and steps stay as they are.
         compiled: run the model through `torch.compile`, with CUDA graphs on a GPU; the first batch then takes a minute.
+        folder: for a set larger than memory, a folder on a disk with room for twice the images and more: what is as
+            large as they are lies in files there, x_adv too, which are gone with the last tensor. The images, on the
+            CPU, can be such a file themselves (`torch.from_file`, or numpy's `memmap`). None: all is in memory.
         group: a process group of torch.distributed, such as `torch.distributed.group.WORLD` after
             `init_process_group`, each of whose processes calls this with its own part of the images, of any size, even
             of none. They attack as one process would that has them all: accuracy, loss, distance and history are of
@@ -395,16 +400,21 @@ def wpgd(
         _check_number("random_start", random_start, at_least=0, at_most=1)
         _check_number("seed", seed, at_least=0, below=2**63, whole=True)
         _check_function("progress", progress)
+        _check_folder(folder, x)
 
     also = {"random_start": random_start}
     on = _attacker(
         model, x, y, threat, loss, batch_size, precision, compiled, steps, step_ratio, rule, group, ahead, also
     )
     _check_fine(x, on)
+    on = replace(on, folder=None if folder is None else Path(folder))
     with _prepared(model):
-        x, y = _plain(x), _plain(y)
-        own = torch.Generator().manual_seed((seed + on.among.rank) % 2**63)
-        start = _random_start(x, threat, random_start, own) if random_start else None
+        x, y, start = _plain(x), _plain(y), None
+        if random_start:
+            start, own = on.room(x), torch.Generator().manual_seed((seed + on.among.rank) % 2**63)
+            for i in range(0, len(x), batch_size):
+                rows = slice(i, i + batch_size)
+                start[rows] = _moved(x[rows], threat, random_start, torch.rand(x[rows].shape, generator=own).to(x))
         return _attack(on, x, y, start=start, progress=progress)
 
 
@@ -440,13 +450,12 @@ def _attack(
     # Powers of order q - 1 and s - 1 know that length up to as many roundings.
     free = (0.999 - 8 * torch.finfo(x.dtype).eps * (q + on.threat.s)) * steps / on.step_ratio if start is None else 0.0
 
-    x_adv = (x if start is None else start).clone()
+    x_adv = on.room(x).copy_(x if start is None else start)
     now = _look(on, x_adv, y, _blank(on, x)) if first is None else first
     was_correct = now.correct.clone()
-    hits, losses, upsilons = [among.total(now.correct.sum())], [among.mean(now.loss)], []
+    hits, losses, upsilons = ([value] for value in _summary(now, q, among))
     assert now.direction is not None
     for k in progress(range(1, steps + 1)) if progress else range(1, steps + 1):
-        upsilons.append(_mean(now.norm, q, among))
         step = _step(now.norm, upsilons[-1], q, alpha)
         moved, distance = now.norm > 0, torch.empty_like(now.norm)
         for rows in slices:  # a batch at a time, while it is in the cache
@@ -467,10 +476,11 @@ def _attack(
 
         again = passes.batches(x, moved.nonzero()[:, 0] if rests else None)
         _look(on, x_adv, y, now, again, backward=k < steps)
-        hits.append(among.total(now.correct.sum()))
-        losses.append(among.mean(now.loss))
+        for values, value in zip((hits, losses, upsilons), _summary(now, q, among), strict=True):
+            values.append(value)
         if k == 1:
-            x_best, best_correct, best_hits, best_loss = x_adv.clone(), now.correct.clone(), hits[1], losses[1]
+            x_best, best_correct = on.room(x).copy_(x_adv), now.correct.clone()
+            best_hits, best_loss = hits[1], losses[1]
         else:
             better = hits[k] < best_hits  # not read: on a GPU the host would wait for it
             x_best.lerp_(x_adv, better.to(x.dtype))  # the one or the other, exactly
@@ -480,10 +490,24 @@ def _attack(
     _check_finite(among.all(now.finite))
     if last:
         x_best, best_correct, best_hits, best_loss = x_adv, now.correct, hits[-1], losses[-1]
-    history = {"accuracy": [h / n for h in _floats(hits)], "loss": _floats(losses), "upsilon": _floats(upsilons)}
+    history = {
+        "accuracy": [h / n for h in _floats(hits)],
+        "loss": _floats(losses),
+        "upsilon": _floats(upsilons[:steps]),
+    }
     far = [_norm(x_best[rows] - x[rows], r) for rows in slices] or [now.norm]
     reached = _mean(torch.cat(far), p, among)
     return Attack(x_best, best_hits.item() / n, best_loss.item(), reached.item(), best_correct, was_correct, history)
+
+
+def _summary(look: _Look, q: float, among: _Among) -> tuple[Tensor, Tensor, Tensor]:
+    """How many images are correct, their mean loss and Upsilon; with a group, of all its images, in one message."""
+    if among.group is None:
+        return look.correct.sum(), look.loss.mean(), _mean(look.norm, q)
+    sums = torch.stack([look.correct.sum().double(), look.loss.double().sum()])
+    every = among.rows(torch.cat([sums, _part(look.norm, q)]))
+    hits, loss = every[:, :2].sum(0)
+    return hits.round().long(), (loss / every[:, -1].sum()).to(look.loss), _together(every[:, 2:], q).to(look.norm)
 
 
 def _step(norm: Tensor, upsilon: Tensor, q: float, alpha: Tensor | float) -> Tensor:
@@ -1803,19 +1827,13 @@ class _Among:
             dist.all_reduce(there, op, group=self.group)
         return there.to(value.device)
 
-    def top(self, values: Tensor) -> Tensor:
-        """The greatest of values (n,) >= 0."""
-        own = values.max() if len(values) else values.new_zeros(())
-        return self.total(own, dist.ReduceOp.MAX)
-
-    def mean(self, values: Tensor) -> Tensor:
-        """The mean of values (n,)."""
-        if self.group is None:
-            return values.mean()
-        own = torch.tensor([len(values), 0.0], dtype=torch.float64, device=values.device)  # no 16 bits hold every count
-        own[1] = values.double().sum()
-        count, total = self.total(own)
-        return (total / count).to(values)
+    def rows(self, numbers: Tensor) -> Tensor:
+        """Numbers (k,) of each process, (processes, k); alike on all of them."""
+        own = numbers.detach().to(self.device)
+        found = [torch.empty_like(own) for _ in range(self.size)]
+        with _heard():
+            dist.all_gather(found, own, group=self.group)
+        return torch.stack(found).to(numbers.device)
 
     def count(self, x: Tensor) -> int:
         """How many images there are."""
@@ -1914,7 +1932,33 @@ class _Attacker:
     classes: int
     rounding: float  # of the logits, relative to the greatest
     among: _Among  # the processes that share the images
+    folder: Path | None = None  # for what is as large as the images
     boxed: bool = False  # no gradient at pixels of 0 and 1 that it would move out of [0, 1]
+
+    def room(self, x: Tensor, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """Space as large as the images, or of another shape and type."""
+        folder = self.folder if x.numel() else None
+        device = torch.device("meta") if folder else x.device
+        empty = torch.empty_like(x, device=device) if shape is None else torch.empty(shape, dtype=dtype, device=device)
+        return _mapped(folder, empty) if folder else empty
+
+
+def _mapped(folder: Path, like: Tensor) -> Tensor:
+    """A tensor in a file that has no name any more: its room is free again when the tensor is gone, or the process."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix="wdat-", delete=False) as file:
+            try:
+                if hasattr(os, "posix_fallocate"):  # a full disk is better known now: later it would kill the process
+                    os.posix_fallocate(file.fileno(), 0, like.nbytes)
+                flat = torch.from_file(file.name, shared=True, size=like.numel(), dtype=like.dtype)
+                return flat.as_strided(like.shape, like.stride())
+            finally:
+                with suppress(OSError):  # Windows keeps it
+                    Path(file.name).unlink()
+    except (OSError, RuntimeError) as error:
+        raise WdatError(
+            f"folder {folder} has no room for {like.nbytes / 1e9:.3g} GB, or cannot be written: {error}"
+        ) from error
 
 
 def _blank(on: _Attacker, x: Tensor, directions: bool = True, packed: bool = True) -> _Look:
@@ -1923,8 +1967,8 @@ def _blank(on: _Attacker, x: Tensor, directions: bool = True, packed: bool = Tru
     direction = None
     if directions:  # signs take two bits a pixel, so that an attack holds little more than x, x_adv and the best x_adv
         shape = (len(x), math.ceil(math.prod(x.shape[1:]) / 4))
-        direction = x.new_empty(shape, dtype=torch.uint8) if on.threat.s == 1 and packed else torch.empty_like(x)
-    return _Look(*numbers, direction, torch.zeros_like(x) if on.rule else None, x.new_ones((), dtype=torch.bool))
+        direction = on.room(x, shape, torch.uint8) if on.threat.s == 1 and packed else on.room(x)
+    return _Look(*numbers, direction, on.room(x).zero_() if on.rule else None, x.new_ones((), dtype=torch.bool))
 
 
 def _look(
@@ -2050,12 +2094,8 @@ def _out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.cuda.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def _random_start(x: Tensor, threat: Threat, fraction: float, generator: torch.Generator) -> Tensor:
-    """Each image moved `fraction` of delta in a random direction, then clamped to [0, 1]."""
-    return _moved(x, threat, fraction, torch.rand(x.shape, generator=generator).to(x))
-
-
 def _moved(x: Tensor, threat: Threat, fraction: float, random: Tensor) -> Tensor:
+    """Each image moved `fraction` of delta in a random direction, of numbers in [0, 1], then clamped to [0, 1]."""
     noise = 2 * random - 1
     return (x + fraction * threat.delta * noise / _per_image(_norm(noise, threat.r), x)).clamp(0, 1)
 
@@ -2298,13 +2338,32 @@ def _power(x: Tensor, exponent: float) -> Tensor:
 
 def _mean(values: Tensor, order: float, among: _Among | None = None, weights: Tensor | None = None) -> Tensor:
     """(mean_i v_i^order)^(1/order) of values >= 0, their maximum for order inf; scaled first, so nothing overflows."""
-    among = among or _Among()
-    top = among.top(values)
+    if among is not None and among.group is not None:
+        return _together(among.rows(_part(values, order)), order).to(values)
+    top = values.max()
     if order == math.inf:
         return top
     scale = torch.where(top > 0, top, 1.0)
     powers = _power(values / scale, order)
-    return scale * (among.mean(powers) if weights is None else (powers * weights).sum()) ** (1 / order)
+    return scale * (powers.mean() if weights is None else (powers * weights).sum()) ** (1 / order)
+
+
+def _part(values: Tensor, order: float) -> Tensor:
+    """What one process adds to `_mean`: the greatest, the sum of powers relative to it, and how many; float64 (3,)."""
+    values = values.double()  # no 16 bits hold every count
+    top = values.max() if len(values) else values.new_zeros(())
+    powers = (values / torch.where(top > 0, top, 1.0)) ** min(order, sys.float_info.max)
+    return torch.stack([top, powers.sum(), values.new_tensor(len(values))])
+
+
+def _together(parts: Tensor, order: float) -> Tensor:
+    """`_mean` from what the processes add to it, (processes, 3)."""
+    tops, powers, counts = parts.T
+    top = tops.max()
+    if order == math.inf:
+        return top
+    scale = torch.where(top > 0, top, 1.0)
+    return scale * ((powers * (tops / scale) ** order).sum() / counts.sum()) ** (1 / order)
 
 
 def _norm(x: Tensor, order: float) -> Tensor:
@@ -2490,77 +2549,65 @@ def _attacker(
     """
     _check_model(model)
     among = _among(group, model, x)
-    given: dict[str, Any] = {"threat": threat, "loss": loss, "precision": precision, "steps": steps}
-    given |= {"step_ratio": step_ratio, "rule": rule, "compiled": compiled}
 
     def settings() -> dict[str, str]:
-        same = {name: _named(value) for name, value in {**given, **(also or {})}.items()}
-        return same | {"images": f"{x.dtype} {tuple(x.shape[1:])}", "the network": _digest_of(model.state_dict())[:16]}
+        same: dict[str, Any] = {
+            "threat": threat,
+            "loss": loss,
+            "precision": precision,
+            "steps": steps,
+            "step_ratio": step_ratio,
+        }
+        same |= {"rule": rule, "compiled": compiled, **(also or {})}
+        alike = {"images": f"{x.dtype} {tuple(x.shape[1:])}", "the network": _digest_of(model.state_dict())[:16]}
+        return {name: _named(value) for name, value in same.items()} | alike
 
     def check() -> _Attacker:
         ahead()
-        return _checked_attacker(model, x, y, **given, batch_size=batch_size, among=among)
+        _check_threat(threat)
+        if threat.p < 1.001:  # an order q above a thousand leaves float32 no digits
+            raise WdatError(
+                f"W-PGD needs a threat with p of 1.001 or more, not {threat.p:g}: boundary takes any p from 1 on"
+            )
+        _check_images(x, y, some=among.group is None)
+        _check_number("batch_size", batch_size, at_least=1, whole=True)
+        _check_choice("precision", precision, PRECISIONS)
+        _check_flag("compiled", compiled)
+        _check_steps(steps, step_ratio)
+        _check_function("rule", rule)
+        function = _function_of("loss", loss, LOSSES)
+        devices = {tensor.device for tensor in [*model.parameters(), *model.buffers()]} or {x.device}
+        device = min(devices, key=str)
+        if len(devices) > 1 or device.type == "meta" or x.device not in (device, torch.device("cpu")):
+            where = " and ".join(sorted(map(str, devices)))
+            raise WdatError(
+                f"the model is on {where}, the images are on {x.device}: put the model on one device, and the images"
+                " there or on the CPU"
+            )
+        kinds = {p.dtype for p in model.parameters() if p.is_floating_point()}
+        if kinds and x.dtype not in kinds:
+            raise WdatError(f"the model is {kinds.pop()}, the images are {x.dtype}: convert one to the other")
+        with _prepared(model), torch.enable_grad():
+            one = _plain(x[:1]) if len(x) else x.new_zeros(1, *x.shape[1:])
+            logits = model(one.to(device).requires_grad_().clone())
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1:
+            shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise WdatError(f"the model must return logits of shape (b, classes); for one image it returned {shape}")
+        classes = logits.shape[1]
+        if function in (dlr, redlr) and classes < 3:
+            raise WdatError(f"DLR and ReDLR need 3 classes or more, the model has {classes}: use loss='ce'")
+        if function is _lead:
+            _check_two_classes(classes)
+        _check_labels(y, classes)
+        passes = _passes(model, x, batch_size, precision, compiled, classes)
+        short = x.dtype == torch.float32 and device.type == "cuda" and torch.backends.cudnn.allow_tf32
+        rounding = 0.03 if precision == "bfloat16" else 0.004 if short else 16 * torch.finfo(x.dtype).eps
+        return _Attacker(passes, threat, function, int(steps), float(step_ratio), rule, classes, rounding, among)
 
     on: _Attacker = _agreed(among, check, settings)
     if not among.count(x):
         raise WdatError("no process of the group has an image")
     return on
-
-
-def _checked_attacker(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    *,
-    threat: Threat,
-    loss: str | Loss,
-    batch_size: int,
-    precision: str,
-    compiled: bool,
-    steps: int,
-    step_ratio: float,
-    rule: Rule | None,
-    among: _Among,
-) -> _Attacker:
-    _check_threat(threat)
-    if threat.p < 1.001:  # an order q above a thousand leaves float32 no digits
-        raise WdatError(
-            f"W-PGD needs a threat with p of 1.001 or more, not {threat.p:g}: boundary takes any p from 1 on"
-        )
-    _check_images(x, y, some=among.group is None)
-    _check_number("batch_size", batch_size, at_least=1, whole=True)
-    _check_choice("precision", precision, PRECISIONS)
-    _check_flag("compiled", compiled)
-    _check_steps(steps, step_ratio)
-    _check_function("rule", rule)
-    function = _function_of("loss", loss, LOSSES)
-    devices = {tensor.device for tensor in [*model.parameters(), *model.buffers()]} or {x.device}
-    device = min(devices, key=str)
-    if len(devices) > 1 or device.type == "meta" or x.device not in (device, torch.device("cpu")):
-        where = " and ".join(sorted(map(str, devices)))
-        raise WdatError(
-            f"the model is on {where}, the images are on {x.device}: put the model on one device, and the images"
-            " there or on the CPU"
-        )
-    kinds = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    if kinds and x.dtype not in kinds:
-        raise WdatError(f"the model is {kinds.pop()}, the images are {x.dtype}: convert one to the other")
-    with _prepared(model), torch.enable_grad():
-        one = _plain(x[:1]) if len(x) else x.new_zeros(1, *x.shape[1:])
-        logits = model(one.to(device).requires_grad_().clone())
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1:
-        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise WdatError(f"the model must return logits of shape (b, classes); for one image it returned {shape}")
-    classes = logits.shape[1]
-    if function in (dlr, redlr) and classes < 3:
-        raise WdatError(f"DLR and ReDLR need 3 classes or more, the model has {classes}: use loss='ce'")
-    if function is _lead:
-        _check_two_classes(classes)
-    _check_labels(y, classes)
-    passes = _passes(model, x, batch_size, precision, compiled, classes)
-    short = x.dtype == torch.float32 and device.type == "cuda" and torch.backends.cudnn.allow_tf32
-    rounding = 0.03 if precision == "bfloat16" else 0.004 if short else 16 * torch.finfo(x.dtype).eps
-    return _Attacker(passes, threat, function, int(steps), float(step_ratio), rule, classes, rounding, among)
 
 
 def _check_images(x: Tensor, y: Tensor, some: bool = True) -> None:
@@ -2705,6 +2752,17 @@ def _function_of(name: str, value: Any, known: dict[str, Any]) -> Any:
     if not callable(value):
         raise WdatError(f"{name} must be one of {', '.join(known)} or a function, not {value!r}")
     return value
+
+
+def _check_folder(folder: Any, x: Any) -> None:
+    if folder is None:
+        return
+    if not isinstance(folder, (str, os.PathLike)) or not str(folder) or not Path(folder).is_dir():
+        raise WdatError(f"folder must be a folder that is there, not {folder!r}")
+    if isinstance(x, Tensor) and x.device.type != "cpu":
+        raise WdatError(
+            f"folder is for images on the CPU, these are on {x.device}: they go to the model's device in parts"
+        )
 
 
 def _check_dense(name: str, tensor: Tensor, meta_is_fine: bool = False) -> None:

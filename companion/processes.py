@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from companion.files import one_line
 from companion.settings import ParameterError
@@ -88,6 +88,11 @@ def part(n: int, size: int = 1) -> slice:
 
 def _rank() -> int:
     return dist.get_rank() if group() else 0
+
+
+def shared_statistics(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model with batch statistics of all processes' images, where they are on GPUs: for a CPU torch has none."""
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if group() and device.type == "cuda" else model
 
 
 def own(images: Images) -> Images:

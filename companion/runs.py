@@ -284,7 +284,7 @@ def _column(on: Bench, config: FinetuneConfig, before: EvaluateRecord, line: str
     if known and _is_found(known, settings) and exported and (has_curves or not curves):
         return known
     follow = curves or has_curves  # what was measured is not lost to a run for another purpose
-    tuned = copy.deepcopy(on.model)
+    tuned = processes.shared_statistics(copy.deepcopy(on.model), on.device)
     kept = kept_at(begun, on, on.at_once, follow)
     record: Any = measured(begun, on, line, lambda: _trained(on, config, before, tuned, kept, follow))
     if settings.export is not None and processes.is_first():

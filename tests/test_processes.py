@@ -8,9 +8,10 @@ import pytest
 import spread
 import torch
 from spread import task
-from tiny import INF
+from tiny import INF, images, network
 
 from companion import files, items
+from companion import processes as companion_processes
 from companion.records import record_name
 from wdat_core import FinetuneConfig, Threat, WdatError, boundary, evaluate, finetune, sensitivity, wpgd
 
@@ -249,3 +250,18 @@ def test_a_group_that_is_none_is_named(group):
         boundary(model, x, y, steps=1).gather(group)
     with pytest.raises(WdatError, match="group must be a process group"):
         finetune(model, (x, y), None, FinetuneConfig(), group=group)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_batch_statistics_are_of_all_processes_where_torch_has_that(device, monkeypatch):
+    """On GPUs; the network stays the same, so its record and its export do too."""
+    monkeypatch.setattr(companion_processes, "group", lambda: True)
+    model = network("full")
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    x, _ = images(5, model)
+    expected = model(x)
+    shared = companion_processes.shared_statistics(model, torch.device(device))
+    assert any(isinstance(m, torch.nn.SyncBatchNorm) for m in shared.modules()) == (device == "cuda")
+    assert shared.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in shared.state_dict().items())
+    assert torch.equal(shared(x), expected)
