@@ -12,9 +12,10 @@ from typing import Any, TypeVar
 
 from companion import cores, files
 from companion.files import one_line, verified
-from companion.kinds import FinetuneRecord, Record, SensitivityRecord, accuracy_name
+from companion.kinds import FinetuneRecord, Record, SensitivityRecord
 from companion.records import protocol
 from companion.settings import CONTROLS, OPEN_POINTS, PAPER_NETWORKS, STAND_INS, ParameterError
+from companion.values import accuracy_name
 from wdat_core import FinetuneConfig, Threat
 
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(FinetuneConfig)}

@@ -43,18 +43,13 @@ from companion.values import (
     Sha256,
     Text,
     Whole,
+    accuracy_name,
     finetune_config,
     unpack,
     unpack_floats,
 )
-from wdat_core import Threat
 
 SCHEMA: Final = 1
-
-
-def accuracy_name(threat: Threat) -> str:
-    """The name in a history of the accuracy under a threat: "w_2", "w_inf", "w_4"."""
-    return f"w_{threat.p:g}"
 
 
 def images_of(record: Any, when: str) -> int:
@@ -376,6 +371,17 @@ class BenchmarkRecord(Record):
     needs = ("seconds.total",)
 
 
+class ScaleRecord(Record):
+    """What benchmarks/scale.py measured, as it made it."""
+
+    kind: Literal["scale"]
+    config: BenchmarkConfig
+    rows: list[dict[str, Any]]
+    figures: dict[str, Any]
+
+    needs = ("seconds.total",)
+
+
 KINDS: dict[str, type[Record]] = {
     "finetune": FinetuneRecord,
     "evaluate": EvaluateRecord,
@@ -391,4 +397,5 @@ KINDS: dict[str, type[Record]] = {
     "reliability": ReliabilityRecord,
     "cluster": ClusterRecord,
     "benchmark": BenchmarkRecord,
+    "scale": ScaleRecord,
 }

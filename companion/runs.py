@@ -14,11 +14,11 @@ from torch import Tensor, nn
 import wdat_core
 from companion import processes
 from companion.bench import Bench, begin, bench, check_clean, command, held, kept_at, measured, recorded
-from companion.kinds import EvaluateRecord, FinetuneRecord, accuracy_name
+from companion.kinds import EvaluateRecord, FinetuneRecord
 from companion.machine import core_digest, device_name
 from companion.parts import AttackConfig, EvaluateConfig, SensitivityConfig
 from companion.settings import CONTROLS, METRICS, OPEN_POINTS, STRONGER, ParameterError, Settings
-from companion.values import pack, pack_floats
+from companion.values import accuracy_name, pack, pack_floats
 from wdat_core import FinetuneConfig, Threat
 
 SAMPLES, FRACTION = 10, 0.1  # of the training set, Figure 7.1

@@ -33,6 +33,11 @@ def _with_infinity(fields: dict[str, Any]) -> dict[str, Any]:
     return {k: math.inf if isinstance(v, str) and v == "inf" else v for k, v in fields.items()}
 
 
+def accuracy_name(threat: Threat) -> str:
+    """The name in a history of the accuracy under a threat: "w_2", "w_inf", "w_4"."""
+    return f"w_{threat.p:g}"
+
+
 def pack(correct: Tensor) -> str:
     """Bools (n,) as text, eight to a byte."""
     import numpy as np

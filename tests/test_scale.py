@@ -1,0 +1,64 @@
+"""Many processes and sets larger than memory: the benchmark ends in a record, and the page says what is in it."""
+
+import subprocess
+import sys
+
+import pytest
+
+from companion import files
+from companion.records import read_records
+from companion.scale import PAIRS, scale_answer, scale_table
+
+SMALL = {"rounds": 6, "lap": 4, "images": 2000, "steps": 2, "distances": 100_000}
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory):
+    """Of sizes that show nothing but that everything runs."""
+    out = tmp_path_factory.mktemp("scale")
+    words = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
+    script = [sys.executable, str(files.ROOT / "benchmarks" / "scale.py"), *words]
+    done = subprocess.run([*script, "--folder", str(out), "--out", str(out)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in out.iterdir()] == [done.stdout.split()[-1].split("/")[-1]]  # nothing else stays
+    (found,) = read_records(out, kind="scale")
+    return found
+
+
+def test_each_work_is_compared_with_one_process_and_with_two_that_share_nothing(record):
+    assert [row["baseline"] for row in record.rows] == [*PAIRS] * 2
+    assert len({row["group"] for row in record.rows}) == 2
+    for row in record.rows:
+        assert 0 < row["low"] <= row["ratio"] <= row["high"] and row["rounds"] == SMALL["rounds"]
+
+
+def test_an_iterate_takes_two_messages_at_most(record):
+    """One for accuracy, loss and Upsilon, one for the projection, for 20 steps; a few at the start and at the end."""
+    attack, training = (row for row in record.rows if "messages" in row)
+    assert 20 < attack["messages"] <= 2 * 20 + 10 and attack["sent"] < 2000
+    assert training["messages"] <= 2 * 20 + 30
+    for row in (attack, training):
+        least, most = row["talked"]
+        assert 0 < least <= most < 1
+
+
+def test_what_is_beyond_memory_is_measured(record):
+    stream, mapped, histogram = (record.figures[name] for name in ("stream", "mapped", "histogram"))
+    assert [images for images, _ in stream] == [100, 500, 2000]
+    assert mapped["bytes"] == 2000 * 3072 * 4 and 0 < mapped["distance"] <= 8 / 255 * (1 + 1e-6)
+    assert histogram["n"] == 100_000 and 0 <= histogram["low"] <= histogram["high"] <= 1
+
+
+def test_the_page_says_what_the_record_says(record):
+    text = scale_answer([record])
+    (_, attack, _, training) = record.rows
+    for row in (attack, training):
+        assert f"**{row['ratio']:.2f}** ({row['low']:.2f} to {row['high']:.2f}) times ({row['group']})" in text
+    assert "A stream of 2,000 made images (0.0 GB)" in text and "W-PGD on 2,000 images in a file" in text
+    assert "100,000 distances" in text
+    table = scale_table(record).data
+    assert table.count("\n") == 5 and f"in {record.rows[0]['messages']} messages" in table
+
+
+def test_without_a_record_it_says_how_to_make_one():
+    assert scale_answer([]) == "Many processes are not measured yet: `python benchmarks/scale.py` does it."
