@@ -8,17 +8,18 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.baselines import UnavailableError
+from benchmarks.baselines import Subject, UnavailableError
 from benchmarks.peers import synchronise
 from wdat_core import WdatError
 
 Row = dict[str, Any]
 TIME, SPEED = "time relative to the baseline", "times as fast as the baseline"
-EXTENT = "multiple of the baseline"
+EXTENT, POINTS = "multiple of the baseline", "points above the baseline"  # counted: they have no interval
 CLOSE, ROUGH = 0.02, 0.1  # half an interval over its ratio: of an overhead, and of everything else
 LEAST = 6  # rounds: with fewer, the least and the greatest ratio are no 95 % interval
 LOOKS = 1.5  # the interval is looked at after 6 rounds, and again whenever there are half as many more
@@ -58,6 +59,10 @@ def estimate(ratios: Sequence[float]) -> Estimate:
     if k == 0:
         raise ValueError(f"an interval needs {LEAST} rounds or more, not {n}")
     return Estimate(statistics.median(ordered), ordered[k - 1], ordered[n - k])
+
+
+def clock_of(device: torch.device) -> str:
+    return "cpu" if device.type == "cpu" else "wall"
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,7 @@ def contest(
 
     On a CPU the process's own time decides, which other processes lengthen little; on a GPU the wall clock.
     """
-    race = Race("cpu" if device.type == "cpu" else "wall", {name: [] for name in contestants})
+    race = Race(clock_of(device), {name: [] for name in contestants})
     order = random.Random(seed)
 
     def attempt(name: str) -> Lap | None:
@@ -138,6 +143,20 @@ def contest(
             if close_enough():
                 break
             look = math.ceil(LOOKS * look)
+    return race
+
+
+def relay(
+    works: dict[str, Callable[[Subject], float]], parts: Sequence[Subject], device: torch.device, *, seed: int = 0
+) -> Race:
+    """For work that takes minutes: a round is a part of it, which each contestant does once, in an order drawn anew.
+
+    The ratios then differ by what is in a part too, and the interval has that in it.
+    """
+    race, order = Race(clock_of(device), {name: [] for name in works}), random.Random(seed)
+    for part in parts:
+        for name in order.sample(list(works), len(works)):
+            race.laps[name].append(timed(partial(works[name], part), device)())
     return race
 
 

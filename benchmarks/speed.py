@@ -61,6 +61,7 @@ from benchmarks.races import (
     timed,
 )
 from companion import files
+from companion.architectures import STAND_INS
 from companion.kinds import SCHEMA
 from companion.machine import made_on, pick_device
 from companion.performance import missing, verdict
@@ -90,8 +91,9 @@ class Plan:
     by_epochs: tuple[int, ...] = (1, 2, 3)
     memory_images: tuple[int, ...] = (5000, 10_000, 20_000)  # 60 MB and more: less would stay in malloc's heap
     ways: tuple[str, ...] = tuple(OTHER_WAYS)
-    worst_images: int = 300
+    worst_images: int = 1000  # all the embedded test images
     worst_steps: tuple[int, ...] = (20, 40, 100)
+    parts: int = 10  # of these images, for AutoAttack; with 0 it is left out
     stream: tuple[int, ...] = (50_000, 100_000, 200_000)
 
 
@@ -102,7 +104,7 @@ ON_A_GPU = {
 QUICK = {
     "steps": 2, "images": 4, "batch_size": 2, "train_images": 4, "train_batch": 2, "larger": ("WRN-10-1",),
     "larger_images": 2, "by_images": (2, 4), "by_steps": (1, 2), "by_epochs": (1, 2), "memory_images": (500, 1000),
-    "ways": (), "worst_images": 4, "worst_steps": (2, 3), "stream": (1000, 2000),
+    "ways": (), "worst_images": 4, "worst_steps": (2, 3), "parts": 0, "stream": (1000, 2000),
 }  # fmt: skip
 
 
@@ -334,7 +336,7 @@ def growth(plan: Plan) -> dict[str, Any]:
 
 
 def worst(plan: Plan) -> dict[str, Any]:
-    """The worst case over the ball: its overhead, its strength beside its peers, and what a stream of images holds."""
+    """The worst case over the ball: its overhead, its strength beside its peers and AutoAttack, what a stream holds."""
     subject, batch, device = demo(plan.images, plan.device), plan.batch_size, plan.device
     find = partial(worst_case.bounded, batch_size=batch, steps=40)
     own = passes_of(subject.model, lambda model: find(dataclasses.replace(subject, model=model)))
@@ -344,8 +346,11 @@ def worst(plan: Plan) -> dict[str, Any]:
     about |= {"precision": "float32", "group": "Worst case: overhead"}
     row = compare(done, WORST, SAME, TIME, target=1.05, **about)
     strength, versions = worst_case.strength(plan.worst_images, batch, plan.worst_steps, device, plan.peers)
+    rows = [row]
+    for network in STAND_INS:
+        rows += worst_case.beside_autoattack(demo(plan.worst_images, device, network=network), plan.parts)
     found = {"strength": strength, "stream": worst_case.streamed(plan.stream, device)}
-    return {"rows": [row], "worst": found, "versions": versions}
+    return {"rows": rows, "worst": found, "versions": versions}
 
 
 def throughput(plan: Plan) -> dict[str, Any]:

@@ -12,13 +12,14 @@ from companion.settings import METRICS
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COUNTED = "multiple of the baseline"
-UNITS = {
-    "time relative to the baseline": "times as long",
-    "times as fast as the baseline": "times as fast",
-    COUNTED: "times their size",
-}
+COUNTED = {"multiple of the baseline": "times their size", "points above the baseline": "points above it"}
+SPEED = "times as fast as the baseline"
+TIMED = {"time relative to the baseline": "times as long", SPEED: "times as fast"}
+SPEEDS = (0.5, 1, 2, 5, 10, 20)  # ticks
+UNITS = TIMED | COUNTED
 BUDGETS = {"w_2_4": "W₂, δ = 4/255", "w_2_8": "W₂, δ = 8/255", "w_inf_8": "W∞, δ = 8/255"}
+AT_MOST = {20: 0.045, 40: 0.010, 100: 0.003}  # of small_trades in W_2 at 8/255, by the gradients for each image
+ROUNDING = 1e-9
 ESTIMATES = {"sample": "a fresh 10 % (the paper)", "batch": "the latest minibatches"}
 
 
@@ -32,8 +33,8 @@ def verdict(row: dict[str, Any]) -> str:
 
 
 def measured(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows that can be shown: a ratio of times with its interval, or memory, which is counted."""
-    return [row for row in rows if row["ratio"] is not None and (row.get("wall") or row["unit"] == COUNTED)]
+    """The rows that can be shown: a ratio of times with its interval, or what is counted."""
+    return [row for row in rows if row["ratio"] is not None and (row.get("wall") or row["unit"] in COUNTED)]
 
 
 def missing(rows: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
@@ -77,8 +78,8 @@ def benchmark_table(record: BenchmarkRecord) -> Any:
             remarks.append(f"accuracy {100 * row['accuracy']:.1f} % against {100 * row['baseline_accuracy']:.1f} %")
         remarks += [row["note"]] if row["note"] else []
         cells = [_symbols(row["name"]), row["network"], _symbols(row["baseline"])]
-        if row["unit"] == COUNTED:
-            cells += [f"**{row['ratio']:.2f}** {UNITS[COUNTED]} (counted)", "–", "–"]
+        if row["unit"] in COUNTED:
+            cells += [f"**{row['ratio']:.2f}** {UNITS[row['unit']]} (counted)", "–", "–"]
         else:
             cells += [f"**{row['ratio']:.2f}** ({row['low']:.2f} to {row['high']:.2f}) {UNITS[row['unit']]}"]
             cells += ["{:.2f} ({:.2f} to {:.2f})".format(*row["wall"]), str(row["rounds"])]
@@ -107,6 +108,66 @@ def overhead(record: BenchmarkRecord) -> str:
         f"Time relative to bare passes, with a 95 % interval: {'; '.join(parts)}. The target of 1.05 is met by"
         f" {met} of {len(rows)}."
     )
+
+
+def strength_answer(record: BenchmarkRecord) -> str:
+    """Markdown: whether `boundary` is as strong as was asked for, beside FMN, in numbers, and beside AutoAttack."""
+    rows = record.worst.get("strength", [])
+    parts = [_beside_fmn(rows), _in_numbers(rows), _beside_autoattack(record.rows)]
+    if rows and rows[0]["images"] != 1000:
+        parts.append(f"The targets are for 1,000 images, and this was measured on {rows[0]['images']:,}.")
+    return "\n\n".join(filter(None, parts))
+
+
+def _left(rows: Sequence[dict[str, Any]], attack: str) -> dict[tuple[str, str, int], float]:
+    """The accuracies that an attack leaves, by network, budget and gradients for each image."""
+    of_it = [row for row in rows if row["attack"] == attack]
+    return {(r["network"], b, k): a for r in of_it for b in BUDGETS for k, a in zip(r["steps"], r[b], strict=True)}
+
+
+def _beside_fmn(rows: Sequence[dict[str, Any]]) -> str:
+    ours, theirs = _left(rows, "boundary"), _left(rows, "adv-lib FMN")
+    both = [cell for cell in ours if cell in theirs]
+    if not both:
+        return "It is not measured beside adv-lib's FMN yet." if rows else ""
+    weaker = [
+        f"{network}, {BUDGETS[budget]}, {k} gradients ({100 * a:.1f} % against {100 * b:.1f} %)"
+        for network, budget, k in both
+        if (a := ours[network, budget, k]) > (b := theirs[network, budget, k]) + ROUNDING
+    ]
+    verdict = f"missed in {len(weaker)}: {'; '.join(weaker)}" if weaker else "met"
+    more = f" {len(ours) - len(both)} more were not measured." if len(ours) > len(both) else ""
+    return (
+        "With as many gradients for each image, `boundary` should never be weaker than adv-lib's FMN. On"
+        f" {rows[0]['images']:,} images, in {len(both)} cells of the table below: **{verdict}**.{more}"
+    )
+
+
+def _in_numbers(rows: Sequence[dict[str, Any]]) -> str:
+    """Whether little enough is left of `AT_MOST`'s network."""
+    left, parts = _left(rows, "boundary"), []
+    for k, most in AT_MOST.items():
+        if (a := left.get(("small_trades", "w_2_8", k))) is not None:
+            met = "met" if a <= most + ROUNDING else "**missed**"
+            parts.append(f"{100 * a:.1f} % with {k} gradients (at most {100 * most:.1f} %: {met})")
+    return f"Of small_trades it leaves, at {BUDGETS['w_2_8']}: {'; '.join(parts)}." if parts else ""
+
+
+def _beside_autoattack(rows: Sequence[dict[str, Any]]) -> str:
+    shown = [row for row in measured(rows) if row["group"] == "Worst case: beside AutoAttack"]
+    if not shown:
+        return "It is not measured beside AutoAttack yet: `python make.py benchmark` does it."
+    networks: dict[str, list[str]] = {}
+    for row in shown:
+        if row["unit"] in COUNTED:
+            what = "{:.1f} % against {:.1f} %".format(100 * row["accuracy"], 100 * row["baseline_accuracy"])
+            what += f", {row['ratio']:+.1f} points"
+        else:
+            what = f"**{row['ratio']:.1f}** ({row['low']:.1f} to {row['high']:.1f}) times as fast"
+        networks.setdefault(row["network"], []).append(f"{what} ({row['target']}: {verdict(row)})")
+    about = f"{shown[0]['name']}, beside AutoAttack's standard version, on {shown[0]['images']:,} images"
+    lines = [f"- {network}: {'; '.join(parts)}" for network, parts in networks.items()]
+    return "\n".join([f"The {about} at {BUDGETS['w_inf_8']}:\n", *lines])
 
 
 def worst_table(record: BenchmarkRecord) -> Any:
@@ -176,7 +237,7 @@ def plot_ratios(record: BenchmarkRecord) -> Figure:
     import seaborn as sns
 
     sns.set_theme(style="whitegrid", context="notebook")
-    panels = {unit: [r for r in measured(record.rows) if r["unit"] == unit] for unit in UNITS if unit != COUNTED}
+    panels = {unit: [r for r in measured(record.rows) if r["unit"] == unit] for unit in TIMED}
     styles = {
         True: {"color": RECORDED, "fmt": "o", "label": "target met"},
         False: {"color": THIS_RUN, "fmt": "s", "label": "target missed"},
@@ -194,6 +255,10 @@ def plot_ratios(record: BenchmarkRecord) -> Figure:
             targets = [(float(r["target"].split()[-1]), y) for y, r in points if r["target"]]
             axis.plot(*zip(*targets, strict=True) if targets else ([], []), "|", color="black", markersize=18)
         axis.axvline(1, color="black", linewidth=1)
+        if unit == SPEED:
+            axis.set_xscale("log")
+            axis.set_xticks(SPEEDS, [f"{x:g}" for x in SPEEDS])
+            axis.minorticks_off()
         labels = [_symbols(f"{r['name']}\nagainst {r['baseline']} · {r['network']}") for r in rows]
         axis.set_yticks(range(len(rows)), reversed(labels), fontsize=9)
         axis.set_ylim(-0.6, max(1, len(rows)) - 0.4)

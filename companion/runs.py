@@ -123,7 +123,10 @@ def attack_harder(settings: Settings, *, notebook: str) -> Any:
     def measure() -> dict[str, Any]:
         correct = {name: _strongest(on, name) for name in STRONGER}
         if few:
-            correct["autoattack"] = _autoattack(on, *(part[:few] for part in on.data.test))
+            x, y = (part[:few] for part in on.data.test)
+            correct["autoattack"] = autoattack(
+                on.model, x, y, norm=settings.norm, delta=config.threat.delta, batch_size=on.at_once
+            )
         return {
             "metrics": {name: {"accuracy": _mean(bits)} for name, bits in correct.items()},
             "correct": {name: {"accuracy": pack(bits)} for name, bits in correct.items()},
@@ -152,17 +155,16 @@ def _strongest(on: Bench, name: str) -> Tensor:
     return torch.stack(found).all(0) if attack.p == math.inf else min(found, key=lambda bits: int(bits.sum()))
 
 
-def _autoattack(on: Bench, x: Tensor, y: Tensor) -> Tensor:
+def autoattack(model: nn.Module, x: Tensor, y: Tensor, *, norm: str, delta: float, batch_size: int) -> Tensor:
     """Whether each image is classified correctly after AutoAttack's standard version, bool (n,)."""
     from pyautoattack import AutoAttack
 
-    settings = on.settings
-    attack = AutoAttack(on.model, norm=settings.norm, eps=settings.delta, seed=0, device=on.device)
-    accelerators = [on.device] if on.device.type == "cuda" else []
+    attack = AutoAttack(model, norm=norm, eps=delta, seed=0, device=x.device)
+    accelerators = [x.device] if x.device.type == "cuda" else []
     with torch.random.fork_rng(accelerators):  # it seeds the global generators
-        attacked, _ = attack.run_standard_evaluation(x.contiguous(), y, batch_size=on.at_once)
+        attacked, _ = attack.run_standard_evaluation(x.contiguous(), y, batch_size=batch_size)
     with torch.no_grad():
-        return torch.cat([on.model(part).argmax(1) for part in attacked.split(on.at_once)]) == y
+        return torch.cat([model(part).argmax(1) for part in attacked.split(batch_size)]) == y
 
 
 def estimates_each(settings: Sequence[Settings], *, notebook: str) -> list[Any]:

@@ -6,6 +6,7 @@ import math
 import os
 import random
 import sys
+import time
 
 import pytest
 import torch
@@ -23,15 +24,20 @@ from companion.performance import (
     overhead,
     plot_growth,
     plot_ratios,
+    strength_answer,
     throughput_table,
     verdict,
     worst_table,
 )
-from companion.records import read_records, write_record
+from companion.records import parse_record, read_records, record_bytes, write_record
 from companion.settings import ParameterError
 
 CPU = torch.device("cpu")
 NO_PEERS = sys.executable  # this environment has neither foolbox nor torchattacks
+
+
+def tiny():
+    return nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +229,16 @@ def test_order_within_a_round_is_drawn_and_the_same_again():
     assert order(0) == order(0) != order(1)
 
 
+def test_relay_gives_each_part_to_each_contestant_once_in_a_drawn_order():
+    ran = []
+    works = {name: lambda part, name=name: ran.append(f"{name}{part}") or part / 10 for name in "ab"}
+    race = races.relay(works, range(8), CPU)
+    rounds = [(first[0], {first, second}) for first, second in zip(ran[::2], ran[1::2], strict=True)]
+    assert [pair for _, pair in rounds] == [{f"a{i}", f"b{i}"} for i in range(8)]
+    assert {first for first, _ in rounds} == {"a", "b"}
+    assert [lap.accuracy for lap in race.laps["b"]] == [i / 10 for i in range(8)]
+
+
 @pytest.mark.parametrize("disturbed", [0, 0.1, 0.25])
 def test_interval_has_the_true_ratio_inside_95_times_of_100(disturbed):
     """On made times: noise of 2 %, a machine that gets slower and faster, and laps that take several times as long."""
@@ -315,6 +331,7 @@ def test_quick_run_ends_in_a_record_with_every_group(record):
         "Attack: overhead",
         "Attack: speed",
         "Worst case: overhead",
+        "Worst case: beside AutoAttack",
         "Precision and compilation",
         "Algorithm 1",
         "Peak memory",
@@ -413,6 +430,94 @@ def test_the_worst_case_stands_beside_its_peers_and_what_a_stream_holds(record):
     assert all(f"| {name} | boundary | 2: " in text for name in ("demo", "small_pgd", "small_trades"))
     assert "adv_lib is not installed" in text and "2,000 made images" in text and "bytes an image" in text
     assert "not measured yet" in worst_table(record.model_copy(update={"worst": {}})).data
+
+
+MADE = {"reason": None, "images": 1000, "steps": [20, 40, 100], "gradients": [20.0, 40.0, 100.0]}
+FMN = {"w_2_4": [0.18, 0.17, 0.17], "w_2_8": [0.043, 0.012, 0.003], "w_inf_8": [0.273, 0.27, 0.27]}
+FOUND = {"w_2_4": [0.17, 0.17, 0.165], "w_2_8": [0.043, 0.010, 0.003], "w_inf_8": [0.272, 0.265, 0.26]}
+
+
+def judged(record, found, rows=(), **changes):
+    """The sentences on a made record, of a network on which `boundary` has found this."""
+    attacks = {"boundary": found, "adv-lib FMN": FMN}
+    strength = [
+        {**MADE, "network": "small_trades", "attack": attack, **left, **changes} for attack, left in attacks.items()
+    ]
+    return strength_answer(record.model_copy(update={"worst": {"strength": strength}, "rows": list(rows)}))
+
+
+def test_never_weaker_than_fmn_is_judged_in_every_cell(record):
+    text = judged(record, FOUND)
+    assert "On 1,000 images, in 9 cells of the table below: **met**." in text and "missed" not in text
+    text = judged(record, FOUND | {"w_inf_8": [0.272, 0.271, 0.26]})
+    assert "**missed in 1: small_trades, W∞, δ = 8/255, 40 gradients (27.1 % against 27.0 %)**" in text
+
+
+def test_what_is_left_of_small_trades_is_judged_by_number(record):
+    said = "Of small_trades it leaves, at W₂, δ = 8/255: 4.3 % with 20 gradients (at most 4.5 %: met); "
+    assert f"{said}1.0 % with 40 gradients (at most 1.0 %: met); 0.3 % with 100 gradients (at most 0.3 %: met)." in (
+        judged(record, FOUND)
+    )
+    text = judged(record, FOUND | {"w_2_8": [0.043, 0.011, 0.003]})
+    assert f"{said}1.1 % with 40 gradients (at most 1.0 %: **missed**); " in text
+
+
+def test_what_an_older_record_lacks_is_said(record):
+    assert record.worst["strength"] and "beside adv-lib's FMN yet" in strength_answer(record)
+    text = judged(record, FOUND, images=300)
+    assert "On 300 images" in text and "The targets are for 1,000 images, and this was measured on 300." in text
+    assert "not measured beside AutoAttack yet" in text
+    stored = {name: value for name, value in record.stored().items() if name != "worst"}
+    assert "AutoAttack yet" in strength_answer(parse_record(record_bytes(stored)))
+
+
+def beside(monkeypatch, ours, theirs, seconds):
+    """The rows where ours leaves this share of the images right and takes so long for a part, AutoAttack 50 ms."""
+
+    def leaves(share, x, seconds):
+        end = time.process_time() + seconds
+        while time.process_time() < end:
+            pass
+        return torch.arange(len(x)) < share * len(x)
+
+    def found(part, batch_size, steps):
+        return wdat_core.Boundary(torch.where(leaves(ours, part.x, seconds), math.inf, 0.0))
+
+    monkeypatch.setattr(worst, "bounded", found)
+    monkeypatch.setattr(worst, "autoattack", lambda model, x, y, **_: leaves(theirs, x, 0.05))
+    return worst.beside_autoattack(baselines.random_subject("tiny", tiny, 60, CPU), 6)
+
+
+def test_beside_autoattack_each_target_has_a_row(monkeypatch, record):
+    faster, close = beside(monkeypatch, ours=0.5, theirs=0.5, seconds=0.002)
+    assert faster["ratio"] > 10 and faster["met"] and faster["rounds"] == 6
+    assert (close["ratio"], close["met"]) == (0, True)
+    slow, far = beside(monkeypatch, ours=0.5, theirs=0.4, seconds=0.05)
+    assert (slow["met"], far["ratio"], far["met"]) == (False, 10, False)
+    assert slow["baseline_seconds"] == pytest.approx(0.3, abs=0.11)
+    text = judged(record, FOUND, [slow, far])
+    assert "50.0 % against 40.0 %, +10.0 points (at most 0.3: missed by 9.70)" in text
+    assert "times as fast (at least 10: missed by " in text
+    text = benchmark_table(record.model_copy(update={"rows": [slow, far]})).data
+    assert "**10.00** points above it (counted)" in text
+
+
+@pytest.mark.parametrize(("theirs", "ratio", "met"), [(0.263, 0.1, True), (0.260, 0.4, False), (0.270, -0.6, True)])
+def test_autoattack_stronger_by_more_than_a_few_images_is_a_miss(monkeypatch, theirs, ratio, met):
+    def relay(works, parts, device):
+        laps = ([races.Lap(1, 1, left)] * len(parts) for left in (0.264, theirs))
+        return races.Race("cpu", dict(zip(works, laps, strict=True)))
+
+    monkeypatch.setattr(worst, "relay", relay)
+    _, row = worst.beside_autoattack(baselines.random_subject("tiny", tiny, 1000, CPU), 10)
+    assert (row["ratio"], row["met"]) == (ratio, met)
+
+
+def test_autoattack_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyautoattack", None)
+    rows = worst.beside_autoattack(baselines.random_subject("tiny", tiny, 6, CPU), 6)
+    assert [(row["ratio"], row["met"]) for row in rows] == [(None, None)] * 2
+    assert all(row["reason"].startswith("pyautoattack is not installed") for row in rows)
 
 
 def test_a_peer_of_minimum_norm_is_run_again(subject, monkeypatch):
