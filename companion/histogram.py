@@ -86,9 +86,9 @@ def accuracy_between(chunks: Iterable[Any], threat: Threat, bins: int = 65536) -
             last = _end(sub_costs, left)
             paid += int(sub_counts[:last].sum())
             if last < split.size:  # of it as many as are paid for if all are as dear, or as cheap, as any in it
-                price = _cost(split.edge(end, last, dearest), threat)[0]
-                left, most = max(left - sub_costs[:last].sum(), 0.0), int(sub_counts[last])
-                paid += most if price == 0 else min(most, int(left / price))
+                price = float(_cost(split.edge(end, last, dearest), threat)[0])
+                left, most = max(float(left - sub_costs[:last].sum()), 0.0), int(sub_counts[last])
+                paid += most if most * price <= left else int(left / price)
         bought.append(paid)
     return _fractions(n, *bought)
 

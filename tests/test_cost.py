@@ -4,17 +4,21 @@ import math
 import subprocess
 import sys
 
+import papermill
 import pytest
 import torch
 import torch.distributed as dist
+from altered import altered
+from papermill.exceptions import PapermillExecutionError
 from tiny import images, network, predict
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from companion import cost, files
+from companion import cost, cost_page, files
 from companion.architectures import WideResNet
 from companion.checked import ParameterError
 from companion.cost import Passes, Reader
+from companion.records import read_records
 from companion.settings import PRESETS
 from wdat_core import FinetuneConfig, Threat, boundary, evaluate, finetune, sensitivity, wpgd, wpgd_budget
 
@@ -250,3 +254,128 @@ def test_good_parameters_are_taken():
 def test_parameters_are_checked_before_torch_is_there():
     code = "import sys, companion.cost; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=files.ROOT).returncode == 0
+
+
+# --------------------------------------------------------------------------------------------------------- the page
+
+KNOWN = [record for kind in ("benchmark", "finetune", "evaluate") for record in read_records(kind=kind)]
+BENCHMARK = next(record for record in KNOWN if record.kind == "benchmark")
+CARD = {
+    "WRN-28-10, bfloat16": {"images_per_second": 500.0, "projected_minutes": 50.0},
+    "WRN-34-10, bfloat16": {"images_per_second": 400.0, "projected_minutes": 60.0},
+    "WRN-34-10, float32": {"images_per_second": 100.0},
+    "demo, float32": {"images_per_second": 9000.0},
+}
+GPU = altered(BENCHMARK, throughput=CARD).model_copy(
+    update={"device": "A card", "created": "2027-01-01T00:00:00+00:00"}
+)
+
+
+def cells(table):
+    """The rows of a table of Markdown, by their first cell."""
+    lines = [line.strip("| ").split(" | ") for line in table.data.splitlines() if line.startswith("|")][2:]
+    return {line[0]: line[1:] for line in lines}
+
+
+def test_the_answer_has_the_grid_the_speed_and_three_numbers_of_devices():
+    text = cost_page.cost_answer(KNOWN)
+    assert text.startswith(
+        f"The paper's grid, 5 networks with 8 columns each, is {cost_page.many(cost.grid().whole)} passes."
+    )
+    assert "one such device" in text and " on 8 and " in text and " on 64, " in text
+    assert text.endswith("No GPU was measured.") and " measured with `small_trades` on " in text
+
+
+def test_a_card_s_speed_is_taken_once_it_is_recorded():
+    text = cost_page.cost_answer([*KNOWN, GPU])
+    assert "At the 8,200 passes a second measured with WRN-34-10, bfloat16 on A card" in text
+    assert "No GPU" not in text and "small" not in text
+    names = [source.name for source in cost_page.sources([*KNOWN, GPU])]
+    assert names[:4] == ["WRN-34-10, bfloat16", "WRN-34-10, float32", "WRN-28-10, bfloat16", "demo, float32"]
+    predicted = {s.name: (f, r) for s, _, f, r in cost_page.checks([*KNOWN, GPU]) if s.gpu}
+    assert predicted["WRN-34-10, bfloat16"] == (pytest.approx((6.32e6 + 16e6 + 2.4e6) / 8200), 3600)
+    assert GPU in cost_page.used([*KNOWN, GPU])
+
+
+def test_a_quick_benchmark_is_no_measurement():
+    quick = altered(GPU, config={"quick": True})
+    assert cost_page.sources([quick]) == [] and "othing is recorded here yet" in cost_page.cost_answer([quick])
+
+
+def test_a_speed_is_that_of_the_attack_or_of_the_columns():
+    found = {source.name: source for source in cost_page.sources(KNOWN)}
+    row = next(
+        r
+        for r in BENCHMARK.rows
+        if (r["name"], r["baseline"], r["network"]) == (cost_page.ATTACK, cost_page.BARE, "demo")
+    )
+    assert found["`demo`"].rate == pytest.approx(row["images"] * 20.5 / row["seconds"])
+    seconds = [
+        record.seconds["finetune"]
+        for record in KNOWN
+        if record.kind == "finetune" and record.network.name == "cnn_a_adv4"
+    ]
+    assert len(seconds) == 1
+    training = cost.training("whole", 40_000, 10_000, 20, 512)
+    assert found["`cnn_a_adv4`"].rate == pytest.approx(cost.total(training).whole / seconds[0])
+
+
+def test_times_are_of_what_was_measured_or_given():
+    """None for ImageNet until the reader says how fast; none at all without a record."""
+    rows = cells(cost_page.cost_table(Reader(), KNOWN))
+    assert all((row[-3:] == ["–"] * 3) == name.startswith("ImageNet") for name, row in rows.items())
+    assert all(row[-3:] == ["–"] * 3 for row in cells(cost_page.cost_table(Reader(), [])).values())
+    given = Reader(images_per_second=1000, devices="1, 10")
+    rows = cells(cost_page.cost_table(given, KNOWN))
+    assert rows == cells(cost_page.cost_table(given, []))
+    name = "ImageNet evaluation, 50,000 images"
+    assert rows[name][-2:] == [cost_page.duration(cost.imagenet().whole / 1000 / n / 3600) for n in (1, 10)]
+    assert "bandwidth` is not given" in cost_page.reader_words(given, KNOWN).data
+
+
+def test_bandwidth_makes_it_longer_on_several_devices_only():
+    without, with_it = (
+        cells(cost_page.cost_table(Reader(images_per_second=1000, parameters=10**8, devices="1, 8", **more), KNOWN))
+        for more in ({}, {"bandwidth": 1e8})
+    )
+    row = "a column, whole network"
+    assert without[row][-2] == with_it[row][-2] and without[row][-1] != with_it[row][-1]
+    shared = 1580 * cost.step_bytes(10**8)
+    expected = cost.total(cost.column()).whole / 1000 / 8 + 2 * 7 / 8 * shared / 1e8
+    assert with_it[row][-1] == cost_page.duration(expected / 3600)
+
+
+def test_the_formula_is_compared_with_other_records_than_its_speeds_are_from():
+    found = cost_page.checks(KNOWN)
+    assert {source.name for source, *_ in found} >= {"`small_trades`", "`small_pgd`", "`demo`"}
+    for source, what, formula, recorded in found:
+        assert formula > 0 and recorded > 0
+        assert not ("fine-tuning" in source.how and "whole network" in what)
+
+
+def test_numbers_are_easy_to_read():
+    assert [cost_page.duration(h) for h in (1200, 25.5, 0.5, 1 / 3600, math.nan)] == [
+        "1,200 h",
+        "25.5 h",
+        "30 min",
+        "1 s",
+        "–",
+    ]
+    assert [cost_page.size(n) for n in (0, 1500, 185e6, 292e9, 11.7e12)] == [
+        "0 B",
+        "1.5 kB",
+        "185 MB",
+        "292 GB",
+        "11.7 TB",
+    ]
+    assert [cost_page.many(n) for n in (417_500, 30_265_000, 1.1869e9)] == ["417,500", "30.3 million", "1.19 billion"]
+
+
+def test_a_bad_parameter_ends_the_page_in_one_line(tmp_path):
+    page = files.ROOT / "notebooks" / "cost.ipynb"
+    with pytest.raises(PapermillExecutionError) as caught:
+        papermill.execute_notebook(
+            page, tmp_path / "out.ipynb", {"devices": "[1, 8]"}, progress_bar=False, cwd=files.ROOT
+        )
+    (line,) = caught.value.traceback
+    assert line == f"ParameterError: devices must be {cost.COUNTS}, not '[1, 8]'"

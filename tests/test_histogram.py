@@ -67,6 +67,15 @@ def test_the_interval_holds_the_accuracy_of_any_distances(d, p, delta, bins, dty
     assert 0 <= low <= by_sorting(d, Threat(p=p, delta=delta)) <= high <= 1
 
 
+def test_prices_far_apart_in_one_sub_bin():
+    """With few bins the cheapest that a sub-bin can have costs less than any float64 divides by."""
+    d = np.array([0.0, 1e-160, 1.0, 1.5], np.float64)
+    for bins in (2, 4, 8, 16, 32):
+        for delta in (1.0, 1.1, 1e-100):
+            low, high = between(d, Threat(p=2, delta=delta), bins=bins)
+            assert low <= by_sorting(d, Threat(p=2, delta=delta)) <= high
+
+
 @pytest.mark.parametrize("dtype, width", [(np.float32, 31), (np.float64, 63)])
 @pytest.mark.parametrize("bins", [2, 16, 64, 256, 1024])
 def test_the_width_is_at_most_the_images_of_one_sub_bin(bins, dtype, width):
