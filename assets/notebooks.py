@@ -228,7 +228,7 @@ $$
 + \frac{2\,(N - 1)}{N} \cdot \frac{\text{bytes added up}}{\text{bandwidth}} \right).
 $$
 
-The first part takes it that the work divides perfectly. That was measured from 1 to 2 processes only, see
+The first part assumes that the work divides perfectly. That was measured from 1 to 2 processes only, see
 [Speed and memory](performance.ipynb). The second is the least that a device has to send so that all devices have the sum.
 Waiting for messages is not in the formula.
 
@@ -273,8 +273,8 @@ cost_page.checks_table(known)
 
 %% markdown checks-text
 The last table compares the formula with records that its speeds are not from. A speed that comes from columns counts the passes
-that ReDLR skips as made, so it is too high for an attack that skips fewer, such as W∞ and the search for the worst case. And
-records have the time on the wall: columns of the same passes differ as much as the table of speeds says.
+that ReDLR skips as made. So it is too high for an attack that skips none, such as W∞ and the search for the worst case. Records have
+the time on the wall, which other work on the machine lengthens: columns of the same passes differ as much as the table of speeds says.
 
 ## Run it
 

@@ -201,14 +201,14 @@ def _with_worst_case(record: EvaluateRecord) -> bool:
 def cost_answer(records: Sequence[Record]) -> str:
     """The page's first sentence, for 1, 8 and 64 devices, and whether a GPU was measured."""
     grid, measured = cost.grid(), sources(records)
-    what = f"The paper's grid, {NETWORKS} networks with {COLUMNS} columns each, is {many(grid.whole)} passes"
+    what = f"The paper's grid, {NETWORKS} networks with {COLUMNS} columns each, is at most {many(grid.whole)} passes"
     if not measured:
         return f"{what}; how long a pass takes was not measured: {NOTHING[:1].lower()}{NOTHING[1:]}"
     one = measured[0]
     times = [duration(cost.hours(grid, one.rate, devices)) for devices in (1, 8, 64)]
     small = "" if one.gpu else " and every network is as small. No GPU was measured"
     return (
-        f"{what}. At the {one.rate:,.0f} passes a second measured with {one.name} on {one.device} it would take"
+        f"{what}. At the {one.rate:,.0f} passes a second measured with {one.name} on {one.device}, it would take"
         f" {times[0]} on one such device, {times[1]} on 8 and {times[2]} on 64, if the work divides perfectly{small}."
     )
 
@@ -224,7 +224,7 @@ def reader_words(reader: Reader, records: Sequence[Record]) -> Any:
         whose = f"Times at your {reader.images_per_second:,g} images a second on one device."
     elif source:
         whose = (
-            f"Times at the {source.rate:,.0f} images a second of {source.name} on {source.device}. Give yours with"
+            f"Times at the {source.rate:,.0f} passes a second of {source.name} on {source.device}. Give yours with"
             " `-p images_per_second`; those of ImageNet are shown then."
         )
     if reader.bandwidth is None:
@@ -247,7 +247,7 @@ def _source(reader: Reader, records: Sequence[Record]) -> Source | None:
 def cost_table(reader: Reader, records: Sequence[Record]) -> Any:
     """Passes, steps, bytes and hours of each of `runs`, as Markdown."""
     source, parameters = _source(reader, records), _parameters(reader)
-    columns = ["run", "passes, at most", "steps", "added up at a step", "in all"]
+    columns = ["run", "passes, at most", "steps", "added up at a step", "added up in all"]
     columns += [f"on {plural(devices, 'device')}" for devices in reader.counts]
     lines = []
     for run in runs():
