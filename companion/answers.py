@@ -12,6 +12,7 @@ from typing import Any
 from companion import pictures
 from companion.claim_texts import paper_count, worst_case_answer
 from companion.claims import CIFAR10_ONLY, CLAIMS, Claim, counted, outcomes, verdict
+from companion.cost_page import cost_answer
 from companion.evidence import (
     COLUMNS,
     FULL,
@@ -382,4 +383,5 @@ PAGES: dict[str, Callable[[Sequence[Record]], str]] = {
     "stand_ins": _stand_ins,
     "gallery": _gallery,
     "performance": _performance,
+    "cost": cost_answer,
 }

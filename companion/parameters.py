@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
+from companion.checked import Checked
+from companion.cost import Reader
 from companion.settings import NOTEBOOKS, PARAMETERS, Settings
 
 NETWORKS = "any network, as for Table 4; None: the paper's five, or the stand-ins"
@@ -52,13 +54,17 @@ USUAL: dict[str, dict[str, Any]] = {  # parameters that are not as by default in
 def explained(notebook: str) -> dict[str, str]:
     """The parameters of a notebook, in their order, each with what it means."""
     does = NOTEBOOKS[notebook]
-    own = OWN.get(does, {})
-    return {name: own.get(name) or str(Settings.model_fields[name].description) for name in PARAMETERS[does]}
+    own, fields = OWN.get(does, {}), _of(does).model_fields
+    return {name: own.get(name) or str(fields[name].description) for name in PARAMETERS[does]}
+
+
+def _of(does: str) -> type[Checked]:
+    return Reader if does == "work out a cost" else Settings
 
 
 def defaults(notebook: str) -> dict[str, Any]:
     """The values that the parameters of a notebook have when none is given."""
-    values = Settings().model_dump() | USUAL.get(notebook, {})
+    values = _of(NOTEBOOKS[notebook])().model_dump() | USUAL.get(notebook, {})
     return {name: values[name] for name in PARAMETERS[NOTEBOOKS[notebook]]}
 
 

@@ -4,15 +4,15 @@ Nothing here imports torch: parameters are checked before it is loaded."""
 
 from __future__ import annotations
 
-import difflib
 import math
-import types
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
+from companion.checked import Checked, variables
+from companion.checked import ParameterError as ParameterError  # where everybody looks for it
+from companion.checked import unknown as unknown
 from companion.datasets import DATASETS, EMBEDDED, is_own
 
 METRICS = {"clean": "Clean", "w_inf": "W∞", "w_2": "W₂"}
@@ -91,13 +91,6 @@ STRONGER = {  # the first of each kind is that of the tables; 50 steps of ratio 
 }
 
 
-class ParameterError(ValueError):
-    """Something that the user can put right. A notebook shows the message and no traceback."""
-
-    def _render_traceback_(self) -> list[str]:
-        return [f"{type(self).__name__}: {self}"]
-
-
 PRESETS: dict[str, dict[str, Any]] = {
     # A laptop computes a column of Table 4 in a minute, without any download.
     "demo": {
@@ -128,7 +121,7 @@ Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(gt=0)]
 
 
-class Settings(BaseModel):
+class Settings(Checked):
     """The parameters of all notebooks. Types are strict: True is no number, and "2" is no number.
 
     None takes the preset's or the data set's value where there is one; for tau and eta both of the paper's; for the
@@ -137,8 +130,6 @@ class Settings(BaseModel):
     Raises:
         ParameterError: a parameter is not known, has a wrong type, or an impossible value.
     """
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
     preset: Literal["demo", "paper"] = Field(
         "demo",
@@ -203,11 +194,8 @@ class Settings(BaseModel):
         description="how many of the test images AutoAttack is run on, which takes far longer than all the others",
     )
 
-    def __init__(self, **given: Any) -> None:
-        try:
-            super().__init__(**given)
-        except ValidationError as error:
-            raise ParameterError(_in_words(error.errors()[0])) from None
+    def __init__(self, **given: Any) -> None:  # else mypy wants every field
+        super().__init__(**given)
 
     @classmethod
     def from_notebook(cls, namespace: dict[str, Any], notebook: str) -> Self:
@@ -221,18 +209,7 @@ class Settings(BaseModel):
             ParameterError: a variable is no parameter of this notebook, has the wrong type, or an impossible value.
         """
         does = NOTEBOOKS[notebook]
-        known = PARAMETERS[does]
-        # In a live notebook the cell is run again when the names of all later cells are there as well.
-        again = namespace.get("_parameters_were_checked", False)
-        given = {}
-        for name, value in namespace.items():
-            if name.startswith("_") or name in ("In", "Out") or isinstance(value, types.ModuleType) or callable(value):
-                continue
-            if name in known:
-                given[name] = value
-            elif not again:
-                raise ParameterError(unknown(name, known))
-        namespace["_parameters_were_checked"] = True
+        given = variables(namespace, PARAMETERS[does])
         if given.get("preset") == "paper" and given.get("network") is None and notebook in PAPER_SUBJECTS:
             given["network"] = PAPER_SUBJECTS[notebook]
         settings = cls(**given).resolved()
@@ -336,36 +313,6 @@ class Settings(BaseModel):
         return [(tau, eta) for eta in etas for tau in taus]
 
 
-def _in_words(error: Any) -> str:
-    """One of pydantic's errors as one sentence."""
-    name, value = str(error["loc"][0]), error["input"]
-    if error["type"] == "extra_forbidden":
-        return unknown(name, list(Settings.model_fields))
-    context = error.get("ctx", {})
-    wanted = {
-        "float_type": "a number",
-        "int_type": "a whole number",
-        "int_from_float": "a whole number",
-        "string_type": "a text",
-        "bool_type": "True or False",
-        "finite_number": "a finite number",
-        "literal_error": context.get("expected"),
-        "greater_than": f"above {context.get('gt')}",
-        "greater_than_equal": f"at least {context.get('ge')}",
-        "less_than": f"below {context.get('lt')}",
-        "less_than_equal": f"at most {context.get('le')}",
-    }[error["type"]]
-    wanted = wanted.removesuffix(".0")
-    return f"{name} must be {'a number, a text, True or False' if name == 'value' else wanted}, not {value!r}"
-
-
-def unknown(name: str, known: Sequence[str]) -> str:
-    """What to say of a parameter that there is none of."""
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f": did you mean {near[0]!r}?" if near else "."
-    return f"unknown parameter {name!r}{hint} Known are {', '.join(known)}"
-
-
 _ALL = [name for name in Settings.model_fields if name not in ("point", "value", "autoattack")]
 _WHERE = ["precision", "compiled", "device", "models", "fresh"]
 _ATTACK = ["preset", "network", "dataset", "data", "test_images", "norm", "delta", "steps", *_WHERE]
@@ -378,6 +325,7 @@ PARAMETERS = {  # of the notebooks, by what they do
     "attack": _FOUND,
     "attack harder": [*_ATTACK[:5], "autoattack", *_ATTACK[5:]],
     "show attacks": _FOUND[:-1],
+    "work out a cost": ["images_per_second", "parameters", "bandwidth", "devices"],  # see cost.py
     "bring your own": ["tau", "epochs", "delta", "steps", "seed"],
     "attack in batches": [*_ATTACK[:4], "train_images", "test_images", "batch_size", *_ATTACK[5:]],
     "estimate": [*_ATTACK[:4], "train_images", "norm", "delta", *_WHERE[:2], "seed", *_WHERE[2:]],
@@ -394,6 +342,7 @@ NOTEBOOKS = {  # what each does
     "stronger": "attack harder",
     "gallery": "show attacks",
     "own_network": "bring your own",
+    "cost": "work out a cost",
 }
 ONE_COLUMN = ("follow", "change a point")  # of a grid, so that tau and eta have to be given
 # Whose network each takes in the preset "paper", where it is one; of Chen and Lee the paper prints no grid.

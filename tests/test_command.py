@@ -215,6 +215,7 @@ def test_help_has_every_item_and_no_other(capsys):
     shown = re.findall(r"^  (\w+)  +\S", capsys.readouterr().out.split("Commands:")[1], re.MULTILINE)
     assert shown == ITEMS and {*PAGES} - {*ITEMS} == {
         "own_network",
+        "cost",
         "claims",
         "performance",
         "reliability",

@@ -12,6 +12,7 @@ import pytest
 from papermill.exceptions import PapermillExecutionError
 
 from companion import files
+from companion.cost import Reader
 from companion.settings import GRIDS, NOTEBOOKS, ONE_COLUMN, PARAMETERS, Settings
 
 NOTEBOOKS_OF_THE_BOOK = sorted(files.ROOT.glob("notebooks/*.ipynb"))
@@ -68,7 +69,8 @@ def test_every_parameter_is_explained_and_known(path):
         assert asked == [path.stem]
         does = NOTEBOOKS[path.stem]
         assert list(parameters) == PARAMETERS[does]
-        if does == "bring your own":
+        if does in ("bring your own", "work out a cost"):
+            assert does == "bring your own" or repr(Reader()) == repr(defaults_of(parameters))
             return
         usual = Settings().model_dump() | ({"tau": 0.01, "eta": 1.0} if does in ONE_COLUMN else {})
         usual |= {"network": "small_trades"} if does == "attack harder" else {}
@@ -76,6 +78,10 @@ def test_every_parameter_is_explained_and_known(path):
             assert ast.literal_eval(parameter["default"].replace("8 / 255", repr(8 / 255))) == usual[name]
     about_records = ("claims", "first_order", "performance", "reliability", "stand_ins", "train_worst_case")
     assert bool(asked) == (path.stem not in about_records)
+
+
+def defaults_of(parameters):
+    return Reader(**{name: ast.literal_eval(parameter["default"]) for name, parameter in parameters.items()})
 
 
 def cells_of(notebook):
@@ -97,7 +103,7 @@ def test_the_parameters_of_every_other_notebook_are_written_too(name):
 
 
 def test_templates_fill_every_gap_and_keep_the_outputs_of_cells_that_stay():
-    assert WRITTEN.keys() == {*(f"table{n}" for n in GRIDS), "figure7_2", "figure7_3", "figure7_4"}
+    assert WRITTEN.keys() == {*(f"table{n}" for n in GRIDS), "figure7_2", "figure7_3", "figure7_4", "cost"}
     assert not re.search("[«»]", json.dumps(WRITTEN, ensure_ascii=False))
     old, new = (TEMPLATES["notebooks"]()["table4"] for _ in range(2))
     same, other = (next(c for c in old.cells if c.id == f"table4-{part}") for part in ("answer", "columns"))
