@@ -25,7 +25,9 @@ from companion.architectures import channels_last, cnn_a, new_stand_in
 from companion.data import Data
 from companion.datasets import DATASETS, NORMS, is_own
 from companion.files import digest, from_root, one_line, verified
-from companion.settings import FINETUNED, FROM_SCRATCH, PAPER_NETWORKS, STAND_INS, ParameterError
+from companion.settings import FINETUNED, PAPER_NETWORKS, STAND_INS, ParameterError
+
+FROM_SCRATCH = "-from-scratch"  # ends the name of an architecture whose weights were drawn anew
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,6 @@ STAND_INS = {  # name -> class in networks, and its widths; pre-trained by the r
     "small_pgd": ("PatchResNet", (32, 64)),
 }
 FINETUNED = "-finetuned"  # ends the name of a network that is not as its origin published it
-FROM_SCRATCH = "-from-scratch"  # ends the name of an architecture whose weights were drawn anew
 OPEN_POINTS: dict[str, tuple[Any, ...]] = {  # what the paper leaves open: a field of FinetuneConfig, default first
     "consistency": ("ce_detached", "ce", "kl"),
     "attack_label": ("true", "predicted"),
