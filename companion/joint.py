@@ -113,7 +113,7 @@ def joint_answer(records: Sequence[Record]) -> str:
         text = f"**There is nothing to stop: without the pointwise term no pointwise accuracy is lost, {on}.**"
     if kept := [name_of(line.study[0]) for line in judged if lost and not _loses(line)]:
         text += f" Without it {listed(kept)} {'loses' if len(kept) == 1 else 'lose'} none."
-    text += f" A∞ at 8/255 minus that of the network as it is: {listed([_course(line) for line in judged])}."
+    text += f" A∞ at 8/255 minus that of the network as it is, without the term and with it: {_courses(judged)}."
     return text + _no_more_than_weight(judged, records)
 
 
@@ -137,12 +137,17 @@ def _is_stopped(line: Line) -> bool:
     return against_none == "above" and against_start != "below"
 
 
-def _course(line: Line) -> str:
-    """What the term changes on one network, from gamma 0 to the greatest."""
-    values = [moved(line.points[gamma], [line.before], POINTWISE)[0].text(signed=True) for gamma in (0, line.most)]
-    cost = moved(line.points[line.most], line.points[0], None)[0].text(signed=True)
-    terms = f"{values[0]} without the term and {values[1]} with γ = {line.most:g}"
-    return f"{terms} on {name_of(line.study[0])} ({line.words}), where the term changes clean accuracy by {cost}"
+def _courses(judged: Sequence[Line]) -> str:
+    """What the greatest gamma changes on each network, and what it costs."""
+    parts = []
+    for line in judged:
+        without, with_it = (
+            moved(line.points[g], [line.before], POINTWISE)[0].text(signed=True) for g in (0, line.most)
+        )
+        cost = moved(line.points[line.most], line.points[0], None)[0].text(signed=True)
+        how = f"γ = {line.most:g}, which changes clean accuracy by {cost}"
+        parts.append(f"{without} and {with_it} on {name_of(line.study[0])} ({how})")
+    return "; ".join(parts)
 
 
 def _no_more_than_weight(judged: Sequence[Line], records: Sequence[Record]) -> str:
