@@ -101,7 +101,7 @@ def joint_answer(records: Sequence[Record]) -> str:
     judged = _of_each_network([line for line in every if line.before and 0 in line.points])
     if not judged:
         if not every:
-            return f"**{NOT_YET}: no network has a run with the pointwise term.**"
+            return f"**{NOT_YET}.** Of runs with the pointwise term nothing is recorded here yet."
         return f"**{NOT_YET}: beside the pointwise term, a run without it and the network as it is are needed.**"
     lost = [line for line in judged if _loses(line)]
     if lost:
@@ -171,10 +171,11 @@ def joint_table(records: Sequence[Record]) -> Any:
             rows.append([called, "as it is", "–", *_accuracies([line.before]), *["–"] * 5])
         for gamma, those in line.points.items():
             lost = moved(those, [line.before], POINTWISE)[0].text(signed=True) if line.before else "–"
-            beside = [above_algorithm1(line, gamma, ball, records) for ball in (POINTWISE, SPREAD)]
-            cells = [lost, *(found.text(signed=True) if found else "not comparable" for found in beside)]
-            cells = cells if gamma else [lost, "its frontier", "its frontier"]
-            rows.append([called, line.words, f"{gamma:g}", *_accuracies(those), *cells, *_runs(those)])
+            found = [above_algorithm1(line, gamma, ball, records) for ball in (POINTWISE, SPREAD)]
+            beside = [one.text(signed=True) if one else "not comparable" for one in found]
+            if not gamma and (JOINT, line.delta) == frontiers.BASE:
+                beside = ["its frontier"] * 2
+            rows.append([called, line.words, f"{gamma:g}", *_accuracies(those), lost, *beside, *_runs(those)])
     heads = ["network", "β, δ", "γ", "clean", *BALLS.values(), "A∞ against as it is"]
     heads += ["A∞ above Algorithm 1", "A₂ at 4/255 above Algorithm 1", "seeds", "training, s"]
     return markdown(heads, rows) if rows else markdown(["network"], [[f"{NOT_YET}."]])
@@ -249,11 +250,11 @@ def scratch_table(records: Sequence[Record]) -> Any:
     rows, every = [], scratch_studies(records)
     for study in every:
         picked = chosen(study)
-        trades = picked[BESIDE][1] if BESIDE in picked else None
+        base, trades = picked.get(BESIDE, (None, []))
         for setting, those in frontiers.settings_of(study).items():
             mark = "**" if picked[setting.objective][0] == setting else ""
             cells = [frontiers.label(study, every), f"{mark}{frontiers.name(setting.objective)}{mark}"]
-            beside = moved(those, trades, SPREAD)[0].text(signed=True) if trades and those is not trades else "–"
+            beside = moved(those, trades, SPREAD)[0].text(signed=True) if trades and setting != base else "–"
             rows.append([*cells, setting.words, *_accuracies(those), beside, *_runs(those)])
     heads = ["architecture", "objective", "β, δ", "clean", *BALLS.values(), "A₂ at 4/255 against TRADES"]
     heads += ["seeds", "training, s"]

@@ -155,6 +155,8 @@ def test_from_scratch_each_objective_stands_beside_trades():
         "**From scratch on `PatchResNet-32-64-from-scratch`, more A₂ than TRADES: “exact slope”; less A₂ than TRADES:"
         " “Algorithm 1”.**"
     )
+    rows = cells(joint.scratch_table(records))[2:]
+    assert [row[7].split(" ")[0] for row in rows] == ["-3.00", "+3.00", "–"]
     assert "“exact slope” (β = 6, δ = 8/255) has +3.00 ±" in text and "-2.00 ± 0.87 clean" in text
     assert "no visibly different A₂: “exact slope”" in joint.scratch_answer([*records[:1], from_scratch("slope")])
 
