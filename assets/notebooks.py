@@ -1,6 +1,6 @@
-"""Writes the notebooks that share one shape, Tables 3, 4 and 6 to 11 and Figures 7.2 to 7.4, and the page of costs.
+"""Writes the notebooks that share one shape, Tables 3, 4 and 6 to 11 and Figures 7.2 to 7.4: python assets/notebooks.py
 
-python assets/notebooks.py: two templates hold what the pages share, the tables of data below them what differs. A cell that stays as it was keeps
+Two templates hold what the pages share, the tables of data below them what differs. A cell that stays as it was keeps
 its output; one that changes has none until `python assets/execute.py NAME` runs it. Of the other notebooks this writes
 the parameters cell. tests/test_notebooks.py says when a notebook is not what this file writes.
 """
@@ -193,106 +193,6 @@ fold: Code
 origins.drawn_from(followed)
 """
 
-COST = r"""
-%% markdown title
-# What it costs
-
-%% code parameters parameters hide-cell
-fold: Parameters
-«parameters»
-
-%% code check remove-cell
-from companion.cost import Reader
-
-reader = Reader.from_notebook(globals(), "«name»")
-
-%% code answer answer hide-input
-fold: Code
-alt: Three bars of passes in millions, for the two kinds of columns and an ImageNet evaluation, stacked by part: the attack is more than half of a column; the folded table has the numbers.
-from IPython.display import Markdown, display
-
-from companion import cost_page
-from companion.answers import answer
-from companion.records import read_records
-
-known = [record for kind in ("benchmark", "finetune", "evaluate") for record in read_records(kind=kind)]
-display(Markdown(answer("«name»", known)), cost_page.plot_parts())
-display(cost_page.reader_words(reader, known), cost_page.cost_table(reader, known))
-
-%% markdown formula
-A *pass* is one image that goes forward through the network and back to the input, as at each step of an attack. Forward alone
-counts as half a pass, forward and back to the weights as one and a half: they have as many multiplications. On $N$ devices
-
-$$
-\text{hours} = \frac{1}{3600} \left( \frac{\text{passes}}{N \cdot \text{images per second}}
-+ \frac{2\,(N - 1)}{N} \cdot \frac{\text{bytes added up}}{\text{bandwidth}} \right).
-$$
-
-The first part assumes that the work divides perfectly. That was measured from 1 to 2 processes only, see
-[Speed and memory](performance.ipynb). The second is the least that a device has to send so that all devices have the sum.
-Waiting for messages is not in the formula.
-
-A speed is either measured, and then its record is named below, or yours. No GPU's speed is on this page before it is measured:
-`python3 make.py benchmark` on a machine with a GPU writes a record, and with it in `results/` the page takes its speed.
-
-## What is counted
-
-- **Estimate of Υ**: at every minibatch a tenth of the training images, forward and back to the input.
-- **Attack**: its steps on each minibatch. The first look also gives the radius [(5.5)](#eq-5-5); the last iterate is looked at by the
-  update.
-- **Update**: the images and the attacked images, forward and back to the weights. Where the last layer alone is trained, they
-  go forward only; the gradient of that layer is left out.
-- **Validation**: after each epoch the W₂ attack on the validation images.
-- **W∞ and W₂ attack**: of the test images after training. The clean accuracy comes with them.
-- **Worst case**: the gradients of the search for each test image, as if all were classified correctly.
-
-A network is measured once before its columns, with W-PGD-budget and Υ too. The counts are upper bounds: under ReDLR images that
-are lost already are skipped. `tests/test_cost.py` counts the passes that the code makes: under CE, where no image is
-skipped, they are these, one for one.
-
-The paper prints eight columns for each of four networks, and the best one of the fifth. Counted are eight for each, with one
-seed. ImageNet has no place in the paper: its evaluation is clean, W∞, W₂ and worst case accuracy of a network that somebody has.
-
-## Details
-
-%% code parts hide-cell
-fold: Where the passes of a column go
-cost_page.parts_table()
-
-%% code communication hide-cell
-fold: What the devices send each other
-cost_page.communication_table(reader)
-
-%% code sources hide-cell
-fold: The measured speeds, and the paper's grid at each
-cost_page.sources_table(reader, known)
-
-%% code checks hide-cell
-fold: Does the formula hold?
-cost_page.checks_table(known)
-
-%% markdown checks-text
-The last table compares the formula with records that its speeds are not from. A speed that comes from columns counts the passes
-that ReDLR skips as made. So it is too high for an attack that skips none, such as W∞ and the search for the worst case. Records have
-the time on the wall, which other work on the machine lengthens: columns of the same passes differ as much as the table of speeds says.
-
-## Run it
-
-From the root of the repository, with your own numbers instead of these:
-
-    papermill notebooks/«name».ipynb out.ipynb -p images_per_second 1000 -p parameters 25000000
-    papermill notebooks/«name».ipynb out.ipynb -p images_per_second 1000 -p bandwidth 1e9 -p devices "1, 16"
-
-For your images a second, time `wpgd(model, x, y, Threat(), loss="ce")` on one device, a second time, and divide: the number of
-images times its 20 steps and a half, by the seconds.
-
-%% code origin hide-input
-fold: Code
-from companion import origins
-
-origins.drawn_from(cost_page.used(known))
-"""
-
 # ------------------------------------------------------------------------------------------------------- what differs
 
 HOW = {
@@ -383,7 +283,6 @@ def notebooks() -> dict[str, Any]:
         found[f"table{number}"] = filled(TABLE, number, HOW[perturb] | paper | {"perturb": perturb})
     for number, about in FIGURES.items():
         found[f"figure7_{number}"] = filled(FIGURE, number, about)
-    found["cost"] = COST
     return {name: notebook(name, text) for name, text in found.items()}
 
 

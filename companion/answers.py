@@ -29,6 +29,7 @@ from companion.evidence import (
 from companion.first_order import first_order_answer
 from companion.frontiers import frontier_answer
 from companion.intervals import Estimate, bits, change, estimate_of, outcome_of_change, side, span
+from companion.joint import joint_answer
 from companion.kinds import FinetuneRecord, Record, images_of
 from companion.open_points import matters
 from companion.settings import CONTROLS, FINETUNED, GRIDS, METRICS, PAPER_NETWORKS, STAND_INS, STRONGER
@@ -369,6 +370,7 @@ PAGES: dict[str, Callable[[Sequence[Record]], str]] = {
     "claims": _claims,
     "worst_case": worst_answer,
     "train_worst_case": frontier_answer,
+    "joint": joint_answer,
     "first_order": first_order_answer,
     "table1": _networks,
     "table2": _budget,

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from companion.files import digest
 from companion.intervals import Estimate, boundary_of, estimate_of, has_found, shares, span
 from companion.kinds import EvaluateRecord, ObjectiveRecord, Record, images_of
-from companion.networks import PUBLISHED
+from companion.networks import FROM_SCRATCH, PUBLISHED
 from companion.objective_functions import OBJECTIVES
 from companion.settings import PAPER_NETWORKS, STAND_INS
 from companion.words import NOTHING, listed, markdown, name_of, plural, short_name
@@ -42,11 +42,20 @@ class Setting(NamedTuple):
 
 
 def studies(records: Sequence[Record]) -> list[Study]:
-    """Records that differ in objective, weight, radius and seed alone: known networks first, the longest of each."""
+    """The trainings of "Training for the worst case", `grouped`: none by the joint objective, and none from scratch."""
+    every = [record for record in records if isinstance(record, ObjectiveRecord)]
+    return grouped([record for record in every if not record.config.gamma and not is_from_scratch(record)])
+
+
+def is_from_scratch(record: ObjectiveRecord) -> bool:
+    return record.network.name.endswith(FROM_SCRATCH)
+
+
+def grouped(records: Sequence[ObjectiveRecord]) -> list[Study]:
+    """Records that differ in objective, weights, radius and seed alone: known networks first, the longest of each."""
     found: dict[Any, Study] = {}
     for record in records:
-        if isinstance(record, ObjectiveRecord):
-            found.setdefault(_protocol(record), []).append(record)
+        found.setdefault(_protocol(record), []).append(record)
     names = [*PAPER_NETWORKS, *STAND_INS, *PUBLISHED, *sorted({study[0].network.name for study in found.values()})]
     return sorted(
         found.values(), key=lambda s: (names.index(s[0].network.name), -(s[0].data.train or 0) * s[0].config.epochs)
@@ -54,9 +63,11 @@ def studies(records: Sequence[Record]) -> list[Study]:
 
 
 def _protocol(record: ObjectiveRecord) -> Any:
-    config = record.config.model_dump(exclude={"objective", "beta", "threat", "seed"})
+    config = record.config.model_dump(exclude={"objective", "beta", "gamma", "threat", "seed"})
     same = {**config, **record.data.model_dump(), "r": record.config.threat.r}
-    return record.network.digest, tuple(sorted(same.items()))
+    # Weights that are drawn anew are others with each seed.
+    network = record.network.name if is_from_scratch(record) else record.network.digest
+    return network, tuple(sorted(same.items()))
 
 
 def settings_of(study: Study) -> dict[Setting, Study]:
@@ -106,33 +117,36 @@ def _words(study: Study) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+Ball = tuple[float, float]  # order, and radius in 255ths
+
+
 @dataclass(frozen=True)
 class Point:
-    """What each image adds to the clean accuracy and to A_2, arrays (n,), means over seeds; accuracies are theirs."""
+    """What each image adds to the clean accuracy and to A_p, arrays (n,), means over seeds; accuracies are theirs."""
 
     clean: Any
     robust: Any
 
 
-def point(records: Sequence[Any], part: str) -> Point:
-    """Clean accuracy and A_2 at AT/255 of records that differ in the seed alone."""
+def point(records: Sequence[Any], part: str, ball: Ball = (2.0, AT)) -> Point:
+    """Clean accuracy and A_p, by default A_2 at AT/255, of records that differ in the seed alone."""
     import numpy as np
 
     clean = np.mean([(boundary_of(r, part).distance > 0).double().numpy() for r in records], axis=0)
-    return Point(clean, np.mean([_shares(r, part, 2.0, AT) for r in records], axis=0))
+    return Point(clean, np.mean([_shares(r, part, *ball) for r in records], axis=0))
 
 
 def _shares(record: Any, part: str, p: float, delta: float) -> Any:
     return shares(record, part, Threat(p=p, r=record.config.threat.r, delta=delta / 255))
 
 
-def frontier(study: Study, part: str, records: Sequence[Record]) -> list[Point]:
+def frontier(study: Study, part: str, records: Sequence[Record], ball: Ball = (2.0, AT)) -> list[Point]:
     """Algorithm 1's points for all its weights, and the network as it is where that is known, by clean accuracy."""
     before = as_it_is(study, part, records)
     those: list[Any] = [
         group for (objective, _, delta), group in settings_of(study).items() if (objective, delta) == BASE
     ]
-    line = [point(group, part) for group in [*([[before]] if before else []), *those]] if those else []
+    line = [point(group, part, ball) for group in [*([[before]] if before else []), *those]] if those else []
     return sorted(line, key=lambda p: p.clean.mean())
 
 

@@ -27,6 +27,8 @@ from companion.datasets import DATASETS, NORMS, is_own
 from companion.files import digest, from_root, one_line, verified
 from companion.settings import FINETUNED, PAPER_NETWORKS, STAND_INS, ParameterError
 
+FROM_SCRATCH = "-from-scratch"  # ends the name of an architecture whose weights were drawn anew
+
 
 @dataclass(frozen=True)
 class Published:
@@ -230,6 +232,26 @@ def _exported(folder: Path) -> Network:
             f"{folder} is not an export of this project, or not whole: export it again ({one_line(error)})"
         ) from error
     return replace(network, name=base + FINETUNED, source=source)
+
+
+def new_network(name: str, seed: int) -> Network:
+    """The architecture of a stand-in or of a published network with weights drawn anew, under a name of its own.
+
+    Raises:
+        ParameterError: it is neither.
+    """
+    if name not in STAND_INS and name not in PUBLISHED:
+        known = ", ".join([*STAND_INS, *PUBLISHED])
+        raise ParameterError(f"from scratch there are the architectures of {known}, not that of {name!r}")
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        model = new_stand_in(name) if name in STAND_INS else channels_last(PUBLISHED[name].architecture())
+    if name in STAND_INS:
+        architecture, widths = STAND_INS[name]
+        words = "-".join([architecture, *map(str, widths)])
+    else:
+        words = PUBLISHED[name].architecture.__name__
+    return Network(words + FROM_SCRATCH, model.eval(), "from scratch: weights drawn anew", _state_digest(model))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

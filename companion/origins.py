@@ -44,11 +44,11 @@ def describe(records: Sequence[FinetuneRecord], title: str) -> Any:
     )
 
 
-def trained(records: Sequence[Record]) -> Any:
-    """How each study of "Training for the worst case" was run, in one line of Markdown."""
+def trained(records: Sequence[Record], studies: Sequence[frontiers.Study] | None = None) -> Any:
+    """How each study was run, by default those of "Training for the worst case", in one line of Markdown."""
     from IPython.display import Markdown
 
-    lines, every = [], frontiers.studies(records)
+    lines, every = [], frontiers.studies(records) if studies is None else studies
     for study in every:
         data, config = study[0].data, study[0].config
         devices = sorted({record.device for record in study})
@@ -56,13 +56,16 @@ def trained(records: Sequence[Record]) -> Any:
         known = [
             f"{words} images" for part, words in frontiers.PARTS.items() if frontiers.as_it_is(study, part, records)
         ]
+        recipe, start = "", f" The frontier includes the network as it is on {listed(known) or 'no images'}."
+        if frontiers.is_from_scratch(study[0]):
+            recipe = f" schedule {config.schedule}, momentum {config.momentum:g}, weight decay {config.weight_decay:g},"
+            recipe, start = f"{recipe} Υ from the {config.upsilon_from},", ""
         lines.append(
             f"- {frontiers.label(study, every, code=True)}: {data.train:,} training, {data.val:,} validation and"
             f" {data.test:,} test images of {data.source}; {plural(config.epochs, 'epoch')} at batch size"
-            f" {config.batch_size}, τ = {config.tau:g}, η = {config.eta:g}, {config.steps} steps of an attack, gradient"
-            f" clipped at norm {config.clip:g}, {seeds_words(study)}; {config.found_steps} gradients an image for the"
-            f" distances. The frontier includes the network as it is on {listed(known) or 'no images'}. On"
-            f" {listed(devices)}; {listed(versions)}."
+            f" {config.batch_size}, τ = {config.tau:g}, η = {config.eta:g},{recipe} {config.steps} steps of an attack,"
+            f" gradient clipped at norm {config.clip:g}, {seeds_words(study)}; {config.found_steps} gradients an image"
+            f" for the distances.{start} On {listed(devices)}; {listed(versions)}."
         )
     return Markdown("\n".join(lines) or NOTHING)
 

@@ -102,7 +102,10 @@ class CertifiedConfig(Part):
 
 
 class ObjectiveConfig(Part):
-    """Of a network trained further for one objective or another: see objectives.py, and `wdat_core.FinetuneConfig`."""
+    """Of a network trained for one objective or another: see objectives.py, and `wdat_core.FinetuneConfig`.
+
+    Fields with a default came later than the first records, which read as if they had it.
+    """
 
     objective: Text
     threat: ThreatField
@@ -116,6 +119,12 @@ class ObjectiveConfig(Part):
     batch_size: Count
     found_steps: Count
     seed: Seed
+    gamma: Amount = 0.0  # of the pointwise term, eq. 5.6
+    schedule: Text = "constant"
+    momentum: Fraction = 0.0
+    nesterov: bool = False
+    weight_decay: Amount = 0.0
+    upsilon_from: Text = "sample"
 
 
 class FirstOrderConfig(Part):

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from companion import frontiers
+from companion import frontiers, joint
 from companion.evidence import ALONG, COLUMNS, along, by_setting, paper_value, studies
 from companion.intervals import change, change_of_each
 from companion.kinds import FinetuneRecord, Record, SensitivityRecord
@@ -162,7 +162,6 @@ def plot_frontiers(records: Sequence[Record]) -> Figure:
     import seaborn as sns
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
-    from matplotlib.patheffects import withStroke
 
     every = frontiers.studies(records)
     deltas = sorted({setting.delta for study in every for setting in frontiers.settings_of(study)}, reverse=True)
@@ -182,10 +181,7 @@ def plot_frontiers(records: Sequence[Record]) -> Figure:
                 points = [_place(group) for group in those.values()]
                 axis.plot(*zip(*points, strict=True), markersize=7, linewidth=1.5, zorder=3, **look)
                 for (beta, group), at in zip(those.items(), points, strict=True):
-                    axis.annotate(
-                        f"{beta:g}", at, (5, 4), textcoords="offset points", color=colour, fontsize=9, zorder=4,
-                        path_effects=[withStroke(linewidth=2.5, foreground="white")],
-                    )  # fmt: skip
+                    _beside(axis, f"{beta:g}", at, colour)
                     for record in group if len(group) > 1 else []:
                         axis.plot(*_place([record]), marker=marker, color=colour, markersize=2.5, zorder=3)
             if before := frontiers.as_it_is(study, "test", records):
@@ -228,6 +224,85 @@ def _lines(study: frontiers.Study) -> dict[tuple[str, float], dict[float, fronti
 def _place(records: Sequence[Any]) -> tuple[float, float]:
     there = frontiers.point(records, "test")
     return 100 * there.clean.mean(), 100 * there.robust.mean()
+
+
+def plot_joint(records: Sequence[Record]) -> Figure:
+    """A_inf against A_2 as gamma moves: a line for each network, a panel for each radius of A_2, on test images."""
+    import seaborn as sns
+    from matplotlib.lines import Line2D
+
+    every = joint.lines(records)
+    studies = [line.study for line in every]
+    spread = [ball for ball in joint.BALLS if ball != joint.POINTWISE]
+    with sns.axes_style("whitegrid"), sns.plotting_context("notebook", font_scale=0.9):
+        figure = _figure(1.0 + 3.0 * len(spread) + 0.25 * len(every))
+        if not every:
+            figure.text(0.5, 0.5, f"{joint.NOT_YET}.", ha="center", va="center")
+            return figure
+        shown = []
+        for i, line in enumerate(every):
+            colour, marker = STUDIES[i % len(STUDIES)]
+            words = f"{frontiers.label(line.study, studies)}, {line.words}"
+            shown.append(Line2D([], [], color=colour, marker=marker, label=words))
+        for axis, ball in zip(figure.subplots(len(spread), 1, squeeze=False)[:, 0], spread, strict=True):
+            for i, line in enumerate(every):
+                colour, marker = STUDIES[i % len(STUDIES)]
+                points = [_robust(those, ball) for those in line.points.values()]
+                axis.plot(*zip(*points, strict=True), color=colour, marker=marker, zorder=3)
+                for gamma, at in zip(line.points, points, strict=True):
+                    _beside(axis, f"{gamma:g}", at, colour)
+                if line.before:
+                    at = _robust([line.before], ball)
+                    axis.plot(*at, color=colour, marker="*", markersize=12, linestyle="", zorder=3)
+            axis.margins(0.12)
+            axis.set(xlabel=f"{joint.BALLS[ball]}, per cent", ylabel="A∞, 8/255, per cent")
+        if any(line.before for line in every):
+            shown.append(Line2D([], [], color="black", marker="*", linestyle="", label="the network as it is"))
+        figure.legend(handles=shown, title="numbers at points: γ", loc="outside lower center", frameon=False)
+    return figure
+
+
+def _robust(those: Sequence[Any], ball: tuple[float, float]) -> tuple[float, float]:
+    """A_2 in a ball and A_inf at 8/255, in per cent."""
+    across, up = (100 * frontiers.point(those, "test", one).robust.mean() for one in (ball, joint.POINTWISE))
+    return across, up
+
+
+def plot_scratch(records: Sequence[Record]) -> Figure:
+    """From scratch: clean accuracy against A_2 and against A_inf, a row of panels an architecture, on test images."""
+    import seaborn as sns
+    from matplotlib.lines import Line2D
+
+    every = joint.scratch_studies(records)
+    balls = [joint.SPREAD, joint.POINTWISE]
+    with sns.axes_style("whitegrid"), sns.plotting_context("notebook", font_scale=0.9):
+        figure = _figure(1.2 + 2.8 * max(1, len(every) * len(balls)))
+        if not every:
+            figure.text(0.5, 0.5, f"{joint.NOT_YET}.", ha="center", va="center")
+            return figure
+        panels = [(study, ball) for study in every for ball in balls]
+        shown: dict[str, Any] = {}
+        for axis, (study, ball) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
+            for setting, those in frontiers.settings_of(study).items():
+                colour, marker, _ = OBJECTIVES.get(setting.objective, ("black", "d", ":"))
+                look: Any = {"color": colour, "marker": marker, "linestyle": "", "markersize": 8}
+                there = frontiers.point(those, "test", ball)
+                axis.plot(100 * there.clean.mean(), 100 * there.robust.mean(), zorder=3, **look)
+                words = f"{frontiers.name(setting.objective)}, {setting.words}"
+                shown.setdefault(words, Line2D([], [], label=words, **look))
+            axis.margins(0.2)
+            title = frontiers.label(study, every) if ball == balls[0] else ""
+            axis.set(title=title, xlabel="clean accuracy, per cent", ylabel=f"{joint.BALLS[ball]}, per cent")
+        figure.legend(handles=[*shown.values()], loc="outside lower center", frameon=False)
+    return figure
+
+
+def _beside(axis: Any, text: str, at: tuple[float, float], colour: str) -> None:
+    """A few letters beside a point, readable on lines too."""
+    from matplotlib.patheffects import withStroke
+
+    how: Any = {"color": colour, "fontsize": 9, "path_effects": [withStroke(linewidth=2.5, foreground="white")]}
+    axis.annotate(text, at, (5, 4), textcoords="offset points", zorder=4, **how)
 
 
 def _append(data: Data, *values: Any) -> None:

@@ -186,7 +186,8 @@ def test_the_first_page_begins_with_what_was_found(build):
 
 
 @pytest.mark.parametrize(
-    "page", ["table3", "table4", "table11", "figure7_2", "claims", "worst_case", "train_worst_case", "first_order"]
+    "page",
+    ["table3", "table4", "table11", "figure7_2", "claims", "worst_case", "train_worst_case", "joint", "first_order"],
 )
 def test_the_first_words_that_are_seen_on_a_page_are_its_answer(build, page):
     article = article_of(build, f"notebooks/{page}")

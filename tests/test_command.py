@@ -222,6 +222,7 @@ def test_help_has_every_item_and_no_other(capsys):
         "stand_ins",
         "first_order",
         "train_worst_case",
+        "joint",
     }
     main([])
     assert "Commands:" in capsys.readouterr().out

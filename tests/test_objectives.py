@@ -10,9 +10,10 @@ from tiny import INF, images, network
 
 import wdat_core
 from companion import files, objectives
+from companion.networks import load_network, new_network
 from companion.objective_functions import OBJECTIVES, cheapest, equal_weights
 from companion.objectives import train_for
-from companion.records import parse_record, record_name
+from companion.records import parse_record, protocol, read_records, record_name
 from companion.settings import ParameterError, Settings
 from companion.values import unpack_floats
 from wdat_core import FinetuneConfig, Threat, boundary, finetune
@@ -115,16 +116,18 @@ def test_a_run_that_is_stopped_goes_on(monkeypatch):
 
 def named(capsys):
     """The names of records that were printed, beside what shows how far a run is."""
-    return re.findall(r"\w+-small_trades-\S*\.json", capsys.readouterr().out)
+    return re.findall(r"\w+-(?:small_trades|PatchResNet)-\S*\.json", capsys.readouterr().out)
 
 
-def test_the_command_in_a_record_makes_it_again(capsys):
+@pytest.mark.parametrize("more", [["--objective=slope"], ["--objective=algorithm1", "--gamma=3"], ["--scratch"]])
+def test_the_command_in_a_record_makes_it_again(more, capsys):
     sizes = [f"--{k.replace('_', '-')}={v}" for k, v in SMALL.items() if k in objectives.SIZES]
-    given = ["small_trades", "--objective=slope", "--delta=4", "--beta=3", "--tau=0.05", "--data=embedded", *sizes]
+    given = ["small_trades", "--delta=4", "--beta=3", "--tau=0.05", "--data=embedded", *more, *sizes]
     objectives.main(given)
     (name,) = named(capsys)
     record = parse_record((files.RUNS / name).read_bytes())
     assert record.config.threat == Threat(2, INF, 4 / 255) and record.config.beta == 3
+    assert record.config.gamma == 3 * ("--gamma=3" in more)
     (files.RUNS / name).unlink()
     words = shlex.split(record.command)
     assert words[:3] == ["python", "-m", "companion.objectives"]
@@ -141,10 +144,74 @@ def test_the_network_as_it_is_has_distances_of_both_parts(capsys):
     assert [len(unpack_floats(*record.boundary.distance.values())) for record in parts] == [10, 12]
 
 
+def test_a_record_of_gamma_0_is_the_one_that_was_there_before(monkeypatch):
+    """Its file has the same name and its configuration the same fields, so that nothing is computed again."""
+    (old,) = [
+        record
+        for record in read_records(kind="objective")
+        if (record.network.name, record.config.objective, record.config.beta) == ("small_trades", "algorithm1", 6.0)
+        and record.config.seed == 0
+        and not record.config.gamma
+    ]
+    fields = set(old.config.model_dump(exclude_unset=True))
+    new = train_for(Settings(preset="paper", **SMALL).resolved(), "algorithm1", gamma=0.0)
+    assert set(new.config.model_dump(exclude_unset=True)) == fields and "gamma" not in fields
+    assert (files.RESULTS / record_name(old)).exists() and "--gamma" not in new.command
+    joint = train_for(Settings(preset="paper", **SMALL).resolved(), "algorithm1", gamma=3.0)
+    assert joint.config.gamma == 3 and record_name(joint) != record_name(new)
+    assert protocol(joint) != protocol(new) and "--gamma 3.0" in joint.command
+
+
+def test_the_joint_objective_is_the_core_s_own(monkeypatch):
+    asked = noted_configurations(monkeypatch)
+    train_for(Settings(preset="paper", **SMALL).resolved(), "algorithm1", gamma=3.0)
+    usual = {"epochs": 1, "steps": 2, "batch_size": 12, "tau": 0.05, "clip": 10.0}
+    assert asked == [FinetuneConfig(gamma=3.0, **usual)]
+
+
+def noted_configurations(monkeypatch):
+    asked, trained = [], wdat_core.finetune
+
+    def noted(model, train, val, config, **how):
+        asked.append(config)
+        return trained(model, train, val, config, **how)
+
+    monkeypatch.setattr(wdat_core, "finetune", noted)
+    return asked
+
+
+@pytest.mark.parametrize("objective", ["algorithm1", "slope", "trades"])
+def test_from_scratch_only_the_architecture_is_the_network_s(objective, monkeypatch):
+    asked = noted_configurations(monkeypatch)
+    settings = Settings(preset="paper", **SMALL).resolved()
+    record = train_for(settings, objective, scratch=True)
+    path = files.RUNS / record_name(record)
+    assert parse_record(path.read_bytes()).stored() == record.stored()
+    start = new_network("small_trades", 0)
+    assert record.network.name == start.name == "PatchResNet-32-64-from-scratch" and "small_trades" not in path.name
+    assert record.network.digest == start.digest != load_network("small_trades", files.ROOT / "models").digest
+    (config,) = asked
+    for name, value in objectives.SCRATCH.items():
+        assert getattr(config, name) == value and (getattr(record.config, name) == value), name
+    assert train_for(settings, objective, scratch=True).created == record.created  # read, not computed
+
+
+def test_weights_drawn_anew_are_those_of_the_seed_and_leave_the_global_generator_alone():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    one, again, other = (new_network("small_pgd", seed) for seed in (0, 0, 1))
+    assert one.digest == again.digest != other.digest and torch.equal(torch.get_rng_state(), before)
+    assert new_network("cnn_a_adv4", 0).name == "cnn_a-from-scratch"
+    assert new_network("small_trades", 0).digest == one.digest  # the two stand-ins have one architecture
+
+
 @pytest.mark.parametrize(
     "given, words",
     [
         (["small_tradess"], "unknown network 'small_tradess'"),
+        (["small_trades", "--objective", "slope", "--gamma", "1"], "gamma is of objective algorithm1 alone"),
+        (["small_trades", "--objective", "algorithm1", "--gamma", "-1"], "gamma must be"),
+        (["small_trades", "--objective", "none", "--scratch"], "takes no gamma and no scratch"),
         (["small_trades", "--objective", "slop"], "objective must be one of algorithm1, slope"),
         (["small_trades", "--delta", "-1"], "delta must be above 0"),
         (["small_trades", "--beta", "-1"], "beta must be at least 0"),
