@@ -57,11 +57,6 @@ def images_of(record: Any, when: str) -> int:
     return getattr(record.data, when, None) or record.data.test or 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Records
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 class Begun(Part):
     """What is known of a run before it starts, and tells it from other runs."""
 
