@@ -287,7 +287,7 @@ def communication_table(reader: Reader) -> Any:
         f"{table}\n\nA step of SGD adds up the gradients, 4 bytes for each of {_parameters(reader):,} parameters, and"
         f" {cost.messages()} small messages of at most {cost.MESSAGE_BYTES} bytes (one has 4 bytes for each tensor of"
         f" parameters). Running statistics of BatchNorm add 8 bytes each. A step of the attack alone has"
-        f" {cost.STEP_MESSAGES} of the small ones. Where the last layer alone is trained, its gradients are all."
+        f" {plural(cost.STEP_MESSAGES, 'small one')}. Where the last layer alone is trained, its gradients are all."
     )
 
 

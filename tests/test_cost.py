@@ -134,15 +134,21 @@ def test_the_sizes_are_those_of_the_paper():
 
 @pytest.fixture
 def sent(tmp_path, monkeypatch):
-    """The sizes in bytes of all messages that are added up, in a group of one process."""
-    sizes, real = [], dist.all_reduce
+    """The sizes in bytes of what a process gives in all messages, in a group of one process."""
+    sizes = []
     dist.init_process_group("gloo", init_method=(tmp_path / "store").as_uri(), rank=0, world_size=1)
 
-    def noted(tensor, *args, **kwargs):
-        sizes.append(tensor.numel() * tensor.element_size())
-        return real(tensor, *args, **kwargs)
+    def noted(name, place):
+        real = getattr(dist, name)
 
-    monkeypatch.setattr(dist, "all_reduce", noted)
+        def call(*args, **kwargs):
+            sizes.append(args[place].nbytes)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(dist, name, call)
+
+    noted("all_reduce", 0)
+    noted("all_gather", 1)
     yield sizes
     dist.destroy_process_group()
 
