@@ -62,6 +62,7 @@ import math
 import os
 import pickle
 import re
+import shutil
 import sys
 import tempfile
 import time
@@ -311,7 +312,7 @@ class Attack:
         x_adv: the attacked images, as x.
         accuracy: fraction classified correctly there, the lowest over the iterates x_1..x_steps.
         loss: mean attack loss of that iterate.
-        distance: (mean_i ||x_adv_i - x_i||_r^p)^(1/p), at most delta.
+        distance: (mean_i ||x_adv_i - x_i||_r^p)^(1/p), at most delta; in 16 bits up to the rounding of the pixels.
         correct: bool (n,), whether each attacked image is still classified correctly.
         was_correct: bool (n,), the same of x_0, before the attack.
         history: "accuracy" and "loss" of x_0..x_steps, "upsilon" of x_0..x_(steps-1), each a list of floats.
@@ -365,7 +366,7 @@ def wpgd(
 
                 def momentum(gradient, before):
                     length = gradient.abs().sum((1, 2, 3), keepdim=True)
-                    return before + gradient / length.clamp(min=1e-12)
+                    return before + gradient / torch.where(length > 0, length, 1.0)
 
                 wpgd(model, x, y, Threat(), loss="ce", rule=momentum)
 
@@ -384,8 +385,9 @@ def wpgd(
         precision: "float32" runs the model as it is, "bfloat16" under autocast; images and steps stay as they are.
         compiled: run the model through `torch.compile`, with CUDA graphs on a GPU; the first batch then takes a minute.
         folder: for a set larger than memory, a folder on a disk with room for twice the images and more: what is as
-            large as they are lies in files there, x_adv too, which are gone with the last tensor. The images, on the
-            CPU, can be such a file themselves (`torch.from_file`, or numpy's `memmap`). None: all is in memory.
+            large as they are lies in files there, x_adv too, which are gone with the last tensor of this process. The
+            images, on the CPU, can be such a file themselves (`torch.from_file`, or numpy's `memmap`). None: all is in
+            memory.
         group: a process group of torch.distributed, such as `torch.distributed.group.WORLD` after
             `init_process_group`, each of whose processes calls this with its own part of the images, of any size, even
             of none. They attack as one process would that has them all: accuracy, loss, distance and history are of
@@ -409,7 +411,7 @@ def wpgd(
     _check_fine(x, on)
     on = replace(on, folder=None if folder is None else Path(folder))
     with _prepared(model):
-        x, y, start = _plain(x), _plain(y), None
+        x, y, start = on.room(x).copy_(x) if x.is_inference() else x.detach(), _plain(y), None
         if random_start:
             start, own = on.room(x), torch.Generator().manual_seed((seed + on.among.rank) % 2**63)
             for i in range(0, len(x), batch_size):
@@ -448,7 +450,9 @@ def _attack(
     rests = on.rule is None and not passes.whole and on.loss not in SLOPED
     # A step is alpha long in W_p, whatever the rule. Until steps from x add up to delta there is nothing to project.
     # Powers of order q - 1 and s - 1 know that length up to as many roundings.
-    free = (0.999 - 8 * torch.finfo(x.dtype).eps * (q + on.threat.s)) * steps / on.step_ratio if start is None else 0.0
+    free = (0.999 - 8 * torch.finfo(x.dtype).eps * (q + on.threat.s)) * steps / on.step_ratio
+    if start is not None or x.dtype.itemsize == 2:  # in 16 bits every step may be rounded up
+        free = 0.0
 
     x_adv = on.room(x).copy_(x if start is None else start)
     now = _look(on, x_adv, y, _blank(on, x)) if first is None else first
@@ -495,8 +499,10 @@ def _attack(
         "loss": _floats(losses),
         "upsilon": _floats(upsilons[:steps]),
     }
-    far = [_norm(x_best[rows] - x[rows], r) for rows in slices] or [now.norm]
-    reached = _mean(torch.cat(far), p, among)
+    far = torch.empty_like(now.norm)  # one tensor: small ones between the large would break the heap into pieces
+    for rows in slices:
+        far[rows] = _norm(x_best[rows] - x[rows], r)
+    reached = _mean(far, p, among)
     return Attack(x_best, best_hits.item() / n, best_loss.item(), reached.item(), best_correct, was_correct, history)
 
 
@@ -636,7 +642,7 @@ def perturb_(
         noise: relative size of that noise, >= 0.
         reinit: "default" calls the layer's own `reset_parameters`, "xavier" draws Xavier-normal weights, zero biases.
         head: for "last_layer", the name of that layer in `model.named_modules()`.
-        x: for "last_layer" without `head`, images (b, c, h, w) to find the layer with; one is enough.
+        x: for "last_layer" without `head`, images (b, c, h, w) to find the layer with; up to eight are looked at.
         generator: source of randomness (on the CPU); None is a new one with seed 0.
 
     Returns:
@@ -691,8 +697,9 @@ def _last_layer(model: nn.Module, head: str | None, x: Tensor | None) -> Any:
         return layers[head]
     if not layers:
         raise WdatError('perturb "last_layer" needs a linear or convolutional layer, and the model has none')
-    if not isinstance(x, Tensor) or x.ndim < 2:
-        raise WdatError(f"which layer gives the logits? Give head, its name, or x, an image to find it: {_few(layers)}")
+    if not isinstance(x, Tensor) or x.dtype not in FLOATS or x.ndim < 2 or not x.numel():
+        raise WdatError(f"which layer gives the logits? Give head, its name, or x, images to find it: {_few(layers)}")
+    _check_dense("x", x)
     outputs: dict[str, Tensor] = {}
     hooks = [
         layer.register_forward_hook(lambda _, __, output, name=name: outputs.update({name: output}))
@@ -700,13 +707,14 @@ def _last_layer(model: nn.Module, head: str | None, x: Tensor | None) -> Any:
     ]
     try:
         with _prepared(model), torch.no_grad():
-            logits = _passes(model, x, 1, "float32", False).call(_plain(x[:1]).to(next(model.parameters()).device))
+            logits = _passes(model, x, 1, "float32", False).call(_plain(x[:8]).to(next(model.parameters()).device))
     finally:
         for hook in hooks:
             hook.remove()
     same = [k for k, v in outputs.items() if v.data_ptr() == logits.data_ptr() and v.numel() == logits.numel()]
     # Or the logits are its output, scaled or shifted.
     wide = [k for k, v in outputs.items() if v.shape == logits.shape and isinstance(layers[k], nn.Linear)]
+    wide = wide if logits.numel() > 2 else []  # any two points lie on a line
     wide = [k for k in wide if torch.corrcoef(torch.cat([outputs[k], logits]).double())[0, 1].abs() > 0.9999]
     for found in (same, wide):
         if len(found) == 1:
@@ -894,15 +902,24 @@ class Minibatch:
         """The distances (b,) of what `boundary` found, with gradients to the parameters.
 
         The distance of an image moves as m(x*) / ||grad_x m(x*)||_s does, m the margin z_y - max_j z_j and x* the
-        nearest misclassified image (Ding et al., 2020). There is no gradient at a distance of 0 or inf.
+        nearest misclassified image (Ding et al., 2020). Pixels that [0, 1] stops have no part in the gradient in x; if
+        they were moved, and r is finite, its norm grows by (||x* - x||_r / ||x* - x||_r without them)^(r-1). There is
+        no gradient to the parameters at a distance of 0 or inf.
         """
         if found.x_adv is None:
             raise WdatError("the nearest images were not kept: take what the minibatch's own boundary found")
-        with self._run.attacked(Threat(p=math.inf, r=found.r), _margin, in_eval_mode=True) as on:
-            steepness = _look(on, found.x_adv, self.y, _blank(on, found.x_adv)).norm
+        z, r = found.x_adv.detach().requires_grad_(), found.r
+        with self._run.attacked(Threat(p=math.inf, r=r), _deficit, in_eval_mode=True) as on:
+            (ascent,) = torch.autograd.grad(_deficit(on.passes.call(z).to(z.dtype), self.y).sum(), z)
+        z = z.detach()
+        free = _free(ascent, z)
+        steepness = _norm(ascent * free, on.threat.s)
+        if r < math.inf:
+            moved = _norm((z - self.x) * free, r)
+            steepness = steepness * (_norm(z - self.x, r) / torch.where(moved > 0, moved, 1.0)) ** (r - 1)
         moves = (steepness > 0) & (found.distance > 0) & (found.distance < math.inf)
-        margin = _margin(self.net(found.x_adv), self.y)
-        move = torch.where(moves, (margin - margin.detach()) / torch.where(moves, steepness, 1.0), 0.0)
+        deficit = _deficit(self.net(z), self.y)
+        move = torch.where(moves, (deficit.detach() - deficit) / torch.where(moves, steepness, 1.0), 0.0)
         return found.distance + move
 
     def random_start(self, threat: Threat, fraction: float) -> Tensor:
@@ -988,10 +1005,10 @@ def worst_case(batch: Minibatch) -> Tensor:
     return total - config.beta * (slope.to(x) * batch.distance(found).clamp(max=latest[0])).sum()
 
 
-def _margin(logits: Tensor, y: Tensor) -> Tensor:
-    """How far the own class is above the likeliest other, (n, m) and (n,) to (n,)."""
+def _deficit(logits: Tensor, y: Tensor) -> Tensor:
+    """How far the own class is below the likeliest other, (n, m) and (n,) to (n,)."""
     own = F.one_hot(y, logits.shape[1]).bool()
-    return logits[own] - logits.masked_fill(own, -math.inf).amax(1)
+    return logits.masked_fill(own, -math.inf).amax(1) - logits[own]
 
 
 def trades(batch: Minibatch) -> Tensor:
@@ -1125,7 +1142,7 @@ def finetune(
 
     with _seeded(model, generator), _untouched(model), torch.inference_mode(False), torch.enable_grad():
         run = _Run(model, _plain(x), _plain(y), config, on, generator)
-        wanted: dict[str, Any] = {"noise": config.noise, "reinit": config.reinit, "head": config.head, "x": x[:1]}
+        wanted: dict[str, Any] = {"noise": config.noise, "reinit": config.reinit, "head": config.head, "x": x[:8]}
         trained = perturb_(model, config.perturb, **wanted, generator=generator)
         if not trained:
             raise WdatError("the model has no floating-point parameter to train")
@@ -1151,7 +1168,7 @@ def finetune(
         best, spent = 0, 0.0
         if saved:
             for name, part in parts.items():
-                part.load_state_dict(saved[name])
+                _set_state(part, saved[name]) if isinstance(part, nn.Module) else part.load_state_dict(saved[name])
             memory = {
                 name: [v.to(on.passes.device) if isinstance(v, Tensor) else v for v in values]
                 for name, values in saved["memory"].items()
@@ -1164,7 +1181,7 @@ def finetune(
         begin = time.perf_counter() - spent
 
         def write() -> None:
-            state = {name: part.state_dict() for name, part in parts.items()}
+            state = {n: _state_of(p) if isinstance(p, nn.Module) else p.state_dict() for n, p in parts.items()}
             state |= {"order": order, "losses": losses, "rows": rows, "best": best, "best_state": best_state}
             random, seconds = _random_state(model, generator), time.perf_counter() - begin
             checkpoint.save(state | {"memory": memory, "random": random, "spent": seconds})
@@ -1184,11 +1201,15 @@ def finetune(
             order = order or run.draw(len(x)).split(min(config.batch_size, len(x)))
             left = order[len(losses) :]
             for indices in progress(left) if progress else left:
-                model.train(training).requires_grad_(False)
+                _set_mode(model, training)
                 for parameter in trained:
                     parameter.requires_grad_(True)
                 optimiser.zero_grad()
-                buffers = [b.clone() for b in model.buffers() if b.is_floating_point()] if group is not None else []
+                buffers: list[Tensor] = []
+                if group is not None:
+                    buffers = [b.clone() for b in model.buffers() if b.is_floating_point()]
+                    # Parts of unequal size would draw unequally often, and a checkpoint has the state of the first.
+                    _seed(_accelerators(model), config.seed + 1_000_003 * epoch + len(losses))
                 with _blamed(optimiser, epoch, len(losses) + 1, len(indices)):
                     batch = run.minibatch(indices, memory)
                     total = objective(batch)  # (5.4), (5.5), (5.3), (5.1),
@@ -1229,10 +1250,10 @@ def finetune(
                     row |= _agreed(among, lambda: _checked_row(call(), {"clean", score, *row}), dict)  # noqa: B023
             rows.append(row)
             if val is None or best == 0 or row[score] > rows[best - 1][score]:
-                best, best_state = epoch, copy.deepcopy(shown.state_dict())
+                best, best_state = epoch, copy.deepcopy(_state_of(shown))
             order, losses = (), []
             save()
-    model.load_state_dict(best_state)
+    _set_state(model, best_state)
     return history(finished=True)
 
 
@@ -1251,7 +1272,7 @@ def _add_up_gradients(among: _Among, parameters: Sequence[nn.Parameter]) -> None
     total = among.total(torch.cat([g.flatten() for g in gradients])).split([g.numel() for g in gradients])
     for parameter in [p for p, is_used in zip(parameters, used, strict=True) if is_used]:
         part, *total = total
-        parameter.grad = part.view_as(parameter).clone()
+        parameter.grad = part.view_as(parameter).to(parameter.dtype, copy=True)
 
 
 def _average_buffers(among: _Among, model: nn.Module, before: Sequence[Tensor]) -> None:
@@ -1296,7 +1317,8 @@ class _Run:
         self, threat: Threat | None = None, loss: str | Loss | None = None, in_eval_mode: bool = False
     ) -> Iterator[_Attacker]:
         """The attacker of the training, with its threat and loss or others, on the network in its `attack_mode`."""
-        _check_threat(threat or self.on.threat)
+        if threat is not None or loss is not None:
+            _check_order(threat)
         on = replace(self.on, threat=threat or self.on.threat, loss=_function_of("loss", loss or self.on.loss, LOSSES))
         in_train_mode = self.config.attack_mode == "train" and self.config.perturb != "last_layer" and not in_eval_mode
         if in_train_mode:  # batch statistics are those of the whole minibatch
@@ -1469,7 +1491,11 @@ class Boundary:
         return (~self.bought(threat)).sum().item() / len(self.distance)
 
     def curve(self, p: float = 2.0) -> tuple[Tensor, Tensor]:
-        """All of A_p: from each radius delta (k,), 0 first, up to the next one the accuracy (k,); float64."""
+        """All of A_p: from each radius delta (k,), 0 first, up to the next one the accuracy (k,); float64.
+
+        Right at one of these radii `accuracy` may be the one before, for the radius itself is rounded.
+        """
+        self._check_some()
         _check_number("p", p, at_least=1, at_most=math.inf)
         n, prices = len(self.distance), self.distance.double().sort().values
         first, last = int((prices == 0).sum()), int((prices < math.inf).sum())
@@ -1573,8 +1599,13 @@ class Boundary:
             history={"accuracy": [clean, accuracy], "loss": [1 - clean, 1 - accuracy], "upsilon": []},
         )
 
+    def _check_some(self) -> None:
+        if not len(self.distance):
+            raise WdatError("there are no distances, so there is no accuracy")
+
     def _check(self, threat: Threat) -> None:
         _check_threat(threat)
+        self._check_some()
         if threat.r != self.r:
             raise WdatError(f"the distances are in the norm r = {self.r:g}, the threat has r = {threat.r:g}")
 
@@ -1615,8 +1646,8 @@ def boundary(
     The others are those of `wpgd`. The result does not depend on how the images come beyond rounding.
 
     Raises:
-        WdatError: names what is wrong with the images, the labels, the model or a parameter. Whatever stops it, the
-            exception has an attribute `found`: the Boundary of the images before, or None.
+        WdatError: names what is wrong with the images, the labels, the model or a parameter. Whatever stops the search,
+            once it has begun, the exception has an attribute `found`: the Boundary of the images before, or None.
     """
     _check_number("r", r, above=1, at_most=math.inf)
     _check_flag("keep", keep)
@@ -2034,7 +2065,7 @@ def _look_at(on: _Attacker, images: Tensor, labels: Tensor, known: _Look, rows: 
                 )
             (gradient,) = torch.autograd.grad(value.sum(), x, allow_unused=True, materialize_grads=True)
             if on.boxed:
-                gradient = gradient * (gradient.sign().add_(x.detach()).clamp_(0, 1) != x.detach())
+                gradient = gradient * _free(gradient, x.detach())
     value = value.detach().to(x.dtype)
     finite &= value.isfinite().all()
     if backward:
@@ -2054,6 +2085,11 @@ def _look_at(on: _Attacker, images: Tensor, labels: Tensor, known: _Look, rows: 
     known.correct[rows] = (classes == (y if y.ndim == 1 else y.argmax(1))).to(home)
     known.loss[rows] = value.to(home)
     known.finite.logical_and_(finite.to(home))
+
+
+def _free(ascent: Tensor, x: Tensor) -> Tensor:
+    """Which pixels go on along an ascent, bool as x: not those that are 0 or 1 and would leave [0, 1]."""
+    return ascent.sign().add_(x).clamp_(0, 1) != x
 
 
 def _kind(value: Any) -> str:
@@ -2165,20 +2201,40 @@ class _Checkpoint:
 
     def save(self, state: dict[str, Any]) -> None:
         """Whole or not at all: whatever happens meanwhile, the file under this name is the last good one."""
-        assert self.path is not None
         stream = io.BytesIO()
         torch.save(state | {"identity": self.identity}, stream)
         content = stream.getbuffer()
+        try:
+            stream.seek(0)
+            torch.load(stream, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise WdatError(
+                "the model's state or the objective's memory holds what torch does not load again, so the checkpoint"
+                f" would be lost: keep tensors and plain numbers there ({str(error).splitlines()[0]})"
+            ) from error
+        with self._part() as part:
+            with part.open("wb") as file:
+                file.write(CHECKPOINT + hashlib.sha256(content).digest())
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            assert self.path is not None
+            part.replace(self.path)
+        self.written = time.monotonic()
+
+    def try_to_write(self) -> None:
+        with self._part() as part:
+            part.touch()
+
+    @contextmanager
+    def _part(self) -> Iterator[Path]:
+        """The name of a file beside this one, which is gone in the end."""
+        assert self.path is not None
         part = self.path.with_name(f"{self.path.name}.tmp")  # one that a kill left behind is written over
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                with part.open("wb") as file:
-                    file.write(CHECKPOINT + hashlib.sha256(content).digest())
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
-                part.replace(self.path)
+                yield part
             finally:
                 part.unlink(missing_ok=True)
         except OSError as error:
@@ -2186,7 +2242,6 @@ class _Checkpoint:
                 f"the checkpoint {self.path} could not be written ({error}): make room or give resume another file, and"
                 " start again; the run goes on from the last one that was"
             ) from error
-        self.written = time.monotonic()
 
 
 def _checkpoint(
@@ -2197,6 +2252,7 @@ def _checkpoint(
     train: Images,
     val: Images | None,
     config: FinetuneConfig,
+    writes: bool,
 ) -> tuple[_Checkpoint, dict[str, Any] | None]:
     """Checks the three arguments about checkpoints; must be called before the model is changed."""
     _check_number("save_every", save_every, at_least=0)
@@ -2213,7 +2269,10 @@ def _checkpoint(
         raise WdatError(f"resume must be the path of a file, and {path} is a folder")
     stop_at = math.inf if stop_after is None else time.monotonic() + stop_after
     checkpoint = _Checkpoint(path, _identity(model, train, val, config), save_every, stop_at)
-    return checkpoint, checkpoint.load()
+    saved = checkpoint.load()
+    if writes:  # of many processes the first
+        checkpoint.try_to_write()
+    return checkpoint, saved
 
 
 def _mark(resume: Any) -> str:
@@ -2229,7 +2288,7 @@ def _identity(model: nn.Module, train: Images, val: Images | None, config: Finet
     """What decides a run, by name."""
     return {
         **{f.name: _named(getattr(config, f.name)) for f in fields(config)},
-        "the network": _digest_of(model.state_dict()),
+        "the network": _digest_of(_state_of(model)),
         "the training images": _digest(*train),
         "the validation images": "none" if val is None else _digest(*val),
         "the code of wdat_core.py": code_digest(),
@@ -2247,7 +2306,12 @@ def _named(value: Any, inside: tuple[int, ...] = ()) -> str:
     if isinstance(value, Tensor):
         return f"tensor {_digest(value)[:8]}"
     if isinstance(value, nn.Module):
-        return f"{type(value).__qualname__} {_digest_of(value.state_dict())[:8]}"
+        parts = [(type(part).__qualname__, _fields_of(part)) for part in value.modules()]
+        return f"{type(value).__qualname__} {_digest_of(_state_of(value))[:8]} {named(*parts)}"
+    if hasattr(value, "dtype") and hasattr(value, "tobytes"):  # an array of numpy, whose words leave out the middle
+        if value.dtype.hasobject:
+            return f"array {named(value.tolist())}"
+        return f"array {hashlib.sha256(value.tobytes()).hexdigest()[:8]} {value.dtype} {value.shape}"
     if isinstance(value, (list, tuple)):
         return f"[{named(*value)}]"
     if isinstance(value, dict):
@@ -2264,9 +2328,23 @@ def _named(value: Any, inside: tuple[int, ...] = ()) -> str:
         closed = [cell.cell_contents for cell in value.__closure__ or ()]
         inner = named(value.__code__, value.__defaults__, value.__kwdefaults__, closed)
         return f"{value.__module__}.{value.__qualname__} {hashlib.sha256(inner.encode()).hexdigest()[:8]}"
-    if callable(value) and hasattr(value, "__dict__") and not isinstance(value, (type, types.BuiltinFunctionType)):
-        return f"{type(value).__module__}.{type(value).__qualname__}({named(vars(value))})"
+    held = _fields_of(value)
+    if (
+        callable(value)
+        and (held or hasattr(value, "__dict__"))
+        and not isinstance(value, type | types.BuiltinFunctionType)
+    ):
+        return f"{type(value).__module__}.{type(value).__qualname__}({named(held)})"
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
+
+
+def _fields_of(value: Any) -> dict[str, Any]:
+    """The attributes of an object by name; of a module those that it has beside its state, its mode excepted."""
+    slots = (getattr(kind, "__slots__", ()) for kind in type(value).__mro__)
+    names = sorted(name for those in slots for name in ((those,) if isinstance(those, str) else those))
+    held = {name: getattr(value, name) for name in names if hasattr(value, name) and not name.startswith("__")}
+    left_out = vars(nn.Module()).keys() if isinstance(value, nn.Module) else ()
+    return held | {name: part for name, part in getattr(value, "__dict__", {}).items() if name not in left_out}
 
 
 def code_digest(path: str | os.PathLike[str] = __file__) -> str:
@@ -2288,6 +2366,20 @@ def code_digest(path: str | os.PathLike[str] = __file__) -> str:
 
     tree = ast.parse(Path(path).read_text(encoding="utf-8"))
     return hashlib.sha256(repr(plain(tree)).encode()).hexdigest()
+
+
+def _state_of(model: nn.Module) -> dict[str, Any]:
+    """Parameters and buffers by name, also buffers that are not to be saved with a model but change with it."""
+    return model.state_dict() | {name: value for name, value in model.named_buffers() if value is not None}
+
+
+def _set_state(model: nn.Module, state: dict[str, Any]) -> None:
+    known = model.state_dict().keys()
+    model.load_state_dict({name: value for name, value in state.items() if name in known})
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name not in known:
+                buffer.copy_(state[name])
 
 
 def _digest_of(state: dict[str, Any]) -> str:
@@ -2492,8 +2584,15 @@ def _untouched(model: nn.Module) -> Iterator[None]:
 def _prepared(model: nn.Module, training: bool = False) -> Iterator[None]:
     """The model as the attacker sees it: in eval mode unless told otherwise, no gradients for its parameters."""
     with _untouched(model), torch.inference_mode(False):
-        model.train(training).requires_grad_(False)
+        _set_mode(model, training)
         yield
+
+
+def _set_mode(model: nn.Module, training: bool) -> None:
+    """Train or eval mode, and no gradients for the parameters; a model's own `train` may return nothing."""
+    model.train(training)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
 
 
 def _accelerators(model: nn.Module) -> list[torch.device]:
@@ -2507,12 +2606,16 @@ def _seeded(model: nn.Module, generator: torch.Generator) -> Iterator[None]:
     devices = _accelerators(model)
     seed = int(torch.randint(2**62, (), generator=generator))
     with torch.random.fork_rng(devices, device_type=devices[0].type if devices else "cuda"):
-        # torch.manual_seed would seed every other device as well, and those are not given back.
-        torch.default_generator.manual_seed(seed)
-        for device in devices:
-            with torch.get_device_module(device).device(device):
-                torch.get_device_module(device).manual_seed(seed)
+        _seed(devices, seed)
         yield
+
+
+def _seed(devices: Sequence[torch.device], seed: int) -> None:
+    # torch.manual_seed would seed every other device as well, and those are not given back.
+    torch.default_generator.manual_seed(seed % 2**63)
+    for device in devices:
+        with torch.get_device_module(device).device(device):
+            torch.get_device_module(device).manual_seed(seed % 2**63)
 
 
 NOT_FINITE = (
@@ -2523,6 +2626,15 @@ NOT_FINITE = (
 def _check_threat(threat: Threat) -> None:
     if not isinstance(threat, Threat):
         raise WdatError(f"threat must be a Threat, not {threat!r}")
+
+
+def _check_order(threat: Any) -> None:
+    """Of a threat that W-PGD takes."""
+    _check_threat(threat)
+    if threat.p < 1.001:  # an order q above a thousand leaves float32 no digits
+        raise WdatError(
+            f"W-PGD needs a threat with p of 1.001 or more, not {threat.p:g}: boundary takes any p from 1 on"
+        )
 
 
 def _attacker(
@@ -2564,11 +2676,7 @@ def _attacker(
 
     def check() -> _Attacker:
         ahead()
-        _check_threat(threat)
-        if threat.p < 1.001:  # an order q above a thousand leaves float32 no digits
-            raise WdatError(
-                f"W-PGD needs a threat with p of 1.001 or more, not {threat.p:g}: boundary takes any p from 1 on"
-            )
+        _check_order(threat)
         _check_images(x, y, some=among.group is None)
         _check_number("batch_size", batch_size, at_least=1, whole=True)
         _check_choice("precision", precision, PRECISIONS)
@@ -2617,7 +2725,9 @@ def _check_images(x: Tensor, y: Tensor, some: bool = True) -> None:
     _check_dense("images", x)
     if x.ndim < 2 or (x[:1].numel() == 0 and (some or 0 in x.shape[1:])):
         raise WdatError(f"images must have shape (n, c, h, w) with at least one image, not {tuple(x.shape)}")
-    least, most = x.aminmax() if len(x) else (0, 0)
+    # A part at a time, since of one that is not contiguous there is a copy; NaN stays NaN.
+    spans = torch.stack([torch.stack(part.aminmax()) for part in x.split(4096)]) if len(x) else x.new_zeros(1, 2)
+    least, most = spans.amin(), spans.amax()
     if not (least >= 0 and most <= 1):
         raise WdatError(
             f"images must lie in [0, 1], these span [{least:.4g}, {most:.4g}]: normalisation belongs in the model"
@@ -2685,7 +2795,7 @@ def _checked_training(
         _check_precise(train[0])
         _check_two_classes(on.classes)
     _check_minibatches(model, train[0], config, among.size)
-    return replace(on, among=among), *_checkpoint(*kept, model, train, val, config)
+    return replace(on, among=among), *_checkpoint(*kept, model, train, val, config, among.rank == 0)
 
 
 def _check_training(train: Images, val: Images | None, config: Any, on_epoch: Any, progress: Any) -> None:
@@ -2763,6 +2873,9 @@ def _check_folder(folder: Any, x: Any) -> None:
         raise WdatError(
             f"folder is for images on the CPU, these are on {x.device}: they go to the model's device in parts"
         )
+    _mapped(Path(folder), torch.empty(1, device="meta"))  # in every process, before any starts
+    if isinstance(x, Tensor) and shutil.disk_usage(folder).free < 2 * x.nbytes:
+        raise WdatError(f"folder {folder} has no room for twice the images, {2 * x.nbytes / 1e9:.3g} GB")
 
 
 def _check_dense(name: str, tensor: Tensor, meta_is_fine: bool = False) -> None:

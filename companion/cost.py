@@ -25,8 +25,8 @@ IMAGENET, IMAGENET_FEW, IMAGENET_FOUND = 50_000, 5_000, 40  # its validation ima
 # each in linear and convolutional layers. With the pass of an attack, forward and to the input, as the unit:
 FORWARD, UPDATE = 0.5, 1.5
 # How many messages all processes share: at each step of an attack that needs no projection before the last one, and
-# beside that; of at most so many bytes. One of a minibatch's is of 4 bytes for each tensor of parameters instead, and the
-# gradients come on top.
+# beside that; of at most so many bytes. One of a minibatch's is of 4 bytes for each tensor of parameters instead, and
+# the gradients come on top.
 STEP_MESSAGES, ATTACK_MESSAGES, MINIBATCH_MESSAGES, MESSAGE_BYTES = 1, 6, 9, 40
 PARAMETERS_OF = {"WRN-28-10": 36_479_194, "WRN-34-10": 46_160_474}  # of RobustBench's networks, ten classes
 

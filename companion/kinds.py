@@ -361,7 +361,8 @@ class BenchmarkRecord(Record):
     memory: dict[str, Any]
     growth: dict[str, Any]
     throughput: dict[str, Any]
-    worst: dict[str, Any] = Field(default_factory=dict)  # not in the first ones
+    worst: dict[str, Any] = Field(default_factory=dict)  # not in the first ones, as the next
+    rest: dict[str, dict[str, float]] = Field(default_factory=dict)
 
     needs = ("seconds.total",)
 

@@ -110,6 +110,19 @@ def overhead(record: BenchmarkRecord) -> str:
     )
 
 
+def rest_table(record: BenchmarkRecord) -> Any:
+    """What an attack takes beyond its passes, by kind of operation, in per cent of the bare passes, as Markdown."""
+    from IPython.display import Markdown
+
+    if not record.rest:
+        return Markdown("Where the rest goes is measured on a CPU alone: `python make.py benchmark` does it.")
+    lines = []
+    for name, shares in record.rest.items():
+        each = {**shares, "together": sum(shares.values())}
+        lines += ["| " + " | ".join([_symbols(name), kind, f"{100 * s:.1f} %"]) + " |" for kind, s in each.items()]
+    return Markdown("\n".join(["| attack | operations | beyond the bare passes |", "|---|---|---|", *lines]))
+
+
 def strength_answer(record: BenchmarkRecord) -> str:
     """Markdown: whether `boundary` is as strong as was asked for, beside FMN, in numbers, and beside AutoAttack."""
     rows = record.worst.get("strength", [])

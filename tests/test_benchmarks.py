@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import math
 import os
 import random
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 import wdat_core
-from benchmarks import baselines, card, malloc, peers, races, speed, upsilon, worst
+from benchmarks import baselines, card, malloc, peers, races, rest, speed, upsilon, worst
 from companion import networks
 from companion.architectures import WideResNet
 from companion.performance import (
@@ -24,6 +25,7 @@ from companion.performance import (
     overhead,
     plot_growth,
     plot_ratios,
+    rest_table,
     strength_answer,
     throughput_table,
     verdict,
@@ -345,6 +347,28 @@ def test_quick_run_ends_in_a_record_with_every_group(record):
     assert set(record.growth) == set(record.memory) == {"images", "steps", "epochs"}
     assert record.command == "python benchmarks/speed.py --device cpu --rounds 6 --quick"
     assert "pyautoattack" in record.versions
+
+
+def test_where_the_rest_goes_adds_up(record):
+    (shares,) = record.rest.values()
+    assert shares.keys() == {*rest.KINDS, "other"}
+    table = rest_table(record).data
+    assert f"| together | {100 * sum(shares.values()):.1f} % |" in table
+    without = {name: value for name, value in record.stored().items() if name != "rest"}
+    assert "measured on a CPU alone" in rest_table(parse_record(json.dumps(without).encode())).data
+
+
+def test_an_operation_that_only_one_side_makes_is_seen():
+    """Sixty times the sine of an image, which is of no kind of its own, beside one sum of it; and nothing beside itself."""
+    x = torch.rand(200, 3, 32, 32)
+
+    def ours():
+        for _ in range(60):
+            x.sin()
+        x.sum()
+
+    assert rest.where(ours, x.sum, 3)["other"] > 1
+    assert rest.where(ours, ours, 3)["other"] < 0.5
 
 
 def test_what_is_missing_here_has_a_reason(record):

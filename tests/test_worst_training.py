@@ -119,6 +119,7 @@ def nearest_exactly(model, x, y):
                 start,
                 jac=True,
                 method="SLSQP",
+                bounds=[(0, 1)] * len(start),
                 constraints={
                     "type": "eq",
                     "fun": lambda flat, j=j: value_and_gradient(flat, j)[0],
@@ -127,7 +128,8 @@ def nearest_exactly(model, x, y):
                 options={"ftol": 1e-15, "maxiter": 200},
             )
             if abs(value_and_gradient(found.x, j)[0]) < 1e-9:
-                tried.append((found.fun, found.x))
+                flat = found.x.round(12) if min(abs(found.x).min(), abs(1 - found.x).min()) < 1e-9 else found.x
+                tried.append((found.fun, flat))  # exactly 0 or 1 where the solver stopped there
         nearest.append(torch.from_numpy(min(tried, key=lambda pair: pair[0])[1]).reshape(image.shape))
     return torch.stack(nearest)
 
@@ -135,18 +137,26 @@ def nearest_exactly(model, x, y):
 def right_ones(n, model, **options):
     """Images that the network reads rightly, at some distance from its boundaries."""
     x, y = images(3 * n, model, **options)
+    x = x.clamp(0, 1)
     with torch.no_grad():
         top = model(x).topk(2).values
         sure = (model(x).argmax(1) == y) & (top[:, 0] - top[:, 1] > 0.05)
     return x[sure][:n], y[sure][:n]
 
 
+@pytest.mark.parametrize("low", [0.4, -0.5])
 @pytest.mark.parametrize("kind", ["linear", "smooth"])
-def test_the_gradient_of_the_accuracy_in_the_parameters_is_that_of_finite_differences(kind):
-    """The whole chain, in float64: parameters to distances to A_2(delta), on distances that a solver finds."""
+def test_the_gradient_of_the_accuracy_in_the_parameters_is_that_of_finite_differences(kind, low):
+    """The whole chain, in float64: parameters to distances to A_2(delta), on distances that a solver finds.
+
+    With and without pixels that are black or white, and cannot go on.
+    """
     model = network(kind)
-    x, y = right_ones(12, model, low=0.4, high=0.6)
-    threat = Threat(2, 2.0, 0.6 * lengths(nearest_exactly(model, x, y) - x, 2).median().item())
+    x, y = right_ones(12, model, low=low, high=1 - low)
+    nearest = nearest_exactly(model, x, y)
+    stopped = ((nearest == x) & ((x == 0) | (x == 1))).float().mean().item()
+    assert stopped == 0 if low > 0 else stopped > 0.1
+    threat = Threat(2, 2.0, 0.6 * lengths(nearest - x, 2).median().item())
 
     def exact(model):
         nearest = nearest_exactly(model, x, y)
@@ -214,9 +224,15 @@ def test_distances_have_their_values_and_move_as_the_margin_does(r):
         found = batch.boundary(r)
         distance = batch.distance(found)
         weight = model[2].weight.requires_grad_()
-        return batch.y, found, distance.detach(), torch.autograd.grad(distance[found.distance < INF].sum(), weight)[0]
+        return (
+            batch.x,
+            batch.y,
+            found,
+            distance.detach(),
+            torch.autograd.grad(distance[found.distance < INF].sum(), weight)[0],
+        )
 
-    y, found, distance, gradient = seen({}, model, x, y, look)
+    images_of_the_batch, y, found, distance, gradient = seen({}, model, x, y, look)
     assert torch.equal(distance, found.distance)
     z = found.x_adv.clone().requires_grad_()
     own = F.one_hot(y, 4).bool()
@@ -226,11 +242,56 @@ def test_distances_have_their_values_and_move_as_the_margin_does(r):
         return logits[own] - logits.masked_fill(own, -INF).amax(1)
 
     (slope,) = torch.autograd.grad(margin().sum(), z)
+    stopped = ((z == 0) & (slope > 0)) | ((z == 1) & (slope < 0))
+    slope = slope.masked_fill(stopped, 0.0)
     moves = (found.distance > 0) & (found.distance < INF)
+    if r == 2:
+        far = (z - images_of_the_batch).detach()
+        grows = torch.where(moves, lengths(far, r) / lengths(far.masked_fill(stopped, 0.0), r), 1.0)
+        slope = slope * grows.view(-1, 1, 1, 1)
     weight = model[2].weight.requires_grad_()
     expected = torch.autograd.grad((margin() / lengths(slope, conjugate(r)))[moves].sum(), weight)[0]
     torch.testing.assert_close(gradient, expected)
     assert gradient.abs().max() > 0
+
+
+def test_in_l_inf_pixels_that_cannot_go_on_have_no_part():
+    """A linear network, its distances by hand: at d, x* is the image moved by d along the signs, within [0, 1]."""
+    model = network("linear")
+    x, y = right_ones(8, model, low=-0.5, high=1.5)
+    weight, bias = (p.detach().clone() for p in model[-1].parameters())
+
+    def by_hand(weight):
+        found, points = [], []
+        for image, label in zip(x.flatten(1), y, strict=True):
+            tried = []
+            for j in {0, 1, 2, 3} - {int(label)}:
+                w, b = 8 * (weight[label] - weight[j]), bias[label] - bias[j]  # of an image as it is: see tiny.Centre
+                b = b - w.sum() / 2
+                low, high = 0.0, 1.0
+                for _ in range(60):
+                    middle = (low + high) / 2
+                    point = (image - middle * w.sign()).clamp(0, 1)
+                    low, high = (middle, high) if point @ w + b > 0 else (low, middle)
+                if high < 1:
+                    tried.append((high, (image - high * w.sign()).clamp(0, 1)))
+            distance, point = min(tried, key=lambda pair: pair[0])
+            found.append(distance)
+            points.append(point.view(x.shape[1:]))
+        return torch.tensor(found, dtype=torch.float64), torch.stack(points)
+
+    distance, points = by_hand(weight)
+    assert (((points == 0) | (points == 1)) & (points == x)).float().mean() > 0.1
+
+    def look(batch):
+        order = [int((x == image).flatten(1).all(1).nonzero()) for image in batch.x]
+        moving = batch.distance(Boundary(distance[order], INF, points[order]))
+        return torch.autograd.grad(moving.sum(), model[-1].weight)[0]
+
+    formula = seen({}, model, x, y, look)
+    way, h = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0), dtype=weight.dtype), 1e-6
+    numeric = (by_hand(weight + h * way)[0].sum() - by_hand(weight - h * way)[0].sum()) / (2 * h)
+    assert (formula * way).sum().item() == pytest.approx(numeric.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("eta", [1.0, 0.3])
