@@ -715,7 +715,8 @@ def _last_layer(model: nn.Module, head: str | None, x: Tensor | None) -> Any:
     # Or the logits are its output, scaled or shifted.
     wide = [k for k, v in outputs.items() if v.shape == logits.shape and isinstance(layers[k], nn.Linear)]
     wide = wide if logits.numel() > 2 else []  # any two points lie on a line
-    wide = [k for k in wide if torch.corrcoef(torch.cat([outputs[k], logits]).double())[0, 1].abs() > 0.9999]
+    pairs = {k: torch.stack([outputs[k].flatten(), logits.flatten()]).double() for k in wide}
+    wide = [k for k, pair in pairs.items() if torch.corrcoef(pair)[0, 1].abs() > 0.9999]
     for found in (same, wide):
         if len(found) == 1:
             return layers[found[0]]

@@ -79,6 +79,32 @@ def training_that_dies(group, fields, kind, checkpoint, rank):
     finetune(model, (x, y), None, FinetuneConfig(**fields), group=group, resume=checkpoint, on_epoch=on_epoch)
 
 
+def noisy_training(group, checkpoint=None):
+    """A network that draws random numbers, in minibatches that cannot be shared equally; stopped after each of them."""
+    model, x, y = task(10, "full")
+    for module in model:
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
+    config = FinetuneConfig(
+        threat=Threat(delta=0.1), steps=1, epochs=2, batch_size=5, update_mode="train", augment=False
+    )
+    finished, start = False, {name: value.clone() for name, value in model.state_dict().items()}
+    while not finished:
+        model.load_state_dict(start)
+        how = {"resume": checkpoint, "stop_after": 0} if checkpoint else {}
+        finished = finetune(model, (x, y), None, config, group=group, **how).finished
+    return dict(model.named_parameters())
+
+
+def mixed(group):
+    """A network with parameters of two types."""
+    model, x, y = task(12)
+    model.register_parameter("scale", nn.Parameter(torch.ones((), dtype=torch.float32)))
+    model.register_forward_hook(lambda module, _, logits: logits * module.scale)
+    finetune(model, (x, y), None, FinetuneConfig(augment=False, epochs=1, steps=1, batch_size=12), group=group)
+    return {name: value.detach() for name, value in model.named_parameters()}
+
+
 class Experts(nn.Module):
     """Two experts: one for dark images, one for bright ones."""
 

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import json
 import math
 import os
 import random
@@ -355,11 +354,11 @@ def test_where_the_rest_goes_adds_up(record):
     table = rest_table(record).data
     assert f"| together | {100 * sum(shares.values()):.1f} % |" in table
     without = {name: value for name, value in record.stored().items() if name != "rest"}
-    assert "measured on a CPU alone" in rest_table(parse_record(json.dumps(without).encode())).data
+    assert "measured on a CPU alone" in rest_table(parse_record(record_bytes(without))).data
 
 
 def test_an_operation_that_only_one_side_makes_is_seen():
-    """Sixty times the sine of an image, which is of no kind of its own, beside one sum of it; and nothing beside itself."""
+    """Sixty sines of images, which are of no kind of their own, beside one sum; and nothing beside itself."""
     x = torch.rand(200, 3, 32, 32)
 
     def ours():

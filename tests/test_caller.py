@@ -9,6 +9,7 @@ from tiny import configuration, images, network, predict, seeded
 from torch import nn
 
 from wdat_core import (
+    FinetuneConfig,
     Threat,
     ce,
     evaluate,
@@ -287,3 +288,14 @@ def test_project_changes_neither_argument():
     before = x.clone(), x_adv.clone()
     assert not torch.equal(project(x_adv, x, THREAT), x_adv)
     assert torch.equal(x, before[0]) and torch.equal(x_adv, before[1])
+
+
+def test_a_train_that_returns_nothing_is_no_harm():
+    class Forgetful(nn.Sequential):
+        def train(self, mode=True):
+            super().train(mode)
+
+    model = Forgetful(*network("conv"))
+    x, y = images(12, model)
+    wpgd(model, x, y, Threat(), steps=1)
+    finetune(model, (x, y), (x, y), FinetuneConfig(epochs=1, steps=1, augment=False))

@@ -669,3 +669,115 @@ def test_a_run_goes_on_where_the_generators_are_those_of_another_device(monkeypa
     wdat_core._set_random_state(model, generator, saved)
     assert torch.equal(seen["cuda:1"], states["cuda:0"])
     wdat_core._set_random_state(model, generator, {name: saved[name] for name in ("run", "cpu")})  # of a CPU
+
+
+# ------------------------------------------------------------------------------------------- what is easily overlooked
+
+
+class Slotted:
+    """An objective whose state is in no dict."""
+
+    __slots__ = ("weight",)
+
+    def __init__(self, weight):
+        self.weight = weight
+
+    def __call__(self, batch):
+        return self.weight * batch.net(batch.x).mean()
+
+
+class Scaled(nn.Module):
+    """An objective with a plain attribute beside its parameters, of which it has none."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, batch):
+        return self.weight * batch.net(batch.x).mean()
+
+
+def closed_over(weight):
+    table = np.zeros(3000)
+    table[1500] = weight  # the words of numpy leave it out
+    return lambda batch: float(table.sum()) * batch.net(batch.x).mean()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        Slotted,
+        Scaled,
+        closed_over,
+        lambda weight: nn.CrossEntropyLoss(reduction="none", label_smoothing=weight / 4),
+        lambda weight: nn.Sequential(nn.Identity(), Scaled(weight)),
+        lambda weight: partial(ce, np.float32(weight)),
+    ],
+)
+def test_what_an_object_holds_in_other_ways_is_in_its_name_too(make):
+    names = [wdat_core._named(make(weight)) for weight in (1.0, 1.0, 2.0)]
+    assert names[0] == names[1] != names[2] and "0x" not in names[0]
+
+
+def test_functions_of_numpy_keep_their_own_names():
+    assert wdat_core._named(np.exp) != wdat_core._named(np.log)
+
+
+def test_a_checkpoint_with_another_loss_module_is_refused(tmp_path):
+    x, y = images(10, network("full"))
+    for smoothing, words in ((0.0, None), (0.5, "differs in loss")):
+        config = small(loss=nn.CrossEntropyLoss(reduction="none", label_smoothing=smoothing))
+        with pytest.raises(WdatError, match=words) if words else contextlib.nullcontext():
+            finetune(network("full"), (x, y), None, config, resume=tmp_path / "run", stop_after=0)
+
+
+def test_where_nothing_can_be_written_the_model_stays_as_it_was(tmp_path):
+    (tmp_path / "file").write_text("")
+    model = network("full")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(WdatError, match="could not be written"):
+        finetune(model, images(10, model), None, small(), resume=tmp_path / "file" / "run")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert [*tmp_path.iterdir()] == [tmp_path / "file"]
+
+
+class Counting(nn.Module):
+    """A network with a buffer that is not saved with it, and moves with every update."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = network("mlp")
+        self.register_buffer("seen", torch.zeros(4, dtype=torch.float64), persistent=False)
+
+    def forward(self, x):
+        logits = self.inner(x) + self.seen
+        if self.training:
+            self.seen.add_(0.1 * logits.detach().mean(0))
+        return logits
+
+
+def test_buffers_that_are_not_saved_with_a_model_are_part_of_the_run_and_of_its_best_epoch(tmp_path):
+    x, y = images(20, network("mlp"))
+    config = replace(small(), epochs=4, tau=0.05)
+    seen, whole = {}, Counting()
+    history = finetune(whole, (x, y), (x, y), config, on_epoch=lambda e, m: seen.update({e: m.seen.clone()}))
+    assert torch.equal(whole.seen, seen[history.best]) and len({float(s[0]) for s in seen.values()}) == 4
+    finished = False
+    while not finished:
+        model = Counting()
+        finished = finetune(model, (x, y), (x, y), config, resume=tmp_path / "run", stop_after=0).finished
+    assert torch.equal(model.seen, whole.seen)
+    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def forgetful(batch):
+    """An objective that remembers what torch does not load again."""
+    batch.memory.setdefault("what", []).append(threading.Thread)
+    return batch.net(batch.x).square().mean()
+
+
+def test_what_could_not_be_loaded_again_is_named_and_the_last_checkpoint_stays(tmp_path):
+    model = network("full")
+    with pytest.raises(WdatError, match="memory holds what torch does not load again"):
+        finetune(model, images(10, model), None, small(objective=forgetful), resume=tmp_path / "run", stop_after=0)
+    assert contents(tmp_path / "run")["rows"] == []

@@ -9,6 +9,7 @@ from tiny import FROM_SCRATCH, INF, Centre, configuration, images, network, pred
 from torch import nn
 
 from wdat_core import (
+    Boundary,
     FinetuneConfig,
     Threat,
     WdatError,
@@ -715,3 +716,51 @@ def test_extreme_radii(delta):
     attack = wpgd(MODEL, X, Y, Threat(delta=delta), loss="ce")
     assert 0 < attack.distance <= delta * (1 + 1e-3)
     assert attack.x_adv.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("words", "call"),
+    [
+        ("p of 1.001 or more, not 1", lambda batch: batch.attack(Threat(p=1, delta=0.2), "ce")),
+        ("p of 1.001 or more, not 1", lambda batch: batch.look(batch.x, batch.y, Threat(p=1), "ce")),
+        ("threat must be a Threat, not None", lambda batch: batch.attack(None, "ce")),
+    ],
+)
+def test_a_minibatch_is_attacked_under_the_threats_that_wpgd_takes(words, call):
+    config = FinetuneConfig(objective=lambda batch: call(batch).sum(), epochs=1, steps=1, augment=False)
+    with raises(words):
+        finetune(network("conv"), (X, Y), None, config)
+
+
+@pytest.mark.parametrize("x", [X[:0], X.byte(), X.to_sparse(), X.to("meta"), X[0, 0, 0]])
+def test_what_cannot_show_the_last_layer_is_named(x):
+    with pytest.raises(WdatError):
+        perturb_(network("conv"), "last_layer", x=x)
+
+
+def test_two_classes_of_one_image_do_not_tell_the_last_layer():
+    """Two points lie on a line, whichever layer they are of; more images tell."""
+
+    class Turned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.by = nn.Linear(12, 2), torch.randn(2, 2, generator=torch.Generator().manual_seed(0))
+
+        def forward(self, x):
+            return self.inner(x).tanh() @ self.by
+
+    for n in (1, 8):
+        with raises("no layer is plainly the one that gives the logits"):
+            perturb_(Turned(), "last_layer", x=torch.rand(n, 12))
+
+
+def test_there_is_no_accuracy_without_distances():
+    empty = Boundary(torch.empty(0))
+    for call in (
+        lambda: empty.accuracy(Threat()),
+        empty.curve,
+        lambda: empty.interval(Threat()),
+        lambda: empty.price(Threat()),
+    ):
+        with raises("there are no distances"):
+            call()

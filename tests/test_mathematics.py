@@ -579,3 +579,17 @@ def test_images_that_are_transposed_in_memory(shape):
         attack = wpgd(model, transposed, y, Threat(p, INF, 0.05), steps=3)
         plain = wpgd(model, x, y, Threat(p, INF, 0.05), steps=3)
         torch.testing.assert_close(attack.x_adv, plain.x_adv, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "threat", [Threat(INF, INF, 0.05), Threat(INF, 2.0, 0.3), Threat(10, INF, 0.05), Threat(2, INF, 0.05)]
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_16_bits_images_stay_in_the_ball_up_to_the_rounding_of_a_pixel(threat, dtype):
+    """Steps too short for the numbers add up to no more."""
+    model = network("conv", dtype=dtype)
+    x, y = images(40, model, dtype=dtype)
+    attack = wpgd(model, x, y, threat, loss="ce", steps=20)
+    rounding = torch.finfo(dtype).eps / 2 * (1 if threat.r == INF else PIXELS**0.5)
+    moved = lengths((attack.x_adv.double() - x.double()), threat.r)
+    assert mean(moved, threat.p) <= threat.delta * (1 + 2 * torch.finfo(dtype).eps) + rounding

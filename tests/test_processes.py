@@ -93,6 +93,8 @@ def said(tmp_path_factory):
         (folder / "other.ckpt").touch()
 
         tasks |= {f"other {what}": ("other_settings", (what, str(folder))) for what in OTHERS}
+        tasks |= {"mixed": ("mixed", ()), "noisy": ("noisy_training", ())}
+        tasks["noisy, stopped"] = ("noisy_training", (str(folder / "noisy.ckpt"),))
         tasks |= {"experts": ("experts", ()), "masked": ("masked", ()), "bits": ("sixteen_bits", ((0, 2900, 3001),))}
     found = dict(zip(tasks, processes.run(MOST, list(tasks.values())), strict=True))
     return found | {"folder": folder}
@@ -250,6 +252,24 @@ def test_a_group_that_is_none_is_named(group):
         boundary(model, x, y, steps=1).gather(group)
     with pytest.raises(WdatError, match="group must be a process group"):
         finetune(model, (x, y), None, FinetuneConfig(), group=group)
+
+
+@pytest.mark.skipif(MOST != 2, reason="these run with 2 processes")
+def test_a_network_that_draws_random_numbers_goes_on_as_if_never_stopped(said):
+    """Also where the parts of a minibatch are unequal, and take unequally many of them."""
+    first, second = said["noisy"]
+    for stopped in said["noisy, stopped"]:
+        for name, value in stopped.items():
+            assert torch.equal(value, first[name]) and torch.equal(value, second[name]), name
+
+
+@pytest.mark.skipif(MOST != 2, reason="these run with 2 processes")
+def test_parameters_of_two_types_are_trained_as_one_process_would(said):
+    expected = spread.mixed(None)
+    for found in said["mixed"]:
+        assert found["scale"].dtype == torch.float32 and found["scale"] != 1
+        for name, value in found.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
