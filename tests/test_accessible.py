@@ -179,7 +179,7 @@ def test_what_is_bought_can_be_told_from_the_page(build, mode):
 
 
 def test_the_colours_of_the_plots_can_be_told_from_white():
-    drawn = [colour for colour, *_ in plots.OBJECTIVES.values()]
+    drawn = [colour for colour, *_ in (*plots.OBJECTIVES.values(), *plots.PRETRAINED.values(), plots.OTHERWISE)]
     for colour in (plots.PAPER, plots.RECORDED, plots.THIS_RUN, *worst.ORDERS.values(), *drawn):
         assert contrast(rgba(colour), rgba("#ffffff")) >= 3, colour
 
