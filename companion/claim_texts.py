@@ -9,7 +9,7 @@ from companion.claims import CLAIMS, RADII, Claim, counted, on_claimed_side, out
 from companion.effects import Effect
 from companion.intervals import span
 from companion.kinds import Record
-from companion.words import NOTHING, OUTCOMES, VERDICTS, count, listed, markdown, name_of
+from companion.words import NOTHING, OUTCOMES, VERDICTS, count, listed, markdown, name_of, plural
 
 
 def rule(claim: Claim) -> str:
@@ -27,6 +27,32 @@ def overview(records: Sequence[Record]) -> Any:
         effects = claim.effects(records)
         lines.append([f"{number}", claim.text, claim.place, paper_count(claim) or "–", verdict_text(effects, claim)])
     return markdown(["", "claim", "in the paper", "the paper's own numbers", "here"], lines)
+
+
+def everywhere(records: Sequence[Record]) -> str:
+    """Which claims hold on all networks that they are measured on, by the paper's measure and by the worst case."""
+    measured, holding, by_found, worst = 0, [], 0, []
+    for number, claim in enumerate(CLAIMS, 1):
+        effects = counted(claim.effects(records))
+        measured += bool(effects)
+        if verdict(effects, claim) == "holds":
+            networks = {record.network.name for effect in effects for record in effect.records}
+            holding.append(f"claim {number} ({plural(len(networks), 'network')})")
+        found = [effect for those in _at_each_radius(claim, records) for effect in those]
+        by_found += bool(found)
+        worst += [f"claim {number}"] * (verdict(found, claim) == "holds")
+    if not measured:
+        return ""
+    text = f"Of {plural(measured, 'claim')} that are measured, {_that_hold(holding)} on every network measured."
+    if by_found:
+        radii = f"δ = {listed([str(delta) for delta in RADII])}/255"
+        judged = f"By the worst case found, which can judge {by_found} of them"
+        text += f" {judged}, {_that_hold(worst)} on every network at {radii} alike."
+    return text
+
+
+def _that_hold(numbers: Sequence[str]) -> str:
+    return f"{listed(numbers)} hold{'s' * (len(numbers) == 1)}" if numbers else "none holds"
 
 
 def details(records: Sequence[Record]) -> Any:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from companion import cores, files
 from companion.files import one_line, verified
-from companion.kinds import FinetuneRecord, Record, SensitivityRecord
+from companion.kinds import FinetuneRecord, PretrainRecord, Record, SensitivityRecord
 from companion.records import protocol
 from companion.settings import CONTROLS, OPEN_POINTS, PAPER_NETWORKS, STAND_INS, ParameterError
 from companion.values import accuracy_name
@@ -127,6 +127,11 @@ def grids(perturb: str, records: Sequence[FinetuneRecord]) -> list[list[Finetune
 def _order(record: FinetuneRecord) -> tuple[bool, int, int]:
     names = [*PAPER_NETWORKS, *STAND_INS, record.network.name]
     return not is_full(record), -training_of(record), names.index(record.network.name)
+
+
+def pretrained_with(record: PretrainRecord) -> str:
+    """The objective of a pre-training: "trades" or "pgd". The first trainer called it a method."""
+    return getattr(record.config, "objective", None) or getattr(record.config, "method", None) or "trades"
 
 
 def training_of(record: FinetuneRecord) -> int:

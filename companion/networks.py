@@ -40,6 +40,7 @@ class Published:
     source: str  # whose network it is
     address: str  # where the file comes from
     licence: str
+    training: str  # how it was made robust, by those who published it
 
 
 # alpha-beta-CROWN carries the files under its own licence.
@@ -53,6 +54,7 @@ PUBLISHED = {
         _DATHATHRI,
         _SDP + "cifar_cnn_a_adv4.model",
         "BSD-3-Clause",
+        "PGD",
     ),
     "cnn_a_mix4": Published(
         "cifar_cnn_a_mix4.model",
@@ -61,6 +63,7 @@ PUBLISHED = {
         _DATHATHRI,
         _SDP + "cifar_cnn_a_mix4.model",
         "BSD-3-Clause",
+        "PGD and interval bounds",
     ),
 }
 
@@ -112,6 +115,20 @@ def check_name(name: str, dataset: str, norm: str) -> None:
     is_path = is_own(name) or Path(name).name != name
     if not is_path and name not in STAND_INS and name not in PUBLISHED and name not in zoo(dataset, norm):
         raise _unknown(name, dataset, norm)
+
+
+def shape_of(name: str) -> tuple[str, int] | None:
+    """The architecture of a network and how many parameters it has; None of networks that are not known by name."""
+    with torch.device("meta"):  # nothing is allocated, and nothing drawn at random
+        if name in STAND_INS:
+            words, model = "{}{}".format(*STAND_INS[name]), new_stand_in(name)
+        elif name in PUBLISHED:
+            words, model = PUBLISHED[name].architecture.__name__, PUBLISHED[name].architecture()
+        elif name in PAPER_NETWORKS:
+            words, model = PAPER_NETWORKS[name]["architecture"], zoo()[name]["model"]()
+        else:
+            return None
+    return words, sum(p.numel() for p in model.parameters())
 
 
 def check_fit(network: Network, data: Data) -> None:

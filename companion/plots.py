@@ -52,7 +52,7 @@ def plot_changes(table: int, records: Sequence[FinetuneRecord], recorded: Sequen
             values = (EVERY[row["metric"]], column_words(*column), name, moved.value)
             _append(data, *values, moved.value - half, moved.value + half)
     rows, shown = len(set(data["column"])) * len(styles), [t for t in EVERY.values() if t in data["accuracy"]]
-    figure = _figure(1.1 + 0.25 * len(styles) + len(shown) * (0.45 + 0.16 * rows))
+    figure = sized(1.1 + 0.25 * len(styles) + len(shown) * (0.45 + 0.16 * rows))
     plot = so.Plot(data, x="change", y="column", color="evidence", marker="evidence")
     plot = plot.facet(row="accuracy", order=shown)
     plot = plot.add(so.Range(linewidth=1.8), so.Dodge(), xmin="low", xmax="high").add(so.Dot(pointsize=7), so.Dodge())
@@ -91,7 +91,7 @@ def plot_protocol(records: Sequence[FinetuneRecord]) -> Figure:
                 _append(data, *where, mean.value, mean.value - half, mean.value + half, math.nan)
                 for value in change_of_each(those, metric) if len(those) > 1 else []:
                     _append(data, *where, math.nan, math.nan, math.nan, value)
-    figure = _figure(9.6, width=6.2)
+    figure = sized(9.6, width=6.2)
     plot = so.Plot(data, x="change", y="column", color="evidence", marker="evidence")
     plot = plot.facet(row="accuracy", col="layers", order={"row": list(TITLES.values()), "col": list(HOW.values())})
     plot = plot.share(x="col").add(so.Range(linewidth=1.8), so.Dodge(), xmin="low", xmax="high")
@@ -114,7 +114,7 @@ def plot_estimates(records: Sequence[SensitivityRecord], recorded: Sequence[Sens
             _append(whole, name, source, record.reference)
             for estimate in record.estimates:
                 _append(samples, name, source, estimate)
-    figure = _figure(1.4 + 0.7 * len(set(whole["network"])))
+    figure = sized(1.4 + 0.7 * len(set(whole["network"])))
     plot = so.Plot(samples, x="upsilon", y="network", color="evidence", marker="evidence")
     plot = plot.add(so.Dot(pointsize=6, alpha=0.6), so.Dodge(), so.Jitter(0.5, seed=0))
     plot = plot.add(so.Dash(width=0.9, linewidth=2.5), so.Dodge(), data=whole)
@@ -140,7 +140,7 @@ def plot_along(what: str, records: Sequence[FinetuneRecord], recorded: Sequence[
             for epoch, row in enumerate(along(record)):
                 for key, part in ALONG[what].items():
                     _append(data, epoch, (1 if what == "upsilon" else 100) * row[key], part, source, label)
-    figure = _figure(1.3 + 2.3 * len(groups))
+    figure = sized(1.3 + 2.3 * len(groups))
     plot = so.Plot(data, x="epoch", y="value", color="evidence", linestyle="images", group="images").facet(
         row="network"
     )
@@ -167,7 +167,7 @@ def plot_frontiers(records: Sequence[Record]) -> Figure:
     deltas = sorted({setting.delta for study in every for setting in frontiers.settings_of(study)}, reverse=True)
     fills = {delta: FILLS[i % len(FILLS)] for i, delta in enumerate(deltas)}
     with sns.axes_style("whitegrid"), sns.plotting_context("notebook", font_scale=0.9):
-        figure = _figure(1.4 + 3.2 * max(1, len(every)))
+        figure = sized(1.4 + 3.2 * max(1, len(every)))
         if not every:
             figure.text(0.5, 0.5, NOTHING, ha="center", va="center")
             return figure
@@ -235,7 +235,7 @@ def plot_joint(records: Sequence[Record]) -> Figure:
     studies = [line.study for line in every]
     spread = [ball for ball in joint.BALLS if ball != joint.POINTWISE]
     with sns.axes_style("whitegrid"), sns.plotting_context("notebook", font_scale=0.9):
-        figure = _figure(1.0 + 3.0 * len(spread) + 0.25 * len(every))
+        figure = sized(1.0 + 3.0 * len(spread) + 0.25 * len(every))
         if not every:
             figure.text(0.5, 0.5, f"{joint.NOT_YET}.", ha="center", va="center")
             return figure
@@ -276,7 +276,7 @@ def plot_scratch(records: Sequence[Record]) -> Figure:
     every = joint.scratch_studies(records)
     balls = [joint.SPREAD, joint.POINTWISE]
     with sns.axes_style("whitegrid"), sns.plotting_context("notebook", font_scale=0.9):
-        figure = _figure(1.2 + 2.8 * max(1, len(every) * len(balls)))
+        figure = sized(1.2 + 2.8 * max(1, len(every) * len(balls)))
         if not every:
             figure.text(0.5, 0.5, f"{joint.NOT_YET}.", ha="center", va="center")
             return figure
@@ -310,7 +310,7 @@ def _append(data: Data, *values: Any) -> None:
         column.append(value)
 
 
-def _figure(height: float, width: float = WIDTH) -> Figure:
+def sized(height: float, width: float = WIDTH) -> Figure:
     import matplotlib.pyplot as plt
 
     figure = plt.figure(figsize=(width, height), layout="constrained")

@@ -16,6 +16,7 @@ from companion.evidence import (
     column_of,
     columns_of,
     paper_value,
+    pretrained_with,
     relative_errors,
     setting_of,
     studies,
@@ -284,9 +285,7 @@ def stand_ins_table(recorded: Sequence[PretrainRecord]) -> Any:
         name = r.network.name
         config: Any = r.config  # of one of two trainers
         size = sum(p.numel() for p in new_stand_in(name).parameters())
-        # The first stand-ins were pre-trained by a trainer of their own, which called the objective a method.
-        objective = getattr(config, "objective", None) or config.method or "trades"
-        method = {"trades": f"TRADES, β = {config.beta:g}", "pgd": "PGD"}[objective]
+        method = {"trades": f"TRADES, β = {config.beta:g}", "pgd": "PGD"}[pretrained_with(r)]
         recipe = f"{method}, {config.epochs} epochs, {config.steps} steps, batch {config.batch_size}"
         recipe += f", averaging {config.average:g}" if config.average else ", no averaging"
         recipe += f"; {r.seconds['pretrain'] / 60:.0f} min on {r.device}, {config.precision}"

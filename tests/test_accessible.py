@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 from bs4 import BeautifulSoup
 
-from companion import files, plots, worst
+from companion import files, gains_plot, plots, worst
 
 MODES = ("light", "dark")
 A_FILE = re.compile(
@@ -179,7 +179,9 @@ def test_what_is_bought_can_be_told_from_the_page(build, mode):
 
 
 def test_the_colours_of_the_plots_can_be_told_from_white():
-    drawn = [colour for colour, *_ in plots.OBJECTIVES.values()]
+    drawn = [
+        colour for colour, *_ in (*plots.OBJECTIVES.values(), *gains_plot.PRETRAINED.values(), gains_plot.OTHERWISE)
+    ]
     for colour in (plots.PAPER, plots.RECORDED, plots.THIS_RUN, *worst.ORDERS.values(), *drawn):
         assert contrast(rgba(colour), rgba("#ffffff")) >= 3, colour
 

@@ -664,11 +664,11 @@ def test_random_start_is_its_fraction_of_delta_away():
     generator = torch.Generator().manual_seed(0)
     x = torch.full((50, *SHAPE), 0.5, dtype=torch.float64)
     for r in (1.5, 2.0, INF):
-        start = _moved(x, Threat(2, r, 0.1), 0.7, torch.rand(x.shape, generator=generator))
+        start = _moved(x, Threat(2, r, 0.1), 0.7, torch.rand(x.shape, generator=generator, dtype=x.dtype))
         distances = torch.linalg.vector_norm(start - x, r, (1, 2, 3))
         torch.testing.assert_close(distances, torch.full_like(distances, 0.07))
         assert start.unique().numel() > 50
-    edge = _moved(torch.ones_like(x), THREAT, 1.0, torch.rand(x.shape, generator=generator))
+    edge = _moved(torch.ones_like(x), THREAT, 1.0, torch.rand(x.shape, generator=generator, dtype=x.dtype))
     assert edge.max() == 1 and edge.min() >= 0.95 - 1e-12
 
 
