@@ -51,17 +51,30 @@ class Line:
 
 def lines(records: Sequence[Record]) -> list[Line]:
     """A line for each network, beta and delta that has a run with the pointwise term."""
+    return [line for line in _all_lines(records) if line.most]
+
+
+def _all_lines(records: Sequence[Record]) -> list[Line]:
+    """Those too that have no such run yet, with every beta and delta."""
     every = [r for r in records if isinstance(r, ObjectiveRecord) and r.config.objective == JOINT]
     found = []
     for study in frontiers.grouped([r for r in every if not frontiers.is_from_scratch(r)]):
         before = frontiers.as_it_is(study, "test", records)
-        for beta, delta in sorted({_weights(r) for r in study if r.config.gamma}):
+        for beta, delta in sorted({_weights(r) for r in study}):
             points: dict[float, Study] = {}
             for record in sorted(study, key=lambda r: (r.config.gamma, r.config.seed)):
                 if _weights(record) == (beta, delta):
                     points.setdefault(record.config.gamma, []).append(record)
             found.append(Line(study, beta, delta, points, before))
     return found
+
+
+def _open(records: Sequence[Record], known: Sequence[Line]) -> list[Line]:
+    """Networks that lose pointwise accuracy with the weights of known lines, and where the term has not run yet."""
+    weights, there = {(line.beta, line.delta) for line in known}, {line.study[0].network.digest for line in known}
+    alone = [line for line in _all_lines(records) if line.before and not line.most]
+    fit = [line for line in alone if (line.beta, line.delta) in weights]
+    return [line for line in _of_each_network(fit) if line.study[0].network.digest not in there and _loses(line)]
 
 
 def _weights(record: ObjectiveRecord) -> tuple[float, float]:
@@ -103,18 +116,21 @@ def joint_answer(records: Sequence[Record]) -> str:
         if not every:
             return f"**{NOT_YET}.** Of runs with the pointwise term nothing is recorded here yet."
         return f"**{NOT_YET}: beside the pointwise term, a run without it and the network as it is are needed.**"
-    lost = [line for line in judged if _loses(line)]
+    lost, open_ = [line for line in judged if _loses(line)], _open(records, every)
     if lost:
         stopped = sum(map(_is_stopped, lost))
         on = f"on {stopped} of {plural(len(lost), 'network')} that {'has' if len(lost) == 1 else 'have'} it"
         text = f"**The pointwise term {'stops' if stopped else 'does not stop'} the loss of pointwise accuracy: {on}.**"
+    elif open_:
+        where = plural(len(judged), "network")
+        text = f"**Not known yet: the pointwise term has run on {where} only, where nothing is lost without it.**"
     else:
         on = f"on {plural(len(judged), 'network')} measured"
         text = f"**There is nothing to stop: without the pointwise term no pointwise accuracy is lost, {on}.**"
     if kept := [name_of(line.study[0]) for line in judged if lost and not _loses(line)]:
         text += f" Without it {listed(kept)} {'loses' if len(kept) == 1 else 'lose'} none."
     text += f" A∞ at 8/255 minus that of the network as it is, without the term and with it: {_courses(judged)}."
-    return text + _no_more_than_weight(judged, records)
+    return text + _no_more_than_weight(judged, records) + _still_open(open_)
 
 
 def _of_each_network(known: Sequence[Line]) -> list[Line]:
@@ -159,6 +175,14 @@ def _no_more_than_weight(judged: Sequence[Line], records: Sequence[Record]) -> s
     if not parts:
         return ""
     return f" Against Algorithm 1 with another β at the same clean accuracy, A∞ is {listed(parts)}."
+
+
+def _still_open(open_: Sequence[Line]) -> str:
+    parts = []
+    for line in open_:
+        lost = moved(line.points[0], [line.before], POINTWISE)[0].text(signed=True)
+        parts.append(f"{name_of(line.study[0])} ({lost} without it)")
+    return f" Where there is a loss, the term has not run yet on {listed(parts)}." if parts else ""
 
 
 def joint_table(records: Sequence[Record]) -> Any:

@@ -95,6 +95,19 @@ def test_where_nothing_is_lost_there_is_nothing_to_stop():
     assert "on 1 of 1 network that has it.** Without it `small_pgd` loses none." in text
 
 
+def test_a_network_that_loses_and_waits_for_the_term_is_named():
+    without = [start(pointwise=28, name="small_pgd"), run(0, name="small_pgd")]
+    waits = [start(), run(0), run(0, 50, 40, beta=12.0)]
+    text = plain(joint.joint_answer([*waits, *without, run(6, pointwise=36, name="small_pgd")]))
+    assert text.startswith("**Not known yet: the pointwise term has run on 1 network only, where nothing is lost")
+    assert text.endswith(" Where there is a loss, the term has not run yet on `demo` (-3.00 ± 1.06 without it).")
+    text = joint.joint_answer([*waits, *without, run(6, pointwise=36, name="small_pgd"), run(1, pointwise=36)])
+    assert text.startswith("**The pointwise term stops") and "yet" not in text
+    text = joint.joint_answer([start(), run(6), *without, run(6, pointwise=36, name="small_pgd")])
+    assert text.startswith("**There is nothing to stop") and "`demo`" not in text  # it needs a run without the term
+    assert joint.lines([*waits, *without]) == [] and len(cells(joint.joint_table(waits))) == 3
+
+
 def test_every_seed_must_be_on_one_side():
     seeds = [run(0, pointwise=27, seed=0), run(0, pointwise=33.5, seed=1)]
     assert joint.joint_answer([start(), *seeds, run(6)]).startswith("**There is nothing to stop")
