@@ -624,7 +624,7 @@ def test_perturb():
         with raises("noise must be a number at least 0"):
             perturb_(network(), "whole", noise=noise)
     convolutional = nn.Sequential(Centre(), nn.Conv2d(2, 4, 3), nn.Flatten())
-    with raises("which layer gives the logits", "head", "x, an image", "'1'"):
+    with raises("which layer gives the logits", "head", "x, images", "'1'"):
         perturb_(convolutional, "last_layer")
     for head in ("fc", "", 3, [1], True):
         with raises("head must name a linear or convolutional layer", re.escape(repr(head)), "'1'"):
