@@ -27,24 +27,29 @@ from companion import files
 from companion.files import digest, write_whole
 
 CORES = files.RESULTS / "cores.json"
+WORST_CASE = "small_trades, worst case"  # a part of the sample
 WITHIN = 0.0005  # of an accuracy as a fraction, between machines
 
 
 @functools.cache
-def is_current(core: str) -> bool:
+def is_current(core: str, worst_case: bool = False) -> bool:
     """Whether the code that made a record, by the digest in the record, gives the numbers of the present code.
 
-    Also by way of others, to the bit: two versions may have been compared on one machine, and one of them with a third
+    The part of the sample that is trained for the worst case counts only for records that are: `worst_case`. Also by way of others, to the bit: two versions may have been compared on one machine, and one of them with a third
     on another.
     """
     from wdat_core import code_digest
 
-    entries, same = _entries(), {code_digest()}
+    entries, same = _entries() if worst_case else [_without_worst_case(e) for e in _entries()], {code_digest()}
     here = [e for e in entries if e["core"] in same]
     while more := {a["core"] for a in entries for b in entries if b["core"] in same and _same_bits(a, b)} - same:
         same |= more
     there = [e for e in entries if e["core"] in same or any(gives_the_same(e, one) for one in here)]
     return core in same or any(core in (e["core"], e["file"]) for e in there)
+
+
+def _without_worst_case(entry: dict[str, Any]) -> dict[str, Any]:
+    return entry | {"sample": {name: part for name, part in entry["sample"].items() if name != WORST_CASE}}
 
 
 def gives_the_same(one: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -136,7 +141,7 @@ def sample(core: Any, data: Path) -> dict[str, Any]:
     for name in ("demo", "small_trades", "small_pgd") if hasattr(core, "boundary") else ():
         parts[f"{name}, distances"] = lambda name=name: found_by_boundary(network(name), test)  # type: ignore[misc]
     if hasattr(core, "worst_case"):
-        parts["small_trades, worst case"] = trained_for_the_worst_case
+        parts[WORST_CASE] = trained_for_the_worst_case
     found = {}
     for name, part in parts.items():
         begin = time.perf_counter()
@@ -175,8 +180,10 @@ def main(arguments: list[str]) -> None:
     same = ("core", "device", "processor")
     others = [e for e in _entries() if any(e.get(key) != entry[key] for key in same)]
     write_whole(CORES, (json.dumps([*others, entry], indent=1) + "\n").encode())
-    alike = [e["core"][:8] for e in others if gives_the_same(e, entry)]
+    alike = [e["core"][:8] for e in others if gives_the_same(_without_worst_case(e), _without_worst_case(entry))]
     print(f"{entry['core'][:8]} gives the same numbers as {', '.join(alike) or 'no other core here'}")
+    if other := [e["core"][:8] for e in others if e["core"][:8] in alike and not gives_the_same(e, entry)]:
+        print(f"but not where it is trained for the worst case: {', '.join(other)}")
 
 
 def _load(path: Path) -> Any:

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from companion import cores
+from companion.evidence import is_current
 from companion.kinds import FinetuneRecord
 from companion.records import read_records
 from wdat_core import code_digest
@@ -84,6 +85,21 @@ def test_tolerances_of_several_machines_do_not_add_up(known):
     ]
     known(*steps)
     assert cores.is_current("d" * 64) and not cores.is_current("f" * 64)
+
+
+def test_training_for_the_worst_case_counts_for_records_of_it_alone(known):
+    """Two versions that differ there give the same numbers everywhere else."""
+    one, two = ({cores.WORST_CASE: {"accuracy": {"p 2": value}, "bits": f"{value}"}} for value in (0.1, 0.2))
+    known(other(sample=ENTRY["sample"] | one), other(code_digest(), sample=ENTRY["sample"] | two))
+    assert cores.is_current("d" * 64) and not cores.is_current("d" * 64, worst_case=True)
+    assert cores.is_current(code_digest(), worst_case=True)
+    slope, algorithm1 = (
+        next(r for r in read_records(kind="objective") if r.config.objective == objective).model_copy(
+            update={"core": "d" * 64}
+        )
+        for objective in ("slope", "algorithm1")
+    )
+    assert is_current(algorithm1) and not is_current(slope)
 
 
 def test_one_name_of_a_processor_may_be_two_machines():
