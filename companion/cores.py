@@ -35,8 +35,8 @@ WITHIN = 0.0005  # of an accuracy as a fraction, between machines
 def is_current(core: str, worst_case: bool = False) -> bool:
     """Whether the code that made a record, by the digest in the record, gives the numbers of the present code.
 
-    The part of the sample that is trained for the worst case counts only for records that are: `worst_case`. Also by way of others, to the bit: two versions may have been compared on one machine, and one of them with a third
-    on another.
+    Also by way of others, to the bit: two versions may have been compared on one machine, and one of them with a third
+    on another. The part of the sample that is trained for the worst case counts only for records that are: `worst_case`.
     """
     from wdat_core import code_digest
 
