@@ -36,7 +36,7 @@ def is_current(core: str, worst_case: bool = False) -> bool:
     """Whether the code that made a record, by the digest in the record, gives the numbers of the present code.
 
     Also by way of others, to the bit: two versions may have been compared on one machine, and one of them with a third
-    on another. The part of the sample that is trained for the worst case counts only for records that are: `worst_case`.
+    on another. The part of the sample that is trained for the worst case counts for records that are, `worst_case`.
     """
     from wdat_core import code_digest
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from companion import cores, files
 from companion.files import one_line, verified
-from companion.kinds import FinetuneRecord, ObjectiveRecord, Record, SensitivityRecord
+from companion.kinds import FinetuneRecord, ObjectiveRecord, PretrainRecord, Record, SensitivityRecord
 from companion.records import protocol
 from companion.settings import CONTROLS, OPEN_POINTS, PAPER_NETWORKS, STAND_INS, ParameterError
 from companion.values import accuracy_name
