@@ -630,7 +630,7 @@ def test_perturb():
         with raises("head must name a linear or convolutional layer", re.escape(repr(head)), "'1'"):
             perturb_(convolutional, "last_layer", head=head)
     for x in ("an image", 3, [X]):
-        with raises("x, an image"):
+        with raises("x, images"):
             perturb_(convolutional, "last_layer", x=x)
     with raises("needs a linear or convolutional layer"):
         perturb_(nn.Sequential(nn.Flatten(), nn.LayerNorm(18)), "last_layer", x=X)
