@@ -32,6 +32,7 @@ from companion.intervals import Estimate, bits, change, estimate_of, outcome_of_
 from companion.joint import joint_answer
 from companion.kinds import FinetuneRecord, Record, images_of
 from companion.open_points import matters
+from companion.performance import symbols
 from companion.settings import CONTROLS, FINETUNED, GRIDS, METRICS, PAPER_NETWORKS, STAND_INS, STRONGER
 from companion.tables import fewest_left, paper_changes
 from companion.words import (
@@ -343,7 +344,7 @@ def _performance(records: Sequence[Record]) -> str:
         return NOTHING
     rows = [row for row in benchmarks[-1].rows if row["target"] is not None and row["met"] is not None]
     missed = [row for row in rows if not row["met"]]
-    names = listed([f"{row['name']} on {row['network']}" for row in missed])
+    names = listed([f"{symbols(row['name'])} on {row['network']}" for row in missed])
     text = f"{len(rows) - len(missed)} of {plural(len(rows), 'target')} are met on {benchmarks[-1].device}."
     return f"{text} Missed: {names}." if missed else text
 

@@ -9,7 +9,7 @@ from companion import gains
 from companion.evidence import by_setting
 from companion.intervals import change, with_metrics
 from companion.kinds import Record
-from companion.plots import PAPER, RECORDED, sized
+from companion.plots import PAPER, RECORDED, saying, sized
 from companion.words import HOW, NOTHING, short_name
 
 if TYPE_CHECKING:
@@ -34,8 +34,7 @@ def plot_gains(records: Sequence[Record]) -> Figure:
     with sns.axes_style("whitegrid"), sns.plotting_context("notebook", font_scale=0.9):
         figure = sized(4.6, width=6.2)
         if not every:
-            figure.text(0.5, 0.5, NOTHING, ha="center", va="center")
-            return figure
+            return saying(figure, NOTHING)
         axes = figure.subplots(1, len(gains.YARDSTICKS), sharex=True, sharey=True)
         for axis, (metric, title) in zip(axes, gains.YARDSTICKS.items(), strict=True):
             axis.axhline(0, color="black", linewidth=1)

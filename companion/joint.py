@@ -188,20 +188,20 @@ def _still_open(open_: Sequence[Line]) -> str:
 def joint_table(records: Sequence[Record]) -> Any:
     """A row for each gamma, after the network as it is: accuracies of test images in per cent."""
     rows, every = [], lines(records)
-    studies = [line.study for line in every]
+    studies, alike = [line.study for line in every], len({line.words for line in every}) == 1
     for line in every:
-        called = frontiers.label(line.study, studies)
+        called = frontiers.label(line.study, studies) + ("" if alike else f", {line.words}")
         if line.before:
-            rows.append([called, "as it is", "–", *_accuracies([line.before]), *["–"] * 5])
+            rows.append([called, "as it is", *_accuracies([line.before]), *["–"] * 4])
         for gamma, those in line.points.items():
             lost = moved(those, [line.before], POINTWISE)[0].text(signed=True) if line.before else "–"
             found = [above_algorithm1(line, gamma, ball, records) for ball in (POINTWISE, SPREAD)]
             beside = [one.text(signed=True) if one else "not comparable" for one in found]
             if not gamma and (JOINT, line.delta) == frontiers.BASE:
                 beside = ["its frontier"] * 2
-            rows.append([called, line.words, f"{gamma:g}", *_accuracies(those), lost, *beside, *_runs(those)])
-    heads = ["network", "β, δ", "γ", "clean", *BALLS.values(), "A∞ against as it is"]
-    heads += ["A∞ above Algorithm 1", "A₂ at 4/255 above Algorithm 1", "seeds", "training, s"]
+            rows.append([called, f"{gamma:g}", *_accuracies(those), lost, *beside, _runs(those)[0]])
+    heads = ["network", "γ", "clean", *BALLS.values(), "A∞ minus as it is", "A∞ above Algorithm 1"]
+    heads += ["A₂, 4/255 above Algorithm 1", "seeds"]
     return markdown(heads, rows) if rows else markdown(["network"], [[f"{NOT_YET}."]])
 
 

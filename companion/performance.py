@@ -77,7 +77,7 @@ def benchmark_table(record: BenchmarkRecord) -> Any:
         if row["baseline_accuracy"] is not None:
             remarks.append(f"accuracy {100 * row['accuracy']:.1f} % against {100 * row['baseline_accuracy']:.1f} %")
         remarks += [row["note"]] if row["note"] else []
-        cells = [_symbols(row["name"]), row["network"], _symbols(row["baseline"])]
+        cells = [symbols(row["name"]), row["network"], symbols(row["baseline"])]
         if row["unit"] in COUNTED:
             cells += [f"**{row['ratio']:.2f}** {UNITS[row['unit']]} (counted)", "–", "–"]
         else:
@@ -90,7 +90,7 @@ def benchmark_table(record: BenchmarkRecord) -> Any:
         head = f"| {group} | network | against | ratio (95 % interval) | on the wall | rounds | target | remarks |"
         blocks.append("\n".join([head, "|---" * 8 + "|", *lines]))
     for reason, names in missing(record.rows).items():
-        blocks.append(f"Not measured: {_symbols('; '.join(names))}. Reason: {reason}.")
+        blocks.append(f"Not measured: {symbols('; '.join(names))}. Reason: {reason}.")
     return Markdown("\n\n".join(blocks))
 
 
@@ -100,8 +100,7 @@ def overhead(record: BenchmarkRecord) -> str:
     if not rows:
         return "The overhead is not measured yet with an interval: `python make.py benchmark` measures it."
     parts = [
-        f"{_symbols(r['name'])} on {r['network']} **{r['ratio']:.2f}** ({r['low']:.2f} to {r['high']:.2f})"
-        for r in rows
+        f"{symbols(r['name'])} on {r['network']} **{r['ratio']:.2f}** ({r['low']:.2f} to {r['high']:.2f})" for r in rows
     ]
     met = sum(r["met"] is True for r in rows)
     return (
@@ -119,7 +118,7 @@ def rest_table(record: BenchmarkRecord) -> Any:
     lines = []
     for name, shares in record.rest.items():
         each = {**shares, "together": sum(shares.values())}
-        lines += ["| " + " | ".join([_symbols(name), kind, f"{100 * s:.1f} %"]) + " |" for kind, s in each.items()]
+        lines += ["| " + " | ".join([symbols(name), kind, f"{100 * s:.1f} %"]) + " |" for kind, s in each.items()]
     return Markdown("\n".join(["| attack | operations | beyond the bare passes |", "|---|---|---|", *lines]))
 
 
@@ -272,7 +271,7 @@ def plot_ratios(record: BenchmarkRecord) -> Figure:
             axis.set_xscale("log")
             axis.set_xticks(SPEEDS, [f"{x:g}" for x in SPEEDS])
             axis.minorticks_off()
-        labels = [_symbols(f"{r['name']}\nagainst {r['baseline']} · {r['network']}") for r in rows]
+        labels = [symbols(f"{r['name']}\nagainst {r['baseline']} · {r['network']}") for r in rows]
         axis.set_yticks(range(len(rows)), reversed(labels), fontsize=9)
         axis.set_ylim(-0.6, max(1, len(rows)) - 0.4)
         axis.set_xlabel(f"{unit}, with 95 % interval (a tick is the target)")
@@ -370,6 +369,6 @@ def plot_upsilon(records: Sequence[UpsilonRecord]) -> Figure:
     return figure
 
 
-def _symbols(text: str) -> str:
+def symbols(text: str) -> str:
     """The names of the attacks as the page writes them."""
     return text.replace("W_2", "W₂").replace("W_inf", "W∞").replace("Upsilon", "Υ")

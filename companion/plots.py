@@ -169,8 +169,7 @@ def plot_frontiers(records: Sequence[Record]) -> Figure:
     with sns.axes_style("whitegrid"), sns.plotting_context("notebook", font_scale=0.9):
         figure = sized(1.4 + 3.2 * max(1, len(every)))
         if not every:
-            figure.text(0.5, 0.5, NOTHING, ha="center", va="center")
-            return figure
+            return saying(figure, NOTHING)
         shown: dict[str, Any] = {}
         for axis, study in zip(figure.subplots(len(every), 1, squeeze=False)[:, 0], every, strict=True):
             for (objective, delta), those in _lines(study).items():
@@ -237,8 +236,7 @@ def plot_joint(records: Sequence[Record]) -> Figure:
     with sns.axes_style("whitegrid"), sns.plotting_context("notebook", font_scale=0.9):
         figure = sized(1.0 + 3.0 * len(spread) + 0.25 * len(every))
         if not every:
-            figure.text(0.5, 0.5, f"{joint.NOT_YET}.", ha="center", va="center")
-            return figure
+            return saying(figure, f"{joint.NOT_YET}.")
         shown = []
         for i, line in enumerate(every):
             colour, marker = STUDIES[i % len(STUDIES)]
@@ -278,8 +276,7 @@ def plot_scratch(records: Sequence[Record]) -> Figure:
     with sns.axes_style("whitegrid"), sns.plotting_context("notebook", font_scale=0.9):
         figure = sized(1.2 + 2.8 * max(1, len(every) * len(balls)))
         if not every:
-            figure.text(0.5, 0.5, f"{joint.NOT_YET}.", ha="center", va="center")
-            return figure
+            return saying(figure, f"{joint.NOT_YET}.")
         panels = [(study, ball) for study in every for ball in balls]
         shown: dict[str, Any] = {}
         for axis, (study, ball) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
@@ -315,6 +312,13 @@ def sized(height: float, width: float = WIDTH) -> Figure:
 
     figure = plt.figure(figsize=(width, height), layout="constrained")
     plt.close(figure)  # the caller shows it, once
+    return figure
+
+
+def saying(figure: Figure, words: str) -> Figure:
+    """With words alone. Without axes a notebook would not show it as a picture."""
+    figure.subplots().set_axis_off()
+    figure.text(0.5, 0.5, words, ha="center", va="center")
     return figure
 
 
