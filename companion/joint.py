@@ -192,16 +192,16 @@ def joint_table(records: Sequence[Record]) -> Any:
     for line in every:
         called = frontiers.label(line.study, studies) + ("" if alike else f", {line.words}")
         if line.before:
-            rows.append([called, "as it is", *_accuracies([line.before]), *["–"] * 4])
+            rows.append([called, "as it is", *_accuracies([line.before]), *["–"] * 3])
         for gamma, those in line.points.items():
             lost = moved(those, [line.before], POINTWISE)[0].text(signed=True) if line.before else "–"
             found = [above_algorithm1(line, gamma, ball, records) for ball in (POINTWISE, SPREAD)]
             beside = [one.text(signed=True) if one else "not comparable" for one in found]
             if not gamma and (JOINT, line.delta) == frontiers.BASE:
                 beside = ["its frontier"] * 2
-            rows.append([called, f"{gamma:g}", *_accuracies(those), lost, *beside, _runs(those)[0]])
+            rows.append([called, f"{gamma:g}", *_accuracies(those), lost, *beside])
     heads = ["network", "γ", "clean", *BALLS.values(), "A∞ minus as it is", "A∞ above Algorithm 1"]
-    heads += ["A₂, 4/255 above Algorithm 1", "seeds"]
+    heads += ["A₂, 4/255 above Algorithm 1"]
     return markdown(heads, rows) if rows else markdown(["network"], [[f"{NOT_YET}."]])
 
 
