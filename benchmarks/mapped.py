@@ -37,8 +37,8 @@ def private() -> int:
 
 
 def attacked(images: int, steps: int, folder: str) -> dict[str, Any]:
-    model, *few = subject(torch.device("cpu"), 2 * AT_ONCE)
-    wpgd(model, *few, Threat(), loss="ce", steps=1, batch_size=AT_ONCE)  # what the libraries take once
+    model, few, labels = subject(torch.device("cpu"), 2 * AT_ONCE)
+    wpgd(model, few, labels, Threat(), loss="ce", steps=1, batch_size=AT_ONCE)  # what the libraries take once
     begin, before, most = time.perf_counter(), private(), 0
     file = Path(folder) / "images"
     x = torch.from_file(str(file), shared=True, size=images * 3 * 32 * 32).view(images, 3, 32, 32)

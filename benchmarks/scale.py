@@ -34,7 +34,7 @@ import torch.multiprocessing as mp
 
 from benchmarks import worst
 from benchmarks.baselines import DELTA, demo
-from benchmarks.races import LEAST, TIME, Lap, compare, contest
+from benchmarks.races import LEAST, TIME, Contestant, Lap, compare, contest
 from companion import files
 from companion.kinds import SCHEMA
 from companion.machine import core_digest, made_on
@@ -142,10 +142,16 @@ def scaling(images: int, rounds: int) -> list[dict[str, Any]]:
 
         for name, title in WORKS.items():
             said: dict[str, list[list[Told]]] = {how: [] for how in (ALONE, APART, TOGETHER)}
-            laps = {how: functools.partial(lap, name, how, said[how]) for how in said}
+            laps: dict[str, Contestant] = {how: functools.partial(lap, name, how, said[how]) for how in said}
             pairs = [(TOGETHER, ALONE), (TOGETHER, APART)]
             done = contest(laps, pairs, torch.device("cpu"), rounds=rounds)
-            about = {"network": "demo", "images": images, "batch_size": BATCH, "precision": "float32", "group": title}
+            about: dict[str, Any] = {
+                "network": "demo",
+                "images": images,
+                "batch_size": BATCH,
+                "precision": "float32",
+                "group": title,
+            }
             for pair in pairs:
                 rows.append(compare(done, *pair, TIME, **about) | {"clock": "wall"})
             walls, heard = [one.wall for one in done.laps[TOGETHER]], said[TOGETHER][-len(done.laps[TOGETHER]) :]

@@ -112,7 +112,7 @@ def beside_autoattack(on: Subject, parts: int) -> list[Row]:
         return [row_of(ours, theirs, SPEED, 10, **about), row_of(f"{ours}: accuracy", theirs, POINTS, 0.3, **about)]
 
     def overall(name: str) -> tuple[float, float]:
-        right = sum(lap.accuracy * len(part.x) for lap, part in zip(race.laps[name], pieces, strict=True))
+        right = sum((lap.accuracy or 0.0) * len(part.x) for lap, part in zip(race.laps[name], pieces, strict=True))
         return round(right) / len(on.x), round(sum(getattr(lap, race.clock) for lap in race.laps[name]), 1)
 
     (accuracy, seconds), (baseline_accuracy, baseline_seconds) = overall(ours), overall(theirs)
