@@ -93,7 +93,7 @@ def minibatches(train: int, batch_size: int, epochs: int) -> int:
 
 
 def training(perturb: str, train: int, val: int, epochs: int, batch_size: int, steps: int = STEPS) -> dict[str, Passes]:
-    """Algorithm 1, part by part: `finetune` makes no others, but for checks that take one image.
+    """Algorithm 1, part by part: `finetune` makes no others, but for checks that take a few images.
 
     Args:
         perturb: "whole", or "last_layer": the weights below it get no gradient, and its own costs next to nothing.

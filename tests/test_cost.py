@@ -94,8 +94,9 @@ def trained(loss, perturb="whole", group=None, **sizes):
     sizes = {"epochs": 2, "batch_size": 10, "steps": STEPS} | sizes
     model, x, y = subject(TRAIN)
     val = images(VAL, model.inner, CLASSES, dtype=torch.float32, seed=1)
+    head = "inner.4" if perturb == "last_layer" else None  # looked for, it takes up to eight images more
     config = FinetuneConfig(
-        perturb=perturb, threat=THREAT, loss=loss, tau=1e-4, augment=False, sample=cost.SAMPLE, **sizes
+        perturb=perturb, head=head, threat=THREAT, loss=loss, tau=1e-4, augment=False, sample=cost.SAMPLE, **sizes
     )
     finetune(model, (x, y), val, config, group=group)
     return model.passes(), cost.total(cost.training(perturb, TRAIN, VAL, **sizes))
