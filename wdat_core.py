@@ -714,9 +714,8 @@ def _last_layer(model: nn.Module, head: str | None, x: Tensor | None) -> Any:
     same = [k for k, v in outputs.items() if v.data_ptr() == logits.data_ptr() and v.numel() == logits.numel()]
     # Or the logits are its output, scaled or shifted.
     wide = [k for k, v in outputs.items() if v.shape == logits.shape and isinstance(layers[k], nn.Linear)]
-    wide = wide if logits.numel() > 2 else []  # any two points lie on a line
     pairs = {k: torch.stack([outputs[k].flatten(), logits.flatten()]).double() for k in wide}
-    wide = [k for k, pair in pairs.items() if torch.corrcoef(pair)[0, 1].abs() > 0.9999]
+    wide = [k for k, pair in pairs.items() if pair.shape[1] > 2 and torch.corrcoef(pair)[0, 1].abs() > 0.9999]
     for found in (same, wide):
         if len(found) == 1:
             return layers[found[0]]
@@ -910,11 +909,11 @@ class Minibatch:
         if found.x_adv is None:
             raise WdatError("the nearest images were not kept: take what the minibatch's own boundary found")
         z, r = found.x_adv.detach().requires_grad_(), found.r
-        with self._run.attacked(Threat(p=math.inf, r=r), _deficit, in_eval_mode=True) as on:
+        with self._run.attacked(in_eval_mode=True) as on:
             (ascent,) = torch.autograd.grad(_deficit(on.passes.call(z).to(z.dtype), self.y).sum(), z)
         z = z.detach()
         free = _free(ascent, z)
-        steepness = _norm(ascent * free, on.threat.s)
+        steepness = _norm(ascent * free, _conjugate(r))
         if r < math.inf:
             moved = _norm((z - self.x) * free, r)
             steepness = steepness * (_norm(z - self.x, r) / torch.where(moved > 0, moved, 1.0)) ** (r - 1)
@@ -2329,13 +2328,10 @@ def _named(value: Any, inside: tuple[int, ...] = ()) -> str:
         closed = [cell.cell_contents for cell in value.__closure__ or ()]
         inner = named(value.__code__, value.__defaults__, value.__kwdefaults__, closed)
         return f"{value.__module__}.{value.__qualname__} {hashlib.sha256(inner.encode()).hexdigest()[:8]}"
-    held = _fields_of(value)
-    if (
-        callable(value)
-        and (held or hasattr(value, "__dict__"))
-        and not isinstance(value, type | types.BuiltinFunctionType)
-    ):
-        return f"{type(value).__module__}.{type(value).__qualname__}({named(held)})"
+    if callable(value) and not isinstance(value, type | types.BuiltinFunctionType):
+        held = _fields_of(value)
+        if held or hasattr(value, "__dict__"):  # a function of numpy has neither, and its own words
+            return f"{type(value).__module__}.{type(value).__qualname__}({named(held)})"
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
@@ -2371,7 +2367,7 @@ def code_digest(path: str | os.PathLike[str] = __file__) -> str:
 
 def _state_of(model: nn.Module) -> dict[str, Any]:
     """Parameters and buffers by name, also buffers that are not to be saved with a model but change with it."""
-    return model.state_dict() | {name: value for name, value in model.named_buffers() if value is not None}
+    return model.state_dict() | dict(model.named_buffers())
 
 
 def _set_state(model: nn.Module, state: dict[str, Any]) -> None:
@@ -2870,12 +2866,15 @@ def _check_folder(folder: Any, x: Any) -> None:
         return
     if not isinstance(folder, (str, os.PathLike)) or not str(folder) or not Path(folder).is_dir():
         raise WdatError(f"folder must be a folder that is there, not {folder!r}")
-    if isinstance(x, Tensor) and x.device.type != "cpu":
+    _mapped(Path(folder), torch.empty(1, device="meta"))  # in every process, before any starts
+    if not isinstance(x, Tensor):
+        return
+    _check_dense("images", x)
+    if x.device.type != "cpu":
         raise WdatError(
             f"folder is for images on the CPU, these are on {x.device}: they go to the model's device in parts"
         )
-    _mapped(Path(folder), torch.empty(1, device="meta"))  # in every process, before any starts
-    if isinstance(x, Tensor) and shutil.disk_usage(folder).free < 2 * x.nbytes:
+    if shutil.disk_usage(folder).free < 2 * x.nbytes:
         raise WdatError(f"folder {folder} has no room for twice the images, {2 * x.nbytes / 1e9:.3g} GB")
 
 

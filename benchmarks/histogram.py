@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
+from benchmarks.memory import held
 from companion.histogram import accuracy_between
 from wdat_core import Threat
 
@@ -64,13 +65,6 @@ def measure(n: int, threat: Threat, folder: Path | None = None) -> dict[str, Any
         figures = {"n": n, "bytes": path.stat().st_size, "seconds": round(seconds, 1)}
     # The peak also has in it what the distances were made in, so it is never too low.
     return figures | {"grew_by": held("VmHWM") - before, "low": low, "high": high, "p": threat.p, "delta": threat.delta}
-
-
-def held(name: str) -> int:
-    """Bytes of the process now (VmRSS) or at most until now (VmHWM), as Linux counts them."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    (line,) = (line for line in status.splitlines() if line.startswith(f"{name}:"))
-    return int(line.split()[1]) * 1024
 
 
 def main(arguments: list[str]) -> None:

@@ -23,23 +23,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks.memory import subject
+from benchmarks.memory import held, subject
 from wdat_core import Threat, WdatError, wpgd
 
 AT_ONCE = 250
 
 
-def private() -> int:
-    """Bytes that the process holds and that are in no file."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    (line,) = (line for line in lines if line.startswith("RssAnon:"))
-    return int(line.split()[1]) * 1024
-
-
 def attacked(images: int, steps: int, folder: str) -> dict[str, Any]:
     model, few, labels = subject(torch.device("cpu"), 2 * AT_ONCE)
     wpgd(model, few, labels, Threat(), loss="ce", steps=1, batch_size=AT_ONCE)  # what the libraries take once
-    begin, before, most = time.perf_counter(), private(), 0
+    begin, before, most = time.perf_counter(), held("RssAnon"), 0
     file = Path(folder) / "images"
     x = torch.from_file(str(file), shared=True, size=images * 3 * 32 * 32).view(images, 3, 32, 32)
     y = torch.randint(10, (images,))
@@ -51,11 +44,11 @@ def attacked(images: int, steps: int, folder: str) -> dict[str, Any]:
         nonlocal most
         for step in steps:
             yield step
-            most = max(most, private())
+            most = max(most, held("RssAnon"))
 
     how: dict[str, Any] = {"loss": "ce", "steps": steps, "batch_size": AT_ONCE, "progress": watched}
     attack = wpgd(model, x, y, Threat(), folder=folder, **how)
-    most = max(most, private())
+    most = max(most, held("RssAnon"))
     return {
         "images": images,
         "steps": steps,

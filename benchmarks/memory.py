@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from benchmarks.baselines import DELTA
 from wdat_core import FinetuneConfig, Threat, finetune, wpgd
 
+STATUS = Path("/proc/self/status")
+
 
 def attack(device: torch.device, images: int, steps: int = 20) -> None:
     model, x, y = subject(device, images)
@@ -49,13 +51,18 @@ def peak(device: torch.device) -> int:
     """The most bytes held until now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux, where getrusage also counts what the process held that started this one
-        (line,) = (line for line in status.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
+    if STATUS.exists():  # Linux, where getrusage also counts what the process held that started this one
+        return held("VmHWM")
     import resource  # not on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def held(name: str) -> int:
+    """Bytes of this process as Linux counts them: now (VmRSS), at most until now (VmHWM), in no file (RssAnon)."""
+    lines = STATUS.read_text(encoding="ascii").splitlines()
+    (line,) = (line for line in lines if line.startswith(f"{name}:"))
+    return int(line.split()[1]) * 1024
 
 
 def main(arguments: list[str]) -> None:

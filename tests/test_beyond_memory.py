@@ -74,6 +74,14 @@ def test_a_folder_that_is_none_is_named(folder):
         wpgd(model, *images(6, model), Threat(), folder=folder)
 
 
+@pytest.mark.parametrize("bad", [lambda x: x.to_sparse(), lambda x: x.to("meta"), lambda x: x.tolist()])
+def test_images_that_are_none_are_named_with_a_folder_too(bad, tmp_path):
+    model = network("conv")
+    x, y = images(6, model)
+    with pytest.raises(WdatError, match=r"images must be a (dense|floating-point) tensor"):
+        wpgd(model, bad(x), y, Threat(), folder=tmp_path)
+
+
 def test_too_small_a_disk_is_named_before_the_attack(tmp_path, monkeypatch):
     model = network("conv")
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=10))
@@ -119,7 +127,7 @@ x.uniform_(generator=torch.Generator().manual_seed(0))
 y = torch.arange(n) % 10
 if sys.argv[3] == "permuted":
     x = x.view(n, 32, 32, 3).permute(0, 3, 1, 2)
-wpgd(model, x[:500], y[:500], Threat(), steps=2, loss="ce")
+wpgd(model, x[:64], y[:64], Threat(), steps=2, loss="ce")  # few: what it frees is taken again, and not seen
 most, before = 0, private()
 
 def watched(steps):
@@ -143,5 +151,5 @@ def test_memory_that_is_in_no_file_stays_far_below_the_images(tmp_path):
         return float(done.stdout)
 
     assert times_the_images("") > 1.9  # the attack and its best iterate
-    assert times_the_images(tmp_path) < 0.3
-    assert times_the_images(tmp_path, "permuted") < 0.3
+    assert times_the_images(tmp_path) < 0.1
+    assert times_the_images(tmp_path, "permuted") < 0.1
