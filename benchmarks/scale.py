@@ -39,10 +39,10 @@ from companion import files
 from companion.kinds import SCHEMA
 from companion.machine import core_digest, made_on
 from companion.records import write_record
+from companion.scale import ALONE, APART, ATTACK, TOGETHER, TRAINING
 from wdat_core import FinetuneConfig, Threat, finetune, wpgd
 
-ALONE, APART, TOGETHER = "one process", "two processes that share nothing", "two processes"
-WORKS = {"attack": "W_2 attack, ReDLR", "training": "Algorithm 1"}
+WORKS = {"attack": ATTACK, "training": TRAINING}
 BATCH = 64
 
 
@@ -154,14 +154,12 @@ def scaling(images: int, rounds: int) -> list[dict[str, Any]]:
             }
             for pair in pairs:
                 rows.append(compare(done, *pair, TIME, **about) | {"clock": "wall"})
-            walls, heard = [one.wall for one in done.laps[TOGETHER]], said[TOGETHER][-len(done.laps[TOGETHER]) :]
-            shares = [max(t.talked for t in both) / wall for both, wall in zip(heard, walls, strict=True)]
-            least = [min(t.talked for t in both) / wall for both, wall in zip(heard, walls, strict=True)]
-            rows[-2] |= {
-                "talked": [round(statistics.median(values), 4) for values in (least, shares)],
-                "messages": heard[-1][0].messages,
-                "sent": heard[-1][0].sent,
-            }
+            laps_together = done.laps[TOGETHER]
+            each = list(zip(said[TOGETHER][-len(laps_together) :], laps_together, strict=True))  # less the warm-up
+            shares = ([extreme(t.talked for t in both) / one.wall for both, one in each] for extreme in (min, max))
+            last = said[TOGETHER][-1][0]
+            rows[-2] |= {"talked": [round(statistics.median(s), 4) for s in shares]}
+            rows[-2] |= {"messages": last.messages, "sent": last.sent}
         for end in ends:
             end.send(None)
         for process in there:

@@ -199,14 +199,18 @@ def worst_table(record: BenchmarkRecord) -> Any:
     lines.append(f"\nAccuracy left in per cent, by the gradients for each image, on {rows[0]['images']:,} images.")
     reasons = {row["reason"]: row["attack"] for row in rows if row["reason"]}
     lines += [f"\nNot measured: {attack}. Reason: {reason}." for reason, attack in reasons.items()]
-    if stream:
-        (few, least), (many, most) = stream[0], stream[-1]
-        lines.append(
-            f"\nA stream of {many:,} made images ({many * 3 * 32 * 32 * 4 / 1e9:.1f} GB) through"
-            f" `boundary(keep=False)`: the process holds at most {most / 1e6:.1f} MB more than with the first 2,000, or"
-            f" {most / many:.1f} bytes an image, and {least / 1e6:.1f} MB with {few:,}."
-        )
+    lines += [f"\n{stream_words(stream)}"] * bool(stream)
     return Markdown("\n".join(lines))
+
+
+def stream_words(stream: Sequence[Sequence[int]]) -> str:
+    """What a stream of made images holds, of pairs of a number of images and bytes, the fewest images first."""
+    (few, least), (many, most) = stream[0], stream[-1]
+    return (
+        f"A stream of {many:,} made images ({many * 3 * 32 * 32 * 4 / 1e9:.1f} GB) through `boundary(keep=False)`: the"
+        f" process holds at most {most / 1e6:.1f} MB more than with the first 2,000, or {most / many:.1f} bytes an"
+        f" image, and {least / 1e6:.1f} MB with {few:,}."
+    )
 
 
 def throughput_table(record: BenchmarkRecord) -> Any:

@@ -7,7 +7,7 @@ import pytest
 
 from companion import files
 from companion.records import read_records
-from companion.scale import PAIRS, scale_answer, scale_table
+from companion.scale import ALONE, APART, scale_answer, scale_table
 
 SMALL = {"rounds": 6, "lap": 4, "images": 2000, "steps": 2, "distances": 100_000}
 
@@ -26,7 +26,7 @@ def record(tmp_path_factory):
 
 
 def test_each_work_is_compared_with_one_process_and_with_two_that_share_nothing(record):
-    assert [row["baseline"] for row in record.rows] == [*PAIRS] * 2
+    assert [row["baseline"] for row in record.rows] == [ALONE, APART] * 2
     assert len({row["group"] for row in record.rows}) == 2
     for row in record.rows:
         assert 0 < row["low"] <= row["ratio"] <= row["high"] and row["rounds"] == SMALL["rounds"]
@@ -51,9 +51,10 @@ def test_what_is_beyond_memory_is_measured(record):
 
 def test_the_page_says_what_the_record_says(record):
     text = scale_answer([record])
-    (_, attack, _, training) = record.rows
-    for row in (attack, training):
-        assert f"**{row['ratio']:.2f}** ({row['low']:.2f} to {row['high']:.2f}) times ({row['group']})" in text
+    _, attack, _, training = ((f"**{r['ratio']:.2f}** ({r['low']:.2f} to {r['high']:.2f})", r) for r in record.rows)
+    assert f"takes {attack[0]} times as long as two that share nothing" in text
+    assert training[0] == attack[0] or training[0] not in text
+    assert training[0] in scale_table(record).data
     assert "A stream of 2,000 made images (0.0 GB)" in text and "W-PGD on 2,000 images in a file" in text
     assert "100,000 distances" in text
     table = scale_table(record).data
