@@ -56,6 +56,7 @@ import ast
 import copy
 import ctypes
 import functools
+import glob
 import hashlib
 import io
 import math
@@ -751,7 +752,7 @@ class FinetuneConfig:
     compiled: bool = False  # the network goes through torch.compile, with CUDA graphs on a GPU
     seed: int = 0
     objective: str | Callable[[Minibatch], Tensor] = "wdat"  # "worst_case", "trades" or "pgd"; or see `Minibatch`
-    loss: str | Loss = "redlr"  # of the attacker, as in `wpgd`; two classes need "ce"
+    loss: str | Loss = "redlr"  # of the attacker, as in `wpgd`; two classes need another
     # What the paper leaves open:
     consistency: str = (
         "ce_detached"  # CE(f(x), f(x')): target softmax(f(x)) held fixed; "ce": not held; "kl": as TRADES
@@ -1406,7 +1407,7 @@ def evaluate(
     """The three accuracies of the paper's tables (Section 6): clean, W_inf (20 steps, CE) and W_2 (20 steps, ReDLR).
 
     Args:
-        loss: of the W_2 attack; a network with two classes needs "ce".
+        loss: of the W_2 attack; a network with two classes needs another.
         found_steps: of `boundary`, for the lowest W_2 accuracy that it finds; 0 leaves that out, 40 is its default.
         options: of both attacks, as `wpgd` takes them: steps, batch_size, precision, compiled, group and others.
 
@@ -2223,14 +2224,19 @@ class _Checkpoint:
         self.written = time.monotonic()
 
     def try_to_write(self) -> None:
+        """Before a run starts; what kills left behind goes."""
         with self._part() as part:
             part.touch()
+        for old in part.parent.glob(f"{glob.escape(part.name.rsplit('.', 2)[0])}.*.tmp"):
+            with suppress(OSError):
+                if time.time() - old.stat().st_mtime > 3600:  # nobody writes for so long
+                    old.unlink()
 
     @contextmanager
     def _part(self) -> Iterator[Path]:
         """The name of a file beside this one, which is gone in the end."""
         assert self.path is not None
-        part = self.path.with_name(f"{self.path.name}.tmp")  # one that a kill left behind is written over
+        part = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")  # another process may keep the same run
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -2700,7 +2706,9 @@ def _attacker(
             raise WdatError(f"the model must return logits of shape (b, classes); for one image it returned {shape}")
         classes = logits.shape[1]
         if function in (dlr, redlr) and classes < 3:
-            raise WdatError(f"DLR and ReDLR need 3 classes or more, the model has {classes}: use loss='ce'")
+            raise WdatError(
+                f"DLR and ReDLR need 3 classes or more, the model has {classes}: give another loss, 'ce' or your own"
+            )
         if function is _lead:
             _check_two_classes(classes)
         _check_labels(y, classes)

@@ -44,6 +44,7 @@ from wdat_core import FinetuneConfig, Threat, finetune, wpgd
 
 WORKS = {"attack": ATTACK, "training": TRAINING}
 BATCH = 64
+EPOCHS = 5  # of training in a lap, so that what it checks before the first minibatch is a small part of it
 
 
 class Told(NamedTuple):
@@ -60,13 +61,13 @@ class Told(NamedTuple):
 
 
 def work(name: str, images: int, share: int, group: Any) -> Callable[[], Any]:
-    """A lap: an attack on so many images, or an epoch of Algorithm 1 in minibatches of BATCH images a process."""
+    """A lap: an attack on so many images, or EPOCHS of Algorithm 1 in minibatches of BATCH images a process."""
     on = demo(images, torch.device("cpu"), "test" if name == "attack" else "train")
     if name == "attack":
         how: dict[str, Any] = {"loss": "redlr", "batch_size": BATCH, "group": group}
         return lambda: wpgd(on.model, on.x, on.y, Threat(delta=DELTA), **how)
     x, y = torch.cat([on.x] * share), torch.cat([on.y] * share)
-    config = FinetuneConfig(threat=Threat(delta=DELTA), epochs=1, batch_size=BATCH * share)
+    config = FinetuneConfig(threat=Threat(delta=DELTA), epochs=EPOCHS, batch_size=BATCH * share)
     model = functools.partial(copy.deepcopy, on.model)
     return lambda: finetune(model(), (x, y), None, config, eval_batch_size=BATCH, group=group)
 
@@ -193,15 +194,21 @@ def main(arguments: list[str]) -> None:
     torch.set_num_threads(1)
     begin, folder = time.perf_counter(), ["--folder", given.folder] * (given.folder is not None)
     points = [given.images // 20, given.images // 4, given.images]
+    rows = scaling(given.lap, given.rounds)
     figures = {
         "stream": worst.streamed(points, torch.device("cpu")),
         "mapped": answered("mapped.py", "--images", str(given.images), "--steps", str(given.steps), *folder),
         "histogram": answered("histogram.py", "--n", str(given.distances), *folder),
     }
-    rows = scaling(given.lap, given.rounds)
     config = {name: getattr(given, name) for name in ("rounds", "lap", "images", "steps", "distances")}
     line = " ".join(f"--{name} {value}" for name, value in config.items())
-    record = {"schema": SCHEMA, "kind": "scale", "config": config, "rows": rows, "figures": figures}
+    record = {
+        "schema": SCHEMA,
+        "kind": "scale",
+        "config": {**config, "epochs": EPOCHS},
+        "rows": rows,
+        "figures": figures,
+    }
     record |= {"seconds": {"total": round(time.perf_counter() - begin, 1)}}
     record |= made_on(torch.device("cpu"), f"python benchmarks/scale.py {line}")
     print("record:", write_record(record, given.out))

@@ -7,6 +7,7 @@ device, is read from there, unless the settings say `fresh`. Every other one is 
 from __future__ import annotations
 
 import math
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import wdat_core
-from companion import files, own, processes
+from companion import files, own, parameters, processes
 from companion.data import Data, load_data
 from companion.datasets import DATASETS, is_own
 from companion.files import from_root
@@ -207,15 +208,12 @@ def command(settings: Settings, notebook: str, **column: Any) -> str:
     Args:
         column: the tau and eta of the record, where the notebook takes them.
     """
-    defaults = {**Settings().model_dump(), **PRESETS[settings.preset]}
-    defaults["delta"] = DATASETS[settings.dataset].delta.get(settings.norm)
-    if settings.preset == "paper":
+    usual = {name: value for name, value in parameters.defaults(notebook).items() if value is not None}
+    defaults = {**Settings().model_dump(), **PRESETS[settings.preset], **usual, "preset": "demo"}
+    defaults["delta"] = usual.get("delta", DATASETS[settings.dataset].delta.get(settings.norm))
+    if settings.preset == "paper" and "network" not in usual:
         del defaults["network"]  # another one in other notebooks
-    network, data = str(settings.network), str(settings.data)
-    if is_own(network):
-        network = own.words(network)
-    elif Path(network).name != network:
-        network = f"exports/{Path(network).name}"
+    network, data = network_words(str(settings.network)), str(settings.data)
     data = own.words(data) if is_own(data) else data if data == "embedded" else "data"
     one = {**settings.model_dump(), "network": network, "data": data, **column}
     elsewhere = ("device", "models", "stop_after", "export", "fresh")  # of the machine, not of the numbers
@@ -224,18 +222,32 @@ def command(settings: Settings, notebook: str, **column: Any) -> str:
     return " ".join(
         [
             f"papermill notebooks/{notebook}.ipynb out.ipynb",
-            *(f"-p {k} {int(v) if isinstance(v, float) and v.is_integer() else v}" for k, v in given.items()),
+            *(
+                f"-p {k} {shlex.quote(str(int(v) if isinstance(v, float) and v.is_integer() else v))}"
+                for k, v in given.items()
+            ),
         ]
     )
 
 
-def check_clean(network: Network, clean: float, images: int) -> None:
+def network_words(network: str) -> str:
+    """A network as a command in a record has it: an export in the folder exports, a user's file without its folder."""
+    if is_own(network):
+        return own.words(network)
+    return network if Path(network).name == network else f"exports/{own.words(network)}"
+
+
+def check_clean(on: Bench, clean: float, images: int) -> None:
     """The clean accuracy is the published one, up to what a sample of that many images can differ (4 sigma).
+
+    That is known of the paper's networks, on CIFAR-10: names are used again for other data sets and norms.
 
     Raises:
         ParameterError: it is not.
     """
-    if network.name not in PAPER_NETWORKS:
+    network, settings = on.network, on.settings
+    theirs = (settings.dataset, settings.norm) == ("cifar10", "Linf") and not is_own(str(settings.data))
+    if network.name not in PAPER_NETWORKS or not theirs:
         return
     published = PAPER_NETWORKS[network.name]["clean"] / 100
     allowed = 0.005 if images == 10_000 else 4 * math.sqrt(published * (1 - published) / images)

@@ -7,7 +7,7 @@ from typing import Any
 
 from companion.claims import CLAIMS, RADII, Claim, counted, on_claimed_side, outcome, outcomes, verdict
 from companion.effects import Effect
-from companion.intervals import span
+from companion.intervals import Estimate, span
 from companion.kinds import Record
 from companion.words import NOTHING, OUTCOMES, VERDICTS, count, listed, markdown, name_of, plural
 
@@ -103,10 +103,16 @@ def worst_case_answer(records: Sequence[Record]) -> str:
     radii = f"δ = {listed([str(delta) for delta in RADII])}/255"
     parts = []
     for effects in studies:
-        values = listed([f"{effect.value:+z.2f}" for effect in effects])
-        parts.append(f"{values} points on {name_of(effects[0].records[0])}")
+        values = listed([_with_interval(effect) for effect in effects])
+        one = " (one seed)" * all(len(effect.seeds) == 1 for effect in effects)
+        parts.append(f"{values} points on {name_of(effects[0].records[0])}{one}")
     what = "By the worst case found, fine-tuning the whole network changes W₂ accuracy"
     return f"{what} at {radii} by {'; by '.join(parts)}."
+
+
+def _with_interval(effect: Effect) -> str:
+    half = None if effect.low is None else effect.value - effect.low
+    return Estimate(effect.value, half).text(signed=True)
 
 
 def verdict_text(effects: Sequence[Effect], claim: Claim) -> str:

@@ -29,6 +29,7 @@ FORWARD, UPDATE = 0.5, 1.5
 # the gradients come on top.
 STEP_MESSAGES, ATTACK_MESSAGES, MINIBATCH_MESSAGES, MESSAGE_BYTES = 1, 6, 9, 40
 PARAMETERS_OF = {"WRN-28-10": 36_479_194, "WRN-34-10": 46_160_474}  # of RobustBench's networks, ten classes
+LAST_LAYER = 640 * 10 + 10  # parameters of theirs
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from companion import cost
@@ -41,26 +41,41 @@ class Run:
 
     name: str
     passes: Passes
-    sgd_steps: int = 0
+    columns: dict[str, int] = field(default_factory=dict)  # how many, by what is trained
     images: int = 0  # of an evaluation
 
+    @property
+    def sgd_steps(self) -> int:
+        return cost.sgd_steps(sum(self.columns.values()))
+
     def step(self, parameters: int) -> int:
-        """Bytes that are added up at a step of SGD; without one, at a step of an attack."""
-        return cost.step_bytes(parameters) if self.sgd_steps else cost.STEP_MESSAGES * cost.MESSAGE_BYTES
+        """Bytes that are added up at a step of SGD, at most; without one, at a step of an attack."""
+        bytes_of = [cost.step_bytes(_trained(how, parameters)) for how in self.columns]
+        return max(bytes_of, default=cost.STEP_MESSAGES * cost.MESSAGE_BYTES)
 
     def shared(self, parameters: int) -> int:
         """The same of the whole run; the small messages of a column's evaluations are left out."""
-        return self.sgd_steps * self.step(parameters) if self.sgd_steps else cost.evaluation_bytes(self.images)
+        each = [cost.sgd_steps(n) * cost.step_bytes(_trained(how, parameters)) for how, n in self.columns.items()]
+        return sum(each) if each else cost.evaluation_bytes(self.images)
+
+
+def _trained(how: str, parameters: int) -> int:
+    """How many of a network's parameters have gradients that are added up."""
+    return min(parameters, cost.LAST_LAYER) if how == "last_layer" else parameters
 
 
 def runs() -> list[Run]:
     """What the page is about; the last two are not of the paper."""
-    test, found, grid = cost.PAPER["test"], cost.PAPER["found_steps"], NETWORKS * COLUMNS
+    test, found, grid = (
+        cost.PAPER["test"],
+        cost.PAPER["found_steps"],
+        dict.fromkeys(HOW, NETWORKS * COLUMNS // len(HOW)),
+    )
     few, every = cost.IMAGENET_FEW, cost.IMAGENET
     return [
-        *(Run(f"a column, {words}", total(cost.column(how)), cost.sgd_steps()) for how, words in HOW.items()),
+        *(Run(f"a column, {words}", total(cost.column(how)), {how: 1}) for how, words in HOW.items()),
         Run("a network before its columns", cost.before(test, found_steps=found), images=test),
-        Run(f"the paper's grid: {NETWORKS} networks, {COLUMNS} columns each", cost.grid(), cost.sgd_steps(grid)),
+        Run(f"the paper's grid: {NETWORKS} networks, {COLUMNS} columns each", cost.grid(), grid),
         Run(f"ImageNet evaluation, {every:,} images", cost.imagenet(), images=every),
         Run(f"ImageNet evaluation, {few:,} images as in RobustBench", cost.imagenet(few), images=few),
     ]
@@ -206,10 +221,17 @@ def cost_answer(records: Sequence[Record]) -> str:
         return f"{what}; how long a pass takes was not measured: {NOTHING[:1].lower()}{NOTHING[1:]}"
     one = measured[0]
     times = [duration(cost.hours(grid, one.rate, devices)) for devices in (1, 8, 64)]
-    small = "" if one.gpu else " and every network is as small. No GPU was measured"
-    return (
+    text = (
         f"{what}. At the {one.rate:,.0f} passes a second measured with {one.name} on {one.device}, it would take"
-        f" {times[0]} on one such device, {times[1]} on 8 and {times[2]} on 64, if the work divides perfectly{small}."
+        f" {times[0]} on one such device, {times[1]} on 8 and {times[2]} on 64, if the work divides perfectly."
+    )
+    if one.gpu:
+        return text
+    slow = min(measured, key=lambda source: source.rate)
+    hours = duration(cost.hours(grid, slow.rate))
+    return (
+        f"{text} That is a small network: at the speed of {slow.name}, the slowest measured, one device would take"
+        f" {hours}. No GPU was measured, and the paper's networks are larger still."
     )
 
 
@@ -247,7 +269,7 @@ def _source(reader: Reader, records: Sequence[Record]) -> Source | None:
 def cost_table(reader: Reader, records: Sequence[Record]) -> Any:
     """Passes, steps, bytes and hours of each of `runs`, as Markdown."""
     source, parameters = _source(reader, records), _parameters(reader)
-    columns = ["run", "passes, at most", "steps", "added up at a step", "added up in all"]
+    columns = ["run", "passes, at most", "steps", "added up at a step, at most", "added up in all"]
     columns += [f"on {plural(devices, 'device')}" for devices in reader.counts]
     lines = []
     for run in runs():
@@ -282,12 +304,13 @@ def communication_table(reader: Reader) -> Any:
 
     added = cost.step_bytes(_parameters(reader))
     lines = [[f"{n:,}", size(cost.sent(added, n)), size(cost.sent(added, n) * cost.sgd_steps())] for n in reader.counts]
-    table = markdown(["devices", "each sends at a step of SGD", "in a column"], lines).data
+    table = markdown(["devices", "each sends at a step of SGD, whole network", "in a column"], lines).data
     return Markdown(
         f"{table}\n\nA step of SGD adds up the gradients, 4 bytes for each of {_parameters(reader):,} parameters, and"
         f" {cost.messages()} small messages of at most {cost.MESSAGE_BYTES} bytes (one has 4 bytes for each tensor of"
         f" parameters). Running statistics of BatchNorm add 8 bytes each. A step of the attack alone has"
-        f" {plural(cost.STEP_MESSAGES, 'small one')}. Where the last layer alone is trained, its gradients are all."
+        f" {plural(cost.STEP_MESSAGES, 'small one')}. Where the last layer alone is trained, only its gradients are"
+        f" added up: those of {cost.LAST_LAYER:,} parameters in the paper's networks."
     )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from companion import cores, files
+from companion.datasets import DATASETS
 from companion.files import one_line, verified
 from companion.kinds import FinetuneRecord, ObjectiveRecord, PretrainRecord, Record, SensitivityRecord
 from companion.records import protocol
@@ -35,6 +36,7 @@ STATED: dict[str, Any] = {  # of the method, by the paper
     "upsilon_from": "sample",
 }
 ALONG_THE_SLOPE = ("slope", "mma")  # objectives that follow the gradient of the distances
+PLAIN = {"precision": "float32", "compiled": False}
 FULL = {"train": 40_000, "val": 10_000, "test": 10_000, "epochs": 20, "batch_size": 512}  # Section 6 of the paper
 
 
@@ -77,7 +79,11 @@ def is_stated(record: Record) -> bool:
 
 
 def is_full(record: Record) -> bool:
-    """Whether a record is of the paper's whole protocol: its method, as many images and epochs, as large a batch."""
+    """Whether a record is of the paper's whole protocol: its method and data, as many images and epochs, the batch."""
+    if record.data is None or record.data.source != DATASETS["cifar10"].name:
+        return False
+    if any(getattr(record.config, name, value) != value for name, value in PLAIN.items()):
+        return False
     sizes = [(getattr(part, k, None), size) for part in (record.data, record.config) for k, size in FULL.items()]
     return is_stated(record) and all(known in (None, size) for known, size in sizes)
 
@@ -183,6 +189,7 @@ def unusual(record: Record) -> str:
     own = ("perturb", "tau", "eta", "seed", "epochs", "threat", "samples", "fraction")
     threat = record.config.threat
     parts = [] if math.isclose(threat.delta, 8 / 255) else [f"δ = {255 * threat.delta:.4g}/255"]
+    parts += [] if threat.r == math.inf else [f"l_{threat.r:g}"]
     parts += ["trained against the pointwise attack"] * (record.kind == "finetune" and threat.p == math.inf)
     parts += [f"`{k}={v}`" for k, v in vars(record.config).items() if k not in own and v != DEFAULTS.get(k, v)]
     return "".join(f", {part}" for part in parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import uuid
@@ -16,7 +17,9 @@ RUNS = ROOT / "runs"  # not committed: what this checkout computed
 
 def from_root(path: str | Path) -> Path:
     """A path given to a notebook; relative ones start at the repository, wherever the notebook runs."""
-    return ROOT / Path(path).expanduser()
+    with contextlib.suppress(RuntimeError):  # ~somebody who is not known here: a name as any other
+        path = Path(path).expanduser()
+    return ROOT / path
 
 
 def one_line(error: BaseException) -> str:

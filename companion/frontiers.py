@@ -257,13 +257,17 @@ def frontier_answer(records: Sequence[Record]) -> str:
         text += f" Not comparable on {listed(out)}."
     if others := [f"“{name(o)}”" for o in there if o != best]:
         text += f" The goal is also reached by {listed(others)}."
+    run = {setting.objective for study in main for setting in settings_of(study)}
+    if missing := [f"“{name(o)}”" for o in OBJECTIVES if o not in run]:
+        text += f" Not run yet: {listed(missing)}."
     return text
 
 
 def frontier_table(records: Sequence[Record]) -> Any:
     """A row for each setting, and first one for each network as it is: accuracies of test images, in per cent.
 
-    Bold is the difference of the setting that was chosen on validation images.
+    Of several seeds it is the mean, and in brackets from the lowest to the highest. Bold is the difference of the
+    setting that was chosen on validation images.
     """
     lines, every = [], studies(records)
     devices = {record.device for study in every for record in study}
@@ -290,11 +294,17 @@ def frontier_table(records: Sequence[Record]) -> Any:
 
 
 def _accuracies(those: Sequence[Any]) -> list[str]:
-    """Clean accuracy and those of SHOWN on test images, means over seeds."""
+    """Clean accuracy and those of SHOWN on test images, means over seeds; where there are several, with their range."""
     import numpy as np
 
-    left = [np.mean([_shares(record, "test", p, delta) for record in those]) for p, delta in SHOWN]
-    return [f"{100 * value:.2f}" for value in (point(those, "test").clean.mean(), *left)]
+    each = [[(boundary_of(r, "test").distance > 0).double().mean().item() for r in those]]
+    each += [[float(np.mean(_shares(record, "test", p, delta))) for record in those] for p, delta in SHOWN]
+    return [_with_range([100 * value for value in values]) for values in each]
+
+
+def _with_range(values: Sequence[float]) -> str:
+    mean = f"{sum(values) / len(values):.2f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.2f} to {max(values):.2f})"
 
 
 def chosen_table(records: Sequence[Record]) -> Any:
@@ -302,8 +312,11 @@ def chosen_table(records: Sequence[Record]) -> Any:
     every = studies(records)
     lines = []
     for study in every:
+        tried = [setting.objective for setting in settings_of(study)]
         for one in judged(study, records):
-            words = [name(one.setting.objective), one.setting.words, one.val.text(signed=True), one.text + one.range]
+            alone = ", the only one that was run" * (tried.count(one.setting.objective) == 1)
+            words = [name(one.setting.objective), one.setting.words + alone, one.val.text(signed=True)]
+            words.append(one.text + one.range)
             lines.append([label(study, every), *words])
     heads = ["network", "objective", "chosen", *(f"{words} images" for words in PARTS.values())]
     return markdown(heads, lines or [["nothing can be compared yet", *["–"] * 4]])

@@ -38,6 +38,8 @@ def jobs(config: Mapping[str, Any]) -> dict[str, list[str]]:
         if not isinstance(block, Mapping) or "item" not in block:
             raise ParameterError(f"an entry of the grid has an item and its parameters, and {block!r:.100} has not")
         each = {str(name): value if isinstance(value, list) else [value] for name, value in block.items()}
+        if empty := [name for name, values in each.items() if not values]:
+            raise ParameterError(f"an entry of the grid has no value for {empty[0]}, so it has no job")
         for values in itertools.product(*each.values()):
             given = {name: str(value) for name, value in zip(each, values, strict=True)}
             item = given.pop("item")

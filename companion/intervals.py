@@ -37,11 +37,16 @@ class Estimate:
 
 
 def estimate_of(per_seed: Sequence[Any]) -> Estimate:
-    """The mean in per cent of what each image contributes, arrays (n,) of the seeds, and the interval over images."""
+    """The mean in per cent of what each image contributes, arrays (n,) of the seeds, and the interval over images.
+
+    Where all images contribute the same, up to 3 in n others may be like another one (the rule of three): 300 / n.
+    """
     import numpy as np
 
-    values = 100 * np.mean(per_seed, axis=0)
-    half = float(1.96 * values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+    values, n = 100 * np.mean(per_seed, axis=0), len(per_seed[0])
+    if n == 1:
+        return Estimate(float(values.mean()))
+    half = float(1.96 * values.std(ddof=1) / math.sqrt(n)) if np.ptp(values) else 300 / n
     return Estimate(float(values.mean()), half)
 
 

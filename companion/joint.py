@@ -123,7 +123,7 @@ def joint_answer(records: Sequence[Record]) -> str:
         text = f"**The pointwise term {'stops' if stopped else 'does not stop'} the loss of pointwise accuracy: {on}.**"
     elif open_:
         where = plural(len(judged), "network")
-        text = f"**Not known yet: the pointwise term has run on {where} only, where nothing is lost without it.**"
+        text = f"**Not known yet: the term was tried on {where} only, where no pointwise accuracy is lost without it.**"
     else:
         on = f"on {plural(len(judged), 'network')} measured"
         text = f"**There is nothing to stop: without the pointwise term no pointwise accuracy is lost, {on}.**"

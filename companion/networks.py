@@ -219,7 +219,8 @@ def _own(value: str) -> Network:
         raise ParameterError(f"{value} returned {type(model).__name__}, and a torch.nn.Module is needed")
     model, words = channels_last(model.cpu().float()).eval(), own.words(value)
     name = words.replace(".py:", ".").replace(" ", "_")  # as the name of a record's file can be
-    return Network(name, model, f"own network, {words}", _state_digest(model))
+    known = digest(_state_digest(model).encode() + own.code(value))  # the same weights can be in another forward
+    return Network(name, model, f"own network, {words}", known)
 
 
 def _state_digest(model: nn.Module) -> str:

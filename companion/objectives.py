@@ -2,7 +2,7 @@
 
     python -m companion.objectives NETWORK... --objective slope --beta 3 --delta 4 --data data
     python -m companion.objectives NETWORK... --objective algorithm1 --gamma 0 1 3 6 --data data
-    python -m companion.objectives NETWORK... --scratch --objective trades --tau 0.1 --epochs 30 --data data
+    python -m companion.objectives NETWORK... --scratch --objective trades algorithm1 --tau 0.1 --epochs 30 --data data
 
 The second is the joint objective, eq. 5.6. The third takes of the network its architecture alone: weights drawn anew.
 
@@ -16,13 +16,14 @@ from __future__ import annotations
 import copy
 import itertools
 import os
+import shlex
 import sys
 import time
 from dataclasses import replace
 from typing import Any
 
 import wdat_core
-from companion.bench import Bench, begin, bench, held, kept_at, measured
+from companion.bench import Bench, begin, bench, held, kept_at, measured, network_words
 from companion.networks import new_network
 from companion.objective_functions import OBJECTIVES
 from companion.parts import ObjectiveConfig
@@ -127,7 +128,8 @@ def _command(settings: Settings, objective: str, gamma: float = 0.0, scratch: bo
     }
     given |= {"gamma": gamma} if gamma else {}
     given |= {name.replace("_", "-"): getattr(settings, name) for name in ("seed", *SIZES)}
-    return f"python -m companion.objectives {settings.network} --objective {objective} " + " ".join(
+    network = shlex.quote(network_words(str(settings.network)))
+    return f"python -m companion.objectives {network} --objective {objective} " + " ".join(
         [*(f"--{name} {value!r}" for name, value in given.items()), *["--scratch"] * scratch, f"--data {data}"]
     )
 
@@ -151,6 +153,8 @@ def main(arguments: list[str]) -> None:
     given = parser.parse_args(arguments)
     if os.environ.get("WORLD_SIZE", "1") != "1":
         sys.exit("objectives: it runs in one process; start several of it for several runs")
+    if given.found_steps < 1:
+        sys.exit("objectives: --found-steps must be at least 1: every record has the distances of its images")
     sizes = {name: getattr(given, name) for name in SIZES}
     lists = ("seed", "networks", "objective", "beta", "gamma", "delta", "tau", "eta")
     each = itertools.product(*(getattr(given, name) for name in lists))

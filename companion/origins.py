@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ def describe(records: Sequence[FinetuneRecord], title: str) -> Any:
     columns = columns_of(records)
     column = "" if len(columns) > 1 else f" {column_words(config.tau, config.eta)},"
     devices, cores = {x.device for x in records}, {x.core for x in records}
-    stand_in = r.network.name in STAND_INS
+    stand_in, norm = r.network.name in STAND_INS, "" if config.threat.r == math.inf else f" in l_{config.threat.r:g}"
     others = "".join(f", `{k}={getattr(config, k)}`" for k, usual in LATER.items() if getattr(config, k) != usual)
     return Markdown(
         f"**{title}.** Network `{r.network.name}` ({r.network.source}"
@@ -35,7 +36,7 @@ def describe(records: Sequence[FinetuneRecord], title: str) -> Any:
         f" training, {data.val:,} for validation, {data.test:,} for test. {plural(config.epochs, 'epoch')} at"
         f" batch size {config.batch_size},{column} `perturb={config.perturb}`,"
         f" `consistency={config.consistency}`{others},"
-        f" β = {config.beta:g}, δ = {255 * config.threat.delta:.4g}/255, {config.steps} steps,"
+        f" β = {config.beta:g}, δ = {255 * config.threat.delta:.4g}/255{norm}, {config.steps} steps,"
         f" {seeds_words(records)}. On {' and '.join(sorted(devices))}:"
         f" {sum(s['finetune'] for s in seconds) / len(seconds):.0f} s of fine-tuning and"
         f" {sum(s['evaluate'] for s in seconds) / len(seconds):.0f} s of evaluation a column on average;"

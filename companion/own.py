@@ -12,6 +12,8 @@ from typing import Any
 from companion.files import from_root, one_line
 from companion.settings import ParameterError
 
+OWN = "own_"  # begins the name of a module that `call` makes of a file
+
 
 def call(value: str, parameter: str) -> Any:
     """What the function returns, called without arguments.
@@ -31,7 +33,7 @@ def call(value: str, parameter: str) -> Any:
         raise ParameterError(f"{parameter} is {value!r}, which names no function: write path/file.py:function")
     if not path.is_file():
         raise ParameterError(f"{parameter} is {value!r}, and there is no file {path}")
-    module_name = f"own_{path.stem}"
+    module_name = OWN + path.stem
     spec = importlib.util.spec_from_file_location(module_name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -46,10 +48,19 @@ def call(value: str, parameter: str) -> Any:
         return function()
     except ParameterError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ParameterError(f"{value} raised {one_line(error)}{where(error)}") from error
     finally:
         sys.path.remove(str(path.parent))
+
+
+def code(value: str) -> bytes:
+    """The file of a function that was called, and the files beside it that were imported."""
+    own = from_root(value.rpartition(":")[0]).resolve()
+    names = [name for name in sys.modules if not name.startswith(OWN)]  # others of these are called for themselves
+    known = {str(getattr(sys.modules[name], "__file__", None) or "") for name in names}
+    beside = [path for path in map(Path, sorted(known)) if path.parent == own.parent and path.suffix == ".py"]
+    return b"\0".join(path.read_bytes() for path in [own, *beside] if path.is_file())
 
 
 def where(error: BaseException) -> str:

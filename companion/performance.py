@@ -208,8 +208,8 @@ def stream_words(stream: Sequence[Sequence[int]]) -> str:
     (few, least), (many, most) = stream[0], stream[-1]
     return (
         f"A stream of {many:,} made images ({many * 3 * 32 * 32 * 4 / 1e9:.1f} GB) through `boundary(keep=False)`: the"
-        f" process holds at most {most / 1e6:.1f} MB more than with the first 2,000, or {most / many:.1f} bytes an"
-        f" image, and {least / 1e6:.1f} MB with {few:,}."
+        f" process holds at most {most / 1e6:.1f} MB more than with the first 2,000, and {least / 1e6:.1f} MB more with"
+        f" {few:,} images."
     )
 
 

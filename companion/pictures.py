@@ -42,6 +42,11 @@ class Image:
     before: int
     after: dict[str, int]  # by attacker
     moved: dict[str, float]  # by attacker; in [0, 1] pixel units
+    source: str  # of the data
+
+    def name(self, label: int) -> str:
+        """What a label stands for."""
+        return class_name(label) if "CIFAR-10 " in f"{self.source} " else f"class {label}"
 
     @property
     def group(self) -> str:
@@ -67,9 +72,9 @@ def images_in(record: SpendRecord) -> list[Image]:
         moved["found"] = [price if buys else 0.0 for buys, price in prices]
         nearest = zip(bought, read["found"], read["x"], strict=True)
         read["found"] = [there if buys else here for buys, there, here in nearest]
-    names = attackers(record)
+    names, source = attackers(record), record.data.source
     return [
-        Image(i, label, read["x"][i], {a: read[a][i] for a in names}, {a: moved[a][i] for a in names})
+        Image(i, label, read["x"][i], {a: read[a][i] for a in names}, {a: moved[a][i] for a in names}, source)
         for i, label in enumerate(record.label)
     ]
 
@@ -94,6 +99,7 @@ def share(images: Iterable[Image], of: Iterable[Image], attacker: str) -> float:
 
 
 def class_name(label: int) -> str:
+    """Of CIFAR-10."""
     return CLASSES[label] if label < len(CLASSES) else f"class {label}"
 
 
@@ -181,9 +187,9 @@ def _rem(units: float) -> str:
 
 def _marks(image: Image, x: int, base: Mapping[str, int], delta: float) -> str:
     """The column of one image: what the pointer says of it, where it feels it, and a bar for each attacker."""
-    words = [f"image {image.index}: {class_name(image.label)}, read as {class_name(image.before)}"]
+    words = [f"image {image.index}: {image.name(image.label)}, read as {image.name(image.before)}"]
     called = NAMES | FOUND
-    words += [f"{called[a]}: {pixels(image.moved[a])}/255, {class_name(image.after[a])}" for a in base]
+    words += [f"{called[a]}: {pixels(image.moved[a])}/255, {image.name(image.after[a])}" for a in base]
     bars = [f"M{x}.5 {zero}v{-DELTA * image.moved[a] / delta:.0f}" for a, zero in base.items()]
     title = html.escape("\n".join(words))
     return f'<g><title>{title}</title><path d="M{x}.5 0V999"/>' + "".join(f'<path d="{bar}"/>' for bar in bars) + "</g>"
@@ -319,11 +325,11 @@ def gallery(record: SpendRecord, pixels_of: Mapping[str, Any], which: Mapping[st
 
 
 def _card(image: Image, pixels_of: Mapping[str, Any], times: int) -> str:
-    x, name = pixels_of["x"][image.index], class_name(image.label)
+    x, name = pixels_of["x"][image.index], image.name(image.label)
     original = png(x)
     cells = [f'<div><img src="{original}" alt="Image {image.index}, {name}">original</div>']
     for attacker, symbol in NAMES.items():
-        attacked, read = pixels_of[attacker][image.index], class_name(image.after[attacker])
+        attacked, read = pixels_of[attacker][image.index], image.name(image.after[attacker])
         read = f"<b>{read}</b>" if image.after[attacker] != image.label else read
         said = f"after {symbol}, moved by {pixels(image.moved[attacker])}/255"
         cells += [
@@ -333,16 +339,16 @@ def _card(image: Image, pixels_of: Mapping[str, Any], times: int) -> str:
         ]
     return (
         f"<figure style=\"--original: url('{original}')\"><figcaption>Image {image.index}, <b>{name}</b>,"
-        f' read as {class_name(image.before)}</figcaption><div class="five">{"".join(cells)}</div></figure>'
+        f' read as {image.name(image.before)}</figcaption><div class="five">{"".join(cells)}</div></figure>'
     )
 
 
 def png(x: Any) -> str:
-    """An image (3, h, w) in [0, 1] as the address of a PNG that holds it."""
+    """An image (3, h, w) or (1, h, w) in [0, 1] as the address of a PNG that holds it."""
     from PIL import Image as Picture
 
-    content = io.BytesIO()
-    Picture.fromarray((x.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()).save(content, "PNG")
+    content, values = io.BytesIO(), (x.clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
+    Picture.fromarray((values[:, :, 0] if values.shape[2] == 1 else values).numpy()).save(content, "PNG")
     return "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()
 
 
@@ -356,9 +362,9 @@ def gallery_table(record: SpendRecord | None) -> str:
     ]
     for kind, members in chosen(record).items():
         for i in members:
-            cells = [kind, str(i.index), class_name(i.label), class_name(i.before)]
+            cells = [kind, str(i.index), i.name(i.label), i.name(i.before)]
             for attacker in NAMES:
-                cells += [f"{pixels(i.moved[attacker])}/255", class_name(i.after[attacker])]
+                cells += [f"{pixels(i.moved[attacker])}/255", i.name(i.after[attacker])]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

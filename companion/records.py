@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from pydantic import ValidationError
 
@@ -30,6 +30,7 @@ FIRST_FIELDS = (
     *("seed", "consistency", "attack_label", "attack_mode", "update_mode", "random_start", "noise", "reinit"),
     *("augment", "momentum", "weight_decay", "schedule", "first_upsilon"),
 )
+S = TypeVar("S", bound=Record)
 LATER = {f.name: f.default for f in dataclasses.fields(FinetuneConfig) if f.name not in FIRST_FIELDS}
 
 
@@ -176,6 +177,11 @@ def read_records(folder: Path | None = None, kind: str = "finetune") -> list[Any
         if record.kind == kind:
             records.append(record)
     return records
+
+
+def newest_last(records: Sequence[S]) -> list[S]:
+    """By the date on which they were made."""
+    return sorted(records, key=lambda record: record.created)
 
 
 def recorded_like(records: Sequence[Record], folder: Path = files.RESULTS) -> list[Any]:

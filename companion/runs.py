@@ -56,7 +56,7 @@ def attacked(on: Bench, part: str, line: str) -> Any:
         start, show = time.perf_counter(), on.progress(f"{part} images")
         correct = scores(on, images, show)
         if part == "test":
-            check_clean(on.network, _mean(correct["clean"]), len(images[1]))
+            check_clean(on, _mean(correct["clean"]), len(images[1]))
         if not correct["clean"].any():
             raise ParameterError(
                 f"{on.network.name} classifies none of the {len(images[1])} {part} images correctly, so nothing is left"

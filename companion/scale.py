@@ -7,25 +7,26 @@ from typing import Any
 
 from companion.kinds import ScaleRecord
 from companion.performance import stream_words, symbols
-from companion.words import markdown
+from companion.records import newest_last
+from companion.words import markdown, plural
 
 ALONE, APART, TOGETHER = "one process", "two processes that share nothing", "two processes"  # who runs
 ATTACK, TRAINING = "W_2 attack, ReDLR", "Algorithm 1"  # what they run
+WHAT = {ATTACK: "An attack", TRAINING: "Fine-tuning"}
 GB = 1e9
 
 
 def scale_answer(records: Sequence[ScaleRecord]) -> str:
-    """One paragraph of Markdown: what a second process costs an attack, and what a million images hold.
-
-    A lap of training has the check at its start in it, so its ratio is in the table alone.
-    """
+    """One paragraph of Markdown: what a second process costs, and what a million images hold."""
     if not records:
         return "Many processes are not measured yet: `python benchmarks/scale.py` does it."
-    record = records[-1]
-    attacks = [row for row in _measured(record) if (row["group"], row["baseline"]) == (ATTACK, APART)]
+    record = newest_last(records)[-1]
+    ratios = {row["group"]: _ratio(row) for row in _measured(record) if row["baseline"] == APART}
     parts = [
-        f"An attack by two processes that share the images takes {_ratio(row)} times as long as two that share nothing."
-        for row in attacks
+        f"{WHAT[work]} by two processes that share the images takes {ratios[work]} times as long as by two that share"
+        " nothing."
+        for work in WHAT
+        if work in ratios
     ]
     figures = {name: found for name, found in record.figures.items() if found}
     return " ".join([*parts, *(WORDS[name](found) for name, found in figures.items() if name in WORDS)])
@@ -67,6 +68,8 @@ def scale_table(record: ScaleRecord) -> Any:
             least, most = (f"{100 * value:.0f}" for value in row["talked"])
             share = f"{least} to {most} % in {row['messages']} messages, {row['sent'] / 1000:,.1f} kB"
         about = f"{row['images']:,} images a process, batches of {row['batch_size']}"
+        if row["group"] == TRAINING:
+            about += f", {plural(getattr(record.config, 'epochs', 1), 'epoch')}"
         lines.append(
             [symbols(row["group"]), row["network"], row["baseline"], _ratio(row), share, str(row["rounds"]), about]
         )

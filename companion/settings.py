@@ -213,6 +213,14 @@ class Settings(Checked):
         if given.get("preset") == "paper" and given.get("network") is None and notebook in PAPER_SUBJECTS:
             given["network"] = PAPER_SUBJECTS[notebook]
         settings = cls(**given).resolved()
+        row = DATASETS[settings.dataset]
+        if "train_images" in PARAMETERS[does] and not row.train and not is_own(str(settings.data)):
+            raise ParameterError(
+                f"{notebook} needs training images, and of {row.name} there are test images alone: give your own as"
+                " data, path/file.py:function"
+            )
+        if settings.autoattack and (settings.precision != "float32" or settings.compiled):
+            raise ParameterError("autoattack runs in float32 and not compiled: leave it out, or precision and compiled")
         for name in ("tau", "eta") if does in ONE_COLUMN else ():
             if getattr(settings, name) is None:
                 raise ParameterError(f"{name} must be a number, not None")

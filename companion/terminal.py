@@ -43,7 +43,8 @@ def _line() -> Callable[[str], None]:
     """A function that shows one line of text in place of the one before."""
     try:
         descriptor = sys.stderr.fileno()  # under ipykernel this is the process's own stderr
-        terminal = os.fdopen(os.dup(descriptor), "w") if os.isatty(descriptor) else None
+        how: dict[str, Any] = {"encoding": getattr(sys.stderr, "encoding", None), "errors": "replace"}
+        terminal = os.fdopen(os.dup(descriptor), "w", **how) if os.isatty(descriptor) else None
     except (OSError, AttributeError, ValueError, io.UnsupportedOperation):
         terminal = None
     in_kernel = "ipykernel" in sys.modules

@@ -451,7 +451,7 @@ def test_the_worst_case_stands_beside_its_peers_and_what_a_stream_holds(record):
     assert [images for images, _ in record.worst["stream"]] == [1000, 2000]
     text = worst_table(record).data
     assert all(f"| {name} | boundary | 2: " in text for name in ("demo", "small_pgd", "small_trades"))
-    assert "adv_lib is not installed" in text and "2,000 made images" in text and "bytes an image" in text
+    assert "adv_lib is not installed" in text and "2,000 made images" in text and "MB more than with the first" in text
     assert "not measured yet" in worst_table(record.model_copy(update={"worst": {}})).data
 
 

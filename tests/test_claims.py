@@ -145,7 +145,7 @@ def test_verdicts_over_studies():
 
 
 def test_a_verdict_counts_the_whole_protocol_where_there_is_one():
-    whole = altered(finetuned(epochs=20), data={"train": 40_000, "val": 10_000, "test": 10_000})
+    whole = altered(finetuned(epochs=20), data={"source": "CIFAR-10", "train": 40_000, "val": 10_000, "test": 10_000})
     short = altered(whole, config={"epochs": 5})
     claim = BY_KEY["whole-w2"]
     holds, hidden = ((1.0, 0.5, 1.5), (0.1, -0.5, 0.7))
@@ -344,7 +344,7 @@ def test_claim_has_a_rule_a_place_and_a_command(claim):
     assert claim.text.endswith(".") and "The claim holds " in claim_texts.rule(claim)
     printed = {int(row["table"]) for row in PAPER}
     figures = re.findall(r"Figure (\d\.\d)", claim.place)
-    tables = re.findall(r"\d+", re.sub(r"Section 7|Figure \d\.\d", "", claim.place))
+    tables = re.findall(r"\d+", re.sub(r"Section \d|Figure \d\.\d", "", claim.place))
     assert {int(t) for t in tables} <= printed and set(figures) <= {"7.1", "7.2", "7.3", "7.4"} and tables + figures
     assert bool(claim.paper()) != ("no number" in claim.note or claim.key == "upsilon-robust")
     for command in claim.commands:
@@ -471,4 +471,6 @@ def test_the_worst_case_s_sentence_and_table_are_those_of_the_effects():
     text, table = claim_texts.worst_case_answer(records), claim_texts.by_worst_case(records).data
     (claim,) = [claim for claim in CLAIMS if claim.key == "whole-w2"]
     for effect in claim.found(records, 4):
-        assert f"{effect.value:+z.2f}" in text and f"{effect.value:+z.2f}" in table
+        assert f"{effect.value:+z.2f}\u00a0± {effect.value - effect.low:.2f}".replace("± ", "±\u00a0") in text
+        assert f"{effect.value:+z.2f}" in table
+    assert text.count("(one seed)") == 3

@@ -1,14 +1,16 @@
 """The command line computes what the notebooks compute, and says in one line what is wrong."""
 
 import json
+import os
 import re
 import subprocess
 import sys
+import types
 
 import papermill.cli
 import pytest
 
-from companion import files, runs
+from companion import files, runs, terminal
 from companion.__main__ import main
 from companion.items import ITEMS, checked, compute
 from companion.parameters import defaults, read
@@ -234,3 +236,27 @@ def test_the_command_itself(tmp_path):
         [sys.executable, "-m", "companion", "table3", "-p", "tau", "-1"], cwd=files.ROOT, capture_output=True, text=True
     )
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "companion: tau must be above 0, not -1\n")
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="there is no terminal to try it on")
+def test_progress_is_shown_on_a_terminal_of_any_encoding(monkeypatch, folder):
+    main_end, end = os.openpty()
+    monkeypatch.setattr(sys, "stderr", types.SimpleNamespace(fileno=lambda: end, encoding="ascii"))
+    assert [*terminal.progress("W₂")(["only"])] == ["only"]
+    terminal._line()("W₂, 3 s left")
+    assert b"W?, 3 s left" in os.read(main_end, 1000)
+
+
+def test_a_home_that_is_not_known_is_a_folder_that_is_not_there(capsys, folder):
+    assert "~nosuchuser" in refused(capsys, *words("table4", {"data": "~nosuchuser/x"}))[0]
+
+
+@pytest.mark.parametrize(
+    "item, given, said",
+    [
+        ("table2", {"dataset": "imagenet", "data": "data"}, "table2 needs training images, and of ImageNet there are"),
+        ("stronger", {"autoattack": 5, "compiled": True}, "autoattack runs in float32 and not compiled"),
+    ],
+)
+def test_what_a_run_would_find_out_late_is_said_first(capsys, folder, item, given, said):
+    assert said in refused(capsys, *words(item, given))[0]

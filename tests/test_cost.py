@@ -20,6 +20,7 @@ from companion.checked import ParameterError
 from companion.cost import Passes, Reader
 from companion.records import read_records
 from companion.settings import PRESETS
+from companion.words import HOW
 from wdat_core import FinetuneConfig, Threat, boundary, evaluate, finetune, sensitivity, wpgd, wpgd_budget
 
 STEPS, CLASSES, TRAIN, VAL, TEST = 5, 4, 23, 9, 17
@@ -164,16 +165,19 @@ def test_messages_of_an_attack_and_of_an_evaluation(sent, steps):
     assert sum(sent) + 8 * TEST <= cost.evaluation_bytes(TEST, steps)
 
 
+@pytest.mark.parametrize("perturb", HOW)
 @pytest.mark.parametrize("steps", [2, 5])
-def test_messages_of_a_minibatch(sent, steps):
+def test_messages_of_a_minibatch(sent, steps, perturb):
     model, x, y = subject(20)
-    gradients = 4 * sum(p.numel() for p in model.parameters())
-    config = FinetuneConfig(threat=THREAT, steps=steps, epochs=2, batch_size=10, augment=False, tau=1e-4)
+    trained = model if perturb == "whole" else [part for part in model.modules() if isinstance(part, nn.Linear)][-1]
+    parameters = sum(p.numel() for p in trained.parameters())
+    gradients = 4 * parameters
+    sizes = {"steps": steps, "epochs": 2, "batch_size": 10}
+    config = FinetuneConfig(threat=THREAT, perturb=perturb, augment=False, tau=1e-4, **sizes)
     finetune(model, (x, y), None, config, group=dist.group.WORLD)
     small = [size for size in sent if size != gradients]
     assert len(sent) - len(small) == 4  # one a minibatch
     assert len(small) == 4 * cost.messages(steps) and max(small) <= cost.MESSAGE_BYTES
-    parameters = sum(p.numel() for p in model.parameters())
     assert gradients < sum(sent) / 4 <= cost.step_bytes(parameters, steps)
 
 
@@ -206,6 +210,8 @@ def test_parameters_of_the_paper_s_networks(name):
     with torch.device("meta"):
         model = WideResNet(int(depth), int(widen))
     assert sum(p.numel() for p in model.parameters()) == cost.PARAMETERS_OF[name]
+    last = [part for part in model.modules() if isinstance(part, nn.Linear)][-1]
+    assert sum(p.numel() for p in last.parameters()) == cost.LAST_LAYER
 
 
 def test_hours_are_work_over_devices_and_bytes_over_bandwidth():
@@ -290,7 +296,10 @@ def test_the_answer_has_the_grid_the_speed_and_three_numbers_of_devices():
         f"The paper's grid, 5 networks with 8 columns each, is at most {cost_page.many(cost.grid().whole)} passes."
     )
     assert "one such device" in text and " on 8 and " in text and " on 64, " in text
-    assert text.endswith("No GPU was measured.") and " measured with `small_trades` on " in text
+    assert "No GPU was measured" in text and " measured with `small_trades` on " in text
+    slow = min(cost_page.sources(KNOWN), key=lambda source: source.rate)
+    hours = cost_page.duration(cost.hours(cost.grid(), slow.rate))
+    assert f"at the speed of {slow.name}, the slowest measured, one device would take {hours}." in text
 
 
 def test_a_card_s_speed_is_taken_once_it_is_recorded():
@@ -350,6 +359,17 @@ def test_bandwidth_makes_it_longer_on_several_devices_only():
     shared = 1580 * cost.step_bytes(10**8)
     expected = cost.total(cost.column()).whole / 1000 / 8 + 2 * 7 / 8 * shared / 1e8
     assert with_it[row][-1] == cost_page.duration(expected / 3600)
+
+
+def test_of_a_last_layer_its_own_gradients_are_added_up():
+    whole, last, _, grid, *_ = cost_page.runs()
+    own = 10**8 - 3
+    assert (whole.shared(own), last.shared(own)) == (
+        1580 * cost.step_bytes(own),
+        1580 * cost.step_bytes(cost.LAST_LAYER),
+    )
+    assert grid.shared(own) == 20 * (whole.shared(own) + last.shared(own)) and grid.sgd_steps == 40 * 1580
+    assert last.shared(5) == whole.shared(5)  # a network has no more
 
 
 def test_the_formula_is_compared_with_other_records_than_its_speeds_are_from():

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import re
+import sys
 from collections import OrderedDict
 from dataclasses import replace
 from importlib import resources
@@ -326,9 +327,7 @@ def test_a_function_of_ones_own_is_told_from_a_name(value, own):
 def test_own_network(write, tmp_path):
     value = write(NETWORK)
     network = load_network(value, tmp_path)
-    state = network.model.state_dict()
     assert network.name == "mine.f" and network.source == "own network, mine.py:f" and not network.model.training
-    assert network.digest == hashlib.sha256(b"".join(t.numpy().tobytes() for t in state.values())).hexdigest()
     assert load_network(value, tmp_path).digest == network.digest
     assert load_network(write(NETWORK.replace("seed(0)", "seed(1)")), tmp_path).digest != network.digest  # read anew
     with pytest.raises(ParameterError, match=r"mine.f is your own network and cannot be exported"):
@@ -339,7 +338,22 @@ def test_own_file_may_import_what_lies_beside_it_and_starts_at_the_repository(wr
     monkeypatch.setattr(files, "ROOT", tmp_path)
     (tmp_path / "beside.py").write_text("CLASSES = 5", encoding="utf-8")
     write("from beside import CLASSES\ndef f():\n    return nn.Linear(2, CLASSES)")
-    assert load_network("mine.py:f", tmp_path).model.out_features == 5
+    network = load_network("mine.py:f", tmp_path)
+    assert network.model.out_features == 5
+    monkeypatch.delitem(sys.modules, "beside")
+    (tmp_path / "beside.py").write_text("CLASSES = 3 + 2", encoding="utf-8")
+    assert load_network("mine.py:f", tmp_path).digest != network.digest  # what it did is not known
+
+
+def test_the_same_weights_in_another_forward_are_another_network(write, tmp_path):
+    one, other = (
+        load_network(
+            write(f"class N(nn.Linear):\n    def forward(self, x): return {by} * x\ndef f(): return N(2, 2)"), ""
+        )
+        for by in (1, 2)
+    )
+    other.model.load_state_dict(one.model.state_dict())
+    assert one.digest != other.digest
 
 
 def test_what_a_record_says_of_an_own_file_can_be_in_a_record(tmp_path):
@@ -363,6 +377,7 @@ def test_what_a_record_says_of_an_own_file_can_be_in_a_record(tmp_path):
             ZeroDivisionError,
         ),
         ("def f(x): return x", r"mine.py:f raised TypeError: .*argument", TypeError),
+        ("import sys\nsys.exit()", r"mine.py:f raised SystemExit.*line 4", SystemExit),
         ("def f(:", r"mine.py:f raised SyntaxError: .*\(line 3 of .*mine.py\)", SyntaxError),
         ("import no_such_module", r"raised ModuleNotFoundError: .*no_such_module.*line 3", ModuleNotFoundError),
     ],

@@ -303,7 +303,7 @@ def test_two_classes_take_another_loss_than_the_default(name):
     """The error names an argument that exists: with it a network with two classes is evaluated and trained."""
     model = network("linear", classes=2)
     before = [parameter.clone() for parameter in model.parameters()]
-    with raises("3 classes", "has 2", "use loss='ce'"):
+    with raises("3 classes", "has 2", "give another loss"):
         call(name, model=model, y=Y % 2, loss="redlr")
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     result = call(name, model=model, y=Y % 2, loss="ce")

@@ -179,6 +179,12 @@ def test_the_whole_protocol_is_all_of_it():
         assert not evidence.is_full(altered(record, **{part: {name: value}}))
     for changes in ({"beta": 1.0}, {"steps": 40}, {"upsilon_from": "batch"}, {"threat": Threat(p=math.inf)}):
         assert not evidence.is_full(made(**changes))
+    for part, name, value in (
+        ("data", "source", "CIFAR-100"),
+        ("config", "precision", "bfloat16"),
+        ("config", "compiled", True),
+    ):
+        assert not evidence.is_full(altered(record, **{part: {name: value}}))
     attacked = altered(recorded("evaluate-demo-*"), data={"train": None, "test": 10_000}, config={"batch_size": 512})
     assert evidence.is_full(attacked) and not evidence.is_full(altered(attacked, config={"batch_size": 256}))
 
@@ -213,7 +219,7 @@ def test_a_changed_point_is_compared_with_the_same_run_without_it():
     (matter,) = open_points.matters([*with_it, *without, two])
     assert (matter.point, matter.value, matter.seeds) == ("noise", 0.05, (pytest.approx(3), pytest.approx(4)))
     assert matter.differences["w_2"].value == pytest.approx(3.5) and matter.differences["clean"].value == 0
-    assert "| `noise=0.05` | +0.00 ± 0.00 |" in open_points.matters_table([*with_it, *without]).data.replace(
+    assert "| `noise=0.05` | +0.00 ± 0.03 |" in open_points.matters_table([*with_it, *without]).data.replace(
         "\u00a0", " "
     )
     assert open_points.how_much([*with_it, *without], "noise").startswith("`0.05`: W₂ +3.50")

@@ -99,7 +99,7 @@ def test_a_network_that_loses_and_waits_for_the_term_is_named():
     without = [start(pointwise=28, name="small_pgd"), run(0, name="small_pgd")]
     waits = [start(), run(0), run(0, 50, 40, beta=12.0)]
     text = plain(joint.joint_answer([*waits, *without, run(6, pointwise=36, name="small_pgd")]))
-    assert text.startswith("**Not known yet: the pointwise term has run on 1 network only, where nothing is lost")
+    assert text.startswith("**Not known yet: the term was tried on 1 network only, where no pointwise accuracy is lost")
     assert text.endswith(" Where there is a loss, the term has not run yet on `demo` (-3.00 ± 1.06 without it).")
     text = joint.joint_answer([*waits, *without, run(6, pointwise=36, name="small_pgd"), run(1, pointwise=36)])
     assert text.startswith("**The pointwise term stops") and "yet" not in text

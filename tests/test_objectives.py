@@ -216,12 +216,13 @@ def test_weights_drawn_anew_are_those_of_the_seed_and_leave_the_global_generator
         (["small_trades", "--delta", "-1"], "delta must be above 0"),
         (["small_trades", "--beta", "-1"], "beta must be at least 0"),
         (["small_trades", "--data", "nowhere"], "nowhere"),
+        (["small_trades", "--found-steps", "0"], "--found-steps must be at least 1"),
     ],
 )
 def test_what_the_user_can_put_right_ends_in_one_line(given, words):
     few = ["--train-images=24", "--val-images=10", "--test-images=12", "--epochs=1", "--found-steps=2"]
     with pytest.raises(SystemExit) as ended:
-        objectives.main([*given, *few])
+        objectives.main([*few, *given])
     assert str(ended.value).startswith("objectives: ") and words in str(ended.value)
 
 

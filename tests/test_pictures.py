@@ -190,3 +190,17 @@ def test_agreement_allows_the_tolerance_and_no_more():
     found = with_found(ours, [0.15] * 200, [0] * 200)
     assert "within 0.5 points" in agreement.of_pictures(ours, [found])  # it says nothing of what one of them lacks
     assert "Nothing is recorded" in agreement.of_pictures(ours, [])
+
+
+def test_classes_of_other_data_have_no_names_of_cifar_10():
+    record = record_of(ONE_OF_EACH)
+    other = altered(record, data={"source": "CIFAR-100"})
+    for known, name in ((record, "ship"), (other, "class 8")):
+        assert f"{name}," in pictures.budget(known) and f"| {name} |" in pictures.gallery_table(known)
+    assert "ship" not in pictures.budget(other)
+
+
+def test_an_image_of_one_channel_is_drawn():
+    _, content = pictures.png(torch.full((1, 4, 6), 0.5)).split(",")
+    with Image.open(io.BytesIO(base64.b64decode(content))) as picture:
+        assert picture.size == (6, 4) and picture.getpixel((0, 0)) == 128

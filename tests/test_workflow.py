@@ -91,6 +91,7 @@ def test_what_is_not_known_is_said(change, message):
         ({"grid": [COLUMNS]}, "python is not known"),
         (config({"network": "demo"}), "an entry of the grid has an item"),
         (config("table4"), "an entry of the grid has an item"),
+        (config(COLUMNS | {"tau": []}), "an entry of the grid has no value for tau"),
         (CONFIG | {"grid": COLUMNS}, "grid is not known, or not what it has to be"),
     ],
 )

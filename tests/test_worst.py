@@ -6,7 +6,7 @@ import pytest
 import torch
 from altered import altered, recorded
 
-from companion import answers, files, proofs, worst
+from companion import answers, files, leaderboard, proofs, worst
 from companion.intervals import boundary_of
 from companion.kinds import KINDS
 from companion.records import make_record, parse_record, read_records, record_bytes, record_name
@@ -226,3 +226,27 @@ def test_a_proof_is_a_run_like_any_other(monkeypatch, tmp_path):
     assert (stored <= exact).all() and (exact - stored).max() < 1e-8
     with pytest.raises(ParameterError, match="norm must be Linf"):
         proofs.certify_each([settings.model_copy(update={"norm": "L2"})])
+
+
+def test_one_name_can_be_of_several_networks_and_threats():
+    """RobustBench has the same names for other data and norms, and every fine-tuned network of a base has one name."""
+    other = altered(made(SLOPE), network={"digest": "f" * 64})
+    near = made(SLOPE, delta=4 / 255)
+    assert len(worst.measured([made(SLOPE), other, near, altered(near, data={"test": N - 1})])) == 3
+    round_ = altered(made(SLOPE), config={"threat": Threat(r=2, delta=0.5)})
+    names = [places for _, places in leaderboard.leaderboards([made(SLOPE), round_])]
+    assert len(names) == 2
+
+
+def test_the_table_says_how_its_networks_were_attacked():
+    def head(*records):
+        return worst.worst_table(records).data.splitlines()[0]
+
+    five = altered(made(SLOPE, delta=4 / 255), config={"steps": 5})
+    assert "| W-PGD, 20 steps, 8/255 |" in head(made(SLOPE)) and "| W-PGD, 5 steps, 4/255 |" in head(five)
+    assert "| W-PGD, as in its record |" in head(made(SLOPE), five)
+    assert "At δ = 4/255 and 8/255 it leaves" in worst.worst_answer([made(SLOPE), five])
+
+
+def test_where_nothing_was_searched_for_nothing_is_compared():
+    assert worst.found_is_no_higher(made(SLOPE).model_copy(update={"boundary": None}))
