@@ -66,11 +66,8 @@ def _trained(how: str, parameters: int) -> int:
 
 def runs() -> list[Run]:
     """What the page is about; the last two are not of the paper."""
-    test, found, grid = (
-        cost.PAPER["test"],
-        cost.PAPER["found_steps"],
-        dict.fromkeys(HOW, NETWORKS * COLUMNS // len(HOW)),
-    )
+    test, found = cost.PAPER["test"], cost.PAPER["found_steps"]
+    grid = dict.fromkeys(HOW, NETWORKS * COLUMNS // len(HOW))
     few, every = cost.IMAGENET_FEW, cost.IMAGENET
     return [
         *(Run(f"a column, {words}", total(cost.column(how)), {how: 1}) for how, words in HOW.items()),

@@ -184,7 +184,7 @@ def gain_answer(records: Sequence[Record]) -> str:
         words = WORDS[key].format(who=who, large=large)
         said.append(f"{'By' if said else 'by'} {YARDSTICKS[metric]} {'it' if said else 'the gain'} {words}.")
     sizes = plural(len({n.size for n in networks}), "size")
-    parts = [f"**On {plural(len(networks), 'network')} of {sizes}, no more, {' '.join(said)}**"]
+    parts = [f"**On {plural(len(networks), 'network')} of {sizes}, and no more: {' '.join(said)}**"]
     parts.append(f"Gain in points, in this order: {_each(networks)}.")
     parts += _clean_words([p for those in found.values() for p in those if p.clean])
     parts += [f"Not counted, since the whole protocol is not recorded: {_each(rest)}."] * bool(rest)

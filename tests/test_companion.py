@@ -21,6 +21,7 @@ from matplotlib.collections import PathCollection
 from PIL import Image
 from pydantic import ValidationError
 
+from benchmarks.races import POINTS, SPEED
 from companion import agreement, evidence, files, intervals, networks, worst
 from companion.bench import check_clean, command
 from companion.data import cifar, embedded, floats, load_data
@@ -29,9 +30,10 @@ from companion.evidence import columns_of, paper_value
 from companion.intervals import Estimate, accuracy, change
 from companion.machine import pick_device
 from companion.origins import describe
+from companion.performance import strength_answer
 from companion.plots import plot_changes
 from companion.promises import promises, promises_table
-from companion.records import LATER, make_record, read_records, recorded_like, write_record
+from companion.records import LATER, make_record, newest_last, read_records, recorded_like, write_record
 from companion.runs import finetune_grid
 from companion.settings import GRIDS, METRICS, PAPER_NETWORKS, PRESETS, STRONGER, ParameterError, Settings
 from companion.tables import compare, grid_rows, grid_table
@@ -628,6 +630,17 @@ def test_readme_quotes_the_worst_case_from_the_records():
     ]
     gains = [change([tuned], intervals.found_at(2, d)).text(signed=True).replace("\u00a0", " ") for d in (4, 8)]
     assert f"is {gains[0]} points at δ = 4/255 and {gains[1]} at 8/255" in text
+
+
+def test_readme_quotes_the_strength_of_the_search_from_the_newest_benchmark():
+    text = " ".join((files.ROOT / "README.md").read_text(encoding="utf-8").split())
+    record = newest_last(read_records(kind="benchmark"))[-1]
+    assert "never weaker than adv-lib's FMN on our three stand-ins" in text
+    assert ": **met**." in strength_answer(record).splitlines()[0]
+    rows = [row for row in record.rows if row["group"] == "Worst case: beside AutoAttack"]
+    points, times = ([row["ratio"] for row in rows if row["unit"] == unit] for unit in (POINTS, SPEED))
+    assert f"within {max(points):g} points of AutoAttack, {min(times):.0f} to {max(times):.0f} times as fast" in text
+    assert len(points) == len(times) == 3 and "1 thread" in record.device
 
 
 def test_readme_picture_is_of_the_records():

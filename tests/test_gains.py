@@ -90,7 +90,7 @@ def test_every_branch_of_the_rule(metric, trades, pgd, large, expected):
         assert found(metric, *order) == expected
     key, who, size = expected
     words = gains.WORDS[key].format(who=who, large=size)
-    assert f", no more, by {YARDSTICKS[W_2]} the gain {words}. By {YARDSTICKS[A_2]} it {words}.**" in said(*records)
+    assert f", and no more: by {YARDSTICKS[W_2]} the gain {words}. By {YARDSTICKS[A_2]} it {words}.**" in said(*records)
 
 
 def test_the_two_yardsticks_are_judged_apart():
@@ -104,7 +104,7 @@ def test_the_two_yardsticks_are_judged_apart():
 
 def test_without_distances_the_paper_s_yardstick_judges_alone():
     text = said(tune(4, "small_trades"), tune(-1, "small_pgd"))
-    assert text.startswith("**On 2 networks of 1 size, no more, by ") and "in every pair.**" in text
+    assert text.startswith("**On 2 networks of 1 size, and no more: by ") and "in every pair.**" in text
     assert "A₂" not in text
 
 
