@@ -267,12 +267,12 @@ def test_the_sentence_says_who_wins_and_that_the_goal_is_reached():
     assert all(f"on `{name}` (β = 3, δ = 8/255)" in text for name in ("demo", "small_pgd", "mine"))
 
 
-@pytest.mark.parametrize("differences", [(2, 1, 1), (-1, -2, -3), (2, None, None), (2,)])
+@pytest.mark.parametrize("differences", [(2, 1, 1), (-1, -2, -3), (2, None, None), (7, None, None), (2,)])
 def test_the_sentence_says_that_the_goal_is_missed(differences):
     text = frontiers.frontier_answer(of_networks(*differences))
     wins, n = sum((d or 0) >= 1.5 for d in differences), len(differences)
     assert text.startswith("**The goal set beforehand is not reached") and "winner" not in text
-    seen = sum((d or 0) > 0 for d in differences)
+    seen = sum((d or 0) > 5.4 for d in differences)  # half an interval of these few images
     where = f"on {seen} of {n} network{'s' * (n > 1)}, and by 1.5 points on {wins}.**"
     assert f"“exact slope” comes nearest: with every seed it is above Algorithm 1 {where}" in text
     assert ("Not comparable on `small_pgd` and `mine`." in text) == (None in differences)
@@ -284,17 +284,15 @@ def test_most_networks_come_first_then_the_mean_and_others_who_reach_the_goal_ar
     assert text.startswith("**The winner is “exact slope”") and "also reached by “MMA, equal weights”." in text
     text = frontiers.frontier_answer([*slope, *of_networks(9, 9, 9, objective="mma")[-3:]])
     assert text.startswith("**The winner is “MMA, equal weights”")
-    everywhere, once = of_networks(1, 1, 1), of_networks(2, None, None, objective="mma")
-    assert "“exact slope” comes nearest: with every seed" not in frontiers.frontier_answer([*everywhere, *once[-3:]])
-    once = of_networks(1.4, None, None, objective="mma")  # the best mean, of one network
-    assert "“exact slope” comes nearest: with every seed" in frontiers.frontier_answer([*everywhere, *once[-3:]])
+    seen, higher = of_networks(7, -3, -3), of_networks(4, None, None, objective="mma")  # each above the goal on one
+    assert "“exact slope” comes nearest: with every seed" in frontiers.frontier_answer([*seen, *higher[-3:]])
 
 
 def test_of_two_trainings_of_a_network_the_longer_one_decides():
     short = [made(75, 60, config={"epochs": 2}), *algorithm1(config={"epochs": 2})]
     text = frontiers.frontier_answer([*short, *of_networks(1)])
     assert (
-        "on 1 of 1 network, and by 1.5 points on 0.**" in text
+        "on 0 of 1 network, and by 1.5 points on 0.**" in text
         and "20 epochs" in text
         and "2 epochs" not in text.replace("20 epochs", "")
     )
