@@ -208,10 +208,11 @@ def command(settings: Settings, notebook: str, **column: Any) -> str:
     Args:
         column: the tau and eta of the record, where the notebook takes them.
     """
-    usual = {name: value for name, value in parameters.defaults(notebook).items() if value is not None}
-    defaults = {**Settings().model_dump(), **PRESETS[settings.preset], **usual, "preset": "demo"}
-    defaults["delta"] = usual.get("delta", DATASETS[settings.dataset].delta.get(settings.norm))
-    if settings.preset == "paper" and "network" not in usual:
+    defaults = {**Settings().model_dump(), **PRESETS[settings.preset]}
+    defaults["delta"] = DATASETS[settings.dataset].delta.get(settings.norm)
+    if own_default := parameters.defaults(notebook).get("network"):
+        defaults["network"] = own_default
+    elif settings.preset == "paper":
         del defaults["network"]  # another one in other notebooks
     network, data = network_words(str(settings.network)), str(settings.data)
     data = own.words(data) if is_own(data) else data if data == "embedded" else "data"
