@@ -93,11 +93,11 @@ def parameter(name, good=(), wrong=(), either=()):
     )
 
 
-def order(name):
-    """Orders of a norm, close to 1 and far from it."""
-    near = (1 + 1e-9, 1 + 1e-6)  # a norm, but too near to 1 for W-PGD to share a budget
-    good = (*near * (name == "r"), 1.001, 1.5, 2, np.float64(3), 50.0, 1e6, INF)
-    wrong = (*near * (name == "p"), 1, 1.0, 0.5, 0, True, None)
+def order(name, shared=True):
+    """Orders of a norm, close to 1 and far from it; `shared`: W-PGD shares a budget of order p, and 1 is too near."""
+    near, one = (1 + 1e-9, 1 + 1e-6), (1, 1.0)
+    good = (*near * (name == "r" or not shared), *one * (not shared), 1.001, 1.5, 2, np.float64(3), 50.0, 1e6, INF)
+    wrong = (*near * (name == "p" and shared), *one * shared, 0.5, 0, True, None)
     return parameter(name, good, wrong=wrong, either=(HUGE, np.float32(2), Fraction(5, 2)))
 
 
@@ -154,6 +154,7 @@ RULES = {
     )
 }
 THREATS = {"p": order("p"), "r": order("r"), "delta": RADII}
+BALLS = THREATS | {"p": order("p", shared=False)}  # of the projection alone
 UPSILON = {"upsilon": positive("upsilon", (5e-324, 1e-30, 1e-3, 1, 1e30, 1e300))}
 
 
@@ -792,7 +793,7 @@ ORIGINS = {
 @given(
     st.sampled_from(("", *MOVED)),
     st.sampled_from(("", *ORIGINS)),
-    some(THREATS, 3),
+    some(BALLS, 3),
     st.sampled_from(DTYPES),
     st.sampled_from(SHAPES),
     st.integers(1, 7),
