@@ -46,7 +46,7 @@ class Image:
 
     def name(self, label: int) -> str:
         """What a label stands for."""
-        return class_name(label) if "CIFAR-10 " in f"{self.source} " else f"class {label}"
+        return class_name(label) if "CIFAR-10" in self.source.split() else f"class {label}"
 
     @property
     def group(self) -> str:

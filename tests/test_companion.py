@@ -574,6 +574,13 @@ def test_readme_says_what_presets_and_records_say():
     (record,) = [r for r in read_records(kind="pretrain") if r.network.name == "demo"]
     scores = {m: f"{100 * v:.2f} %" for m, v in record.metrics["after"].items()}
     assert f"{scores['clean']} clean, {scores['w_inf']} under the pointwise and {scores['w_2']} under the" in text
+    columns = [r for r in read_records() if not evidence.has_curves(r)]
+    small = [r for r in columns if r.network.name.startswith("small_") and evidence.is_full(r)]
+    minutes = [r.seconds["finetune"] / 60 for r in small]
+    assert "half an hour to an hour and a quarter on one CPU core" in text and 28 < min(minutes) < max(minutes) < 76
+    demo = [r for r in columns if r.network.name == "demo" and (r.data.train, r.config.epochs) == (2000, 4)]
+    assert "one to three minutes a column" in text
+    assert all(sum(r.seconds[k] for k in ("finetune", "evaluate", "baseline")) < 180 for r in demo) and demo
 
 
 def test_readme_quotes_the_whole_protocol_from_the_records():

@@ -425,4 +425,10 @@ def test_the_readme_says_what_the_records_say():
         if j.setting.objective == "slope"
     ]
     assert sorted(j.where for j in slopes) == ["", "above", "above"] and all(len(j.seeds) > 1 for j in slopes)
+    lost = []
+    for one in slopes:
+        start, those = frontiers.as_it_is(one.study, "test", known), frontiers.settings_of(one.study)[one.setting]
+        lost.append(100 * (frontiers.point([start], "test").clean - frontiers.point(those, "test").clean).mean())
+    assert f"loses clean accuracy, {min(lost):.0f} to {max(lost):.0f} points with this weight" in readme
+    assert all(f"beta={one.setting.beta}" in readme and one.setting.delta == 4 for one in slopes)
     assert frontiers.frontier_answer(known).startswith("**The goal set beforehand is not reached")
