@@ -701,6 +701,8 @@ def _last_layer(model: nn.Module, head: str | None, x: Tensor | None) -> Any:
     if not isinstance(x, Tensor) or x.dtype not in FLOATS or x.ndim < 2 or not x.numel():
         raise WdatError(f"which layer gives the logits? Give head, its name, or x, images to find it: {_few(layers)}")
     _check_dense("x", x)
+    if any(p.is_meta for p in model.parameters()):
+        raise WdatError(f"the model is on the device meta, where no layer gives values: give head, {_few(layers)}")
     outputs: dict[str, Tensor] = {}
     hooks = [
         layer.register_forward_hook(lambda _, __, output, name=name: outputs.update({name: output}))

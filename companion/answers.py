@@ -31,7 +31,7 @@ from companion.frontiers import frontier_answer
 from companion.intervals import Estimate, bits, change, estimate_of, outcome_of_change, side, span
 from companion.joint import joint_answer
 from companion.kinds import FinetuneRecord, Record, images_of
-from companion.open_points import matters
+from companion.open_points import by_worst_case, matters
 from companion.performance import symbols
 from companion.records import newest_last
 from companion.settings import CONTROLS, FINETUNED, GRIDS, METRICS, PAPER_NETWORKS, STAND_INS, STRONGER
@@ -272,10 +272,11 @@ def _open_points(records: Sequence[Record]) -> str:
     points = [m for m in found if m.point not in CONTROLS and m.point != "consistency"]
     if not points:
         return f"How much each choice matters that the paper leaves open: {NOTHING[:1].lower()}{NOTHING[1:]}"
-    seen = [m for m in points if side(m.differences["w_2"].low, m.differences["w_2"].high, m.seeds)]
+    seen = [m for m in points if m.side("w_2")]
     of_one = ", each with one seed, so what chance does in a training is in it too"
-    once = of_one * all(len(m.seeds) == 1 for m in seen)
+    once = of_one * all(len(m.with_it) == 1 for m in seen)
     text = f"Of {len(points)} changes of what the paper leaves open, {len(seen)} move W₂ accuracy visibly{once}."
+    text += by_worst_case(points)
     for how, words in HOW.items():
         if those := [m for m in points if m.with_it[0].config.perturb == how]:
             most = max(those, key=lambda m: abs(m.differences["w_2"].value))

@@ -21,13 +21,15 @@ from companion.evidence import (
     setting_of,
     training_of,
 )
-from companion.intervals import Estimate, bits, change, estimate_of, span
+from companion.intervals import Estimate, bits, change, estimate_of, has_found, side, span
 from companion.kinds import EvaluateRecord, FinetuneRecord, images_of
-from companion.settings import CONTROLS, GRIDS, METRICS, OPEN_POINTS
+from companion.settings import CONTROLS, FOUND, GRIDS, METRICS, OPEN_POINTS
 from companion.tables import PARTS
-from companion.words import HOW, NOTHING, column_words, markdown, setting_words, short_name, training_words
+from companion.words import HOW, NOTHING, column_words, listed, markdown, setting_words, short_name, training_words
 
 READINGS = OPEN_POINTS["consistency"]
+WORST = "w_2_found_half"  # at the whole radius the small networks have next to nothing left to compare
+COMPARED = METRICS | {WORST: FOUND[WORST]}
 PATTERNS = {how: table for table, (_, how) in sorted(GRIDS.items(), reverse=True)}  # Tables 3 and 4
 
 
@@ -37,17 +39,23 @@ class Matter:
 
     Attributes:
         point, value: which, a key of `OPEN_POINTS` or `CONTROLS`, and what it is instead of its default.
-        differences: of each accuracy after fine-tuning, with it minus without it, same seeds and test images.
-        seeds: the differences of the single seeds in the accuracy under W_2.
+        differences: of each accuracy after fine-tuning, with it minus without it, same seeds and test images; `WORST`
+            is among them where all the records have distances.
+        seeds: the same of each seed alone.
         with_it, without: the records.
     """
 
     point: str
     value: Any
     differences: dict[str, Estimate]
-    seeds: tuple[float, ...]
+    seeds: dict[str, list[float]]
     with_it: tuple[FinetuneRecord, ...]
     without: tuple[FinetuneRecord, ...]
+
+    def side(self, metric: str) -> str:
+        """Where the whole change of an accuracy lies, interval and every seed: "above" or "below" 0; "" else."""
+        difference = self.differences[metric]
+        return side(difference.low, difference.high, self.seeds[metric])
 
 
 def matters(records: Sequence[FinetuneRecord]) -> list[Matter]:
@@ -63,9 +71,10 @@ def matters(records: Sequence[FinetuneRecord]) -> list[Matter]:
         for (point, value), with_it in alone.items():
             if seeds := sorted(with_it.keys() & without.keys()):
                 pairs = [(with_it[s], without[s]) for s in seeds]
-                each = {m: [bits(a, "after", m) - bits(b, "after", m) for a, b in pairs] for m in METRICS}
-                single = tuple(estimate_of([one]).value for one in each["w_2"])
+                metrics = COMPARED if all(has_found(r, "after") for pair in pairs for r in pair) else METRICS
+                each = {m: [bits(a, "after", m) - bits(b, "after", m) for a, b in pairs] for m in metrics}
                 differences = {m: estimate_of(values) for m, values in each.items()}
+                single = {m: [estimate_of([one]).value for one in values] for m, values in each.items()}
                 records_of = (tuple(r[s] for s in seeds) for r in (with_it, without))
                 found.append(Matter(point, value, differences, single, *records_of))
     order = [*OPEN_POINTS, *CONTROLS]
@@ -81,18 +90,32 @@ def _grouped(records: Sequence[FinetuneRecord]) -> list[list[FinetuneRecord]]:
 
 
 def matters_table(records: Sequence[FinetuneRecord], points: Collection[str] = (*OPEN_POINTS, *CONTROLS)) -> Any:
-    """One row for each change of one of the points: what it does to the three accuracies after fine-tuning."""
-    lines = []
+    """One row for each change of one of the points: what it does to the accuracies after fine-tuning."""
+    lines, heads = [], ["changed", *COMPARED.values(), "seeds (W₂)", "in"]
     for matter in (m for m in matters(records) if m.point in points):
         one = matter.with_it[0]
-        seeds = f"{len(matter.seeds)}"
-        if len(matter.seeds) > 1:
-            seeds += f": {span(matter.seeds)}"
-        cells = [f"`{matter.point}={matter.value}`", *(matter.differences[m].text(signed=True) for m in METRICS)]
-        lines.append([*cells, seeds, where(one)])
-    if not lines:
-        lines = [["nothing is recorded yet", *["–"] * (len(METRICS) + 2)]]
-    return markdown(["changed", *METRICS.values(), "seeds (W₂)", "in"], lines)
+        each = matter.seeds["w_2"]
+        seeds = f"{len(each)}" + f": {span(each)}" * (len(each) > 1)
+        cells = [matter.differences[m].text(signed=True) if m in matter.differences else "–" for m in COMPARED]
+        lines.append([f"`{matter.point}={matter.value}`", *cells, seeds, where(one)])
+    return markdown(heads, lines or [["nothing is recorded yet", *["–"] * (len(heads) - 1)]])
+
+
+def by_worst_case(found: Sequence[Matter]) -> str:
+    """A sentence: how many of the changes move the worst case found visibly, and which of them against W_2."""
+    those = [m for m in found if WORST in m.differences]
+    if not those:
+        return ""
+    moved = [m for m in those if m.side(WORST)]
+    against = [f"`{m.point}={m.value}`" for m in moved if m.side("w_2") and m.side("w_2") != m.side(WORST)]
+    others = (
+        f", {listed(against)} in the other direction than W₂"
+        if against
+        else ", none of them against W₂"
+        if moved
+        else ""
+    )
+    return f" By the worst case found, at half the radius, {len(moved)} of {len(those)} do{others}."
 
 
 def where(record: FinetuneRecord) -> str:
@@ -101,18 +124,26 @@ def where(record: FinetuneRecord) -> str:
 
 
 def how_much(records: Sequence[FinetuneRecord], point: str) -> str:
-    """The ledger's last column: what each change of the point does to W_2 accuracy, in points, in the longest runs."""
+    """The ledger's last column: what each change of the point does to W_2 accuracy, in points, in the longest runs.
+
+    As the paper measures it, and by the worst case found where all those runs have it.
+    """
     found = [m for m in matters(records) if m.point == point]
     longest = max((training_of(m.with_it[0]) for m in found), default=0)
-    by_value: dict[Any, list[Estimate]] = {}
+    by_value: dict[Any, list[Matter]] = {}
     for matter in found:
         if training_of(matter.with_it[0]) == longest:
-            by_value.setdefault(matter.value, []).append(matter.differences["w_2"])
+            by_value.setdefault(matter.value, []).append(matter)
     parts = []
     for value, each in by_value.items():
-        difference = each[0].text(signed=True) if len(each) == 1 else span([e.value for e in each])
-        parts.append(f"`{value}`: W₂ {difference}" + f" in {len(each)} comparisons" * (len(each) > 1))
+        yardsticks = {"w_2": "W₂", WORST: "worst case"} if all(WORST in m.differences for m in each) else {"w_2": "W₂"}
+        words = [f"{words} {_over([m.differences[metric] for m in each])}" for metric, words in yardsticks.items()]
+        parts.append(f"`{value}`: {', '.join(words)}" + f" in {len(each)} comparisons" * (len(each) > 1))
     return "; ".join(parts) or "–"
+
+
+def _over(each: Sequence[Estimate]) -> str:
+    return each[0].text(signed=True) if len(each) == 1 else span([e.value for e in each])
 
 
 def budget_below_pointwise(records: Sequence[EvaluateRecord]) -> str:

@@ -738,6 +738,13 @@ def test_what_cannot_show_the_last_layer_is_named(x):
         perturb_(network("conv"), "last_layer", x=x)
 
 
+def test_a_model_without_values_is_asked_for_the_name_of_its_last_layer():
+    model = network("mlp").to("meta")
+    with raises("on the device meta", "give head", "'4'"):
+        perturb_(model, "last_layer", x=X)
+    assert perturb_(model, "last_layer", head="4")[0].is_meta
+
+
 def test_two_classes_of_one_image_do_not_tell_the_last_layer():
     """Two points lie on a line, whichever layer they are of; more images tell."""
 

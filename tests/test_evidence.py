@@ -15,10 +15,11 @@ import wdat_core
 from companion import architectures, evidence, files, intervals, networks, open_points, plots, runs, tables, words
 from companion.evidence import paper_value
 from companion.kinds import images_of
+from companion.parts import BoundaryPart
 from companion.records import parse_record, read_records, record_bytes, record_name
 from companion.settings import METRICS, OPEN_POINTS, STAND_INS, STRONGER, ParameterError, Settings
-from companion.values import pack, unpack
-from wdat_core import Threat, wpgd
+from companion.values import pack, pack_floats, unpack
+from wdat_core import Boundary, Threat, wpgd
 
 SMALL = {"train_images": 60, "val_images": 20, "test_images": 50, "batch_size": 20, "steps": 2, "epochs": 1}
 N = 10_000  # images of a made-up record, so that a percentage point is a hundred of them
@@ -217,7 +218,7 @@ def test_a_changed_point_is_compared_with_the_same_run_without_it():
     with_it = [made(4, seed=0, noise=0.05), made(6, seed=1, noise=0.05), made(9, seed=2, noise=0.05)]
     two = made(9, noise=0.05, augment=False)
     (matter,) = open_points.matters([*with_it, *without, two])
-    assert (matter.point, matter.value, matter.seeds) == ("noise", 0.05, (pytest.approx(3), pytest.approx(4)))
+    assert (matter.point, matter.value, matter.seeds["w_2"]) == ("noise", 0.05, pytest.approx([3, 4]))
     assert matter.differences["w_2"].value == pytest.approx(3.5) and matter.differences["clean"].value == 0
     assert "| `noise=0.05` | +0.00 ± 0.03 |" in open_points.matters_table([*with_it, *without]).data.replace(
         "\u00a0", " "
@@ -232,6 +233,30 @@ def test_the_ledger_quotes_the_longest_runs():
     short = [altered(r, data={"train": 1000}) for r in short]
     assert open_points.how_much([*short, made(0), made(2, noise=0.05)], "noise").startswith("`0.05`: W₂ +2.00")
     assert open_points.how_much(short, "noise").startswith("`0.05`: W₂ -8.00")
+
+
+def test_a_changed_point_is_measured_by_the_worst_case_too_where_every_run_has_distances():
+    """Half of the images move out of reach, half are wrong: at delta / 2 the change of A_2 follows from the formula."""
+    near, far = (torch.tensor([0.0, d / 255] * (N // 2)) for d in (2, 32))
+    part = {"steps": 40, "core": "0" * 64, "device": "cpu"}
+    without, with_it = (
+        altered(record, boundary=BoundaryPart(**part, distance={"before": pack_floats(near), "after": pack_floats(d)}))
+        for record, d in ((made(0), near), (made(1, noise=0.05), far))
+    )
+    assert Boundary(near).accuracy(Threat(delta=4 / 255)) == 0
+    gain = 50 - 100 * (4 / 32) ** 2  # of the last image, for which the budget pays in part, a part counts
+    assert 100 * Boundary(far).accuracy(Threat(delta=4 / 255)) == pytest.approx(gain, abs=100 / N)
+    (matter,) = open_points.matters([without, with_it])
+    assert matter.differences[open_points.WORST].value == pytest.approx(gain, abs=1e-4)
+    said = open_points.how_much([without, with_it], "noise").replace("\u00a0", " ")
+    assert said.startswith("`0.05`: W₂ +1.00 ± ") and f", worst case +{gain:.2f} ± " in said
+    assert f"| +{gain:.2f} ± " in open_points.matters_table([without, with_it]).data.replace("\u00a0", " ")
+
+    bare = made(0).model_copy(update={"boundary": None})
+    (matter,) = open_points.matters([bare, with_it])
+    assert open_points.WORST not in matter.differences
+    assert "worst case" not in open_points.how_much([bare, with_it], "noise")
+    assert matter.differences["w_2"].value == pytest.approx(1)
 
 
 def test_training_against_the_pointwise_attack_is_a_control_and_counts_as_nothing_else():
