@@ -4,7 +4,7 @@ The method of Bai, He, Jiang, Obłój, *Wasserstein distributional adversarial t
 (arXiv 2502.09352). Where to find what the paper says:
 
     Section 3                the threat (W_p, l_r)                         `Threat`
-    Section 3                ReDLR, and the losses beside it               `redlr`, `dlr`, `ce`
+    Section 3                ReDLR, and the losses beside it               `redlr`, `dlr`, `ce`, `margin`
     (4.1)                    the metric d: images move, labels do not      `_norm`, `_distances`
     (4.2), (5.2)             the supremum over the ball                    `wpgd` finds a lower bound of it
     Theorem 4.1 (i)          the sensitivity Upsilon                       `sensitivity`
@@ -55,6 +55,7 @@ from __future__ import annotations
 import ast
 import copy
 import ctypes
+import dis
 import functools
 import glob
 import hashlib
@@ -94,6 +95,7 @@ __all__ = [
     "dlr",
     "evaluate",
     "finetune",
+    "margin",
     "perturb_",
     "pgd",
     "project",
@@ -137,7 +139,7 @@ class Threat:
         p: order of the Wasserstein distance, in [1, inf]. inf bounds every image alone, as in ordinary PGD. 1 is for
             `boundary` and `project`; W-PGD needs a p above it.
         r: norm between images, in (1, inf].
-        delta: radius, > 0, in [0, 1] pixel units.
+        delta: radius, > 0, in [0, 1] pixel units; at most 1 for r = inf.
     """
 
     p: float = 2.0
@@ -148,6 +150,10 @@ class Threat:
         _check_number("p", self.p, at_least=1, at_most=math.inf)
         _check_number("r", self.r, above=1, at_most=math.inf)
         _check_number("delta", self.delta, above=0)
+        if self.r == math.inf and self.delta > 1:
+            raise WdatError(
+                f"delta must be at most 1 for r = inf, not {self.delta!r}: pixels are in [0, 1], so it is 8 / 255"
+            )
         _as_plain_numbers(self)
 
     @property
@@ -184,13 +190,21 @@ def redlr(logits: Tensor, y: Tensor) -> Tensor:
     return torch.where(logits.argmax(1) == y, dlr(logits, y), 0.0)
 
 
+def margin(logits: Tensor, y: Tensor) -> Tensor:
+    """Margin of each image, -(z_y - max_j z_j)^+, (n, m) and (n,) to (n,): ReDLR without its denominator; m >= 2.
+
+    For two classes, where DLR and ReDLR are not defined. It too is 0, with gradient 0, on a misclassified image.
+    """
+    return _deficit(logits, y).clamp(max=0)
+
+
 def _kl(logits: Tensor, target: Tensor) -> Tensor:
     """KL(target || softmax of the logits) of each image, (n, m) and (n, m) to (n,): the attacker's loss in TRADES."""
     return F.kl_div(logits.log_softmax(1), target, reduction="none").sum(1)
 
 
 SLOPED = (ce, dlr, _kl)  # rising somewhere from nearly every image; the others may be flat, as ReDLR on a lost image
-LOSSES: dict[str, Loss] = {"ce": ce, "dlr": dlr, "redlr": redlr}
+LOSSES: dict[str, Loss] = {"ce": ce, "dlr": dlr, "redlr": redlr, "margin": margin}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -313,7 +327,7 @@ class Attack:
         x_adv: the attacked images, as x.
         accuracy: fraction classified correctly there, the lowest over the iterates x_1..x_steps.
         loss: mean attack loss of that iterate.
-        distance: (mean_i ||x_adv_i - x_i||_r^p)^(1/p), at most delta; in 16 bits up to the rounding of the pixels.
+        distance: (mean_i ||x_adv_i - x_i||_r^p)^(1/p), at most delta, up to the rounding of the pixels.
         correct: bool (n,), whether each attacked image is still classified correctly.
         was_correct: bool (n,), the same of x_0, before the attack.
         history: "accuracy" and "loss" of x_0..x_steps, "upsilon" of x_0..x_(steps-1), each a list of floats.
@@ -360,7 +374,8 @@ def wpgd(
         x: images (n, c, h, w), floating point, in [0, 1]; on the model's device, or on the CPU.
         y: labels (n,), int64, on the same device.
         threat: the ball; `Threat()` is (W_2, l_inf) with delta = 8/255.
-        loss: "redlr", "dlr" (both need 3 classes or more), "ce", or a function (logits, labels) to losses (b,).
+        loss: "redlr", "dlr" (both need 3 classes or more), "margin", "ce", or a function (logits, labels) to losses
+            (b,). Cross-entropy is a weak attacker for a finite p: it spends budget on images that are lost already.
         rule: a function of the gradient of a batch and of what it returned for the same images one step before (zeros
             at first), both (b, c, h, w), to the vector that stands for g_i in (5.3). None is the gradient. Whatever it
             returns, the step has the length of (5.3). Momentum (Dong et al., 2018) is three lines::
@@ -371,13 +386,13 @@ def wpgd(
 
                 wpgd(model, x, y, Threat(), loss="ce", rule=momentum)
 
-            And a loss of one's own, the margin of Carlini and Wagner (2017)::
+            And a loss of one's own, the margin of Carlini and Wagner (2017), on misclassified images too::
 
-                def margin(logits, y):
+                def carlini_wagner(logits, y):
                     own = F.one_hot(y, logits.shape[1]).bool()
                     return logits.masked_fill(own, -torch.inf).amax(1) - logits[own]
 
-                wpgd(model, x, y, Threat(), loss=margin)
+                wpgd(model, x, y, Threat(), loss=carlini_wagner)
 
         steps: number of steps, >= 1 (20 in the paper).
         step_ratio: total length of the steps over delta, > 0 (1 in the paper).
@@ -417,7 +432,8 @@ def wpgd(
             start, own = on.room(x), torch.Generator().manual_seed((seed + on.among.rank) % 2**63)
             for i in range(0, len(x), batch_size):
                 rows = slice(i, i + batch_size)
-                start[rows] = _moved(x[rows], threat, random_start, torch.rand(x[rows].shape, generator=own).to(x))
+                random = torch.rand(x[rows].shape, generator=own, device="cpu")
+                start[rows] = _moved(x[rows], threat, random_start, random.to(x))
         return _attack(on, x, y, start=start, progress=progress)
 
 
@@ -460,7 +476,7 @@ def _attack(
     was_correct = now.correct.clone()
     hits, losses, upsilons = ([value] for value in _summary(now, q, among))
     assert now.direction is not None
-    for k in progress(range(1, steps + 1)) if progress else range(1, steps + 1):
+    for k in _shown(progress, range(1, steps + 1), "steps"):
         step = _step(now.norm, upsilons[-1], q, alpha)
         moved, distance = now.norm > 0, torch.empty_like(now.norm)
         for rows in slices:  # a batch at a time, while it is in the cache
@@ -483,6 +499,8 @@ def _attack(
         _look(on, x_adv, y, now, again, backward=k < steps)
         for values, value in zip((hits, losses, upsilons), _summary(now, q, among), strict=True):
             values.append(value)
+        if last:
+            continue
         if k == 1:
             x_best, best_correct = on.room(x).copy_(x_adv), now.correct.clone()
             best_hits, best_loss = hits[1], losses[1]
@@ -562,17 +580,18 @@ def wpgd_budget(
     size, attacks = min(batch_size, len(x)), []
     with _prepared(model):
         batches = list(zip(_plain(x).split(size), _plain(y).split(size), strict=True))
-        for xb, yb in progress(batches) if progress else batches:
+        for xb, yb in _shown(progress, batches, "batches"):
             first = _look(on, xb, yb, _blank(on, xb))
             delta_b = _radius(threat, _upsilon(first.norm, threat.q, on.among), upsilon)  # (5.5)
             attacks.append(_attack(on, xb, yb, delta=delta_b, first=first))
-    sizes = torch.tensor([len(xb) / len(x) for xb, _ in batches], dtype=torch.float64)
+    cpu: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}  # whatever the caller's default device is
+    sizes = torch.tensor([len(xb) / len(x) for xb, _ in batches], **cpu)
 
     def pool(values: Sequence[float], order: float) -> float:
-        return _mean(torch.tensor(values, dtype=torch.float64), order, weights=sizes).item()
+        return _mean(torch.tensor(values, **cpu), order, weights=sizes).item()
 
     def average(values: Sequence[float]) -> float:
-        return float(sizes @ torch.tensor(values, dtype=torch.float64))
+        return float(sizes @ torch.tensor(values, **cpu))
 
     by_iterate = {key: list(zip(*(a.history[key] for a in attacks), strict=True)) for key in attacks[0].history}
     correct = torch.cat([a.correct for a in attacks])
@@ -666,7 +685,7 @@ def perturb_(
             moved = []
             for parameter in parameters:
                 rms = parameter.to(torch.promote_types(parameter.dtype, torch.float32)).square().mean().sqrt()
-                random = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+                random = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype, device="cpu")
                 moved.append(parameter + (noise * rms * random.to(parameter.device)).to(parameter.dtype))
             if not all(m.is_meta or m.isfinite().all() for m in moved):
                 raise WdatError(f"noise of {noise!r} makes the parameters infinite or NaN: use less")
@@ -847,7 +866,7 @@ class Minibatch:
 
     def draw(self, random: Callable[..., Tensor]) -> Tensor:
         """Random numbers for the images, as x: of a function such as `torch.randn`; alike however many processes."""
-        drawn = random((self._whole, *self.x.shape[1:]), generator=self.generator)
+        drawn = random((self._whole, *self.x.shape[1:]), generator=self.generator, device="cpu")
         return drawn[self._part].to(self.x)
 
     def attack(
@@ -889,14 +908,14 @@ class Minibatch:
         _check_precise(self.x)
         search, finite = _Search(keep=True), True
         with self._run.attacked(Threat(p=math.inf, r=r), _lead, in_eval_mode=True) as on:
-            on = replace(on, boxed=True)
+            on = _searcher(on)
             try:
                 search.take(on, self.x, self.y)
                 while search.waiting():
                     search.attack(on, on.passes.batch_size)
             except _NotFiniteError:
                 finite = False
-            _check_finite(on.among.all(torch.tensor(finite)))  # in every process, or all would not stop
+            _check_finite(on.among.all(torch.tensor(finite, device="cpu")))  # in every process, or all would not stop
         found = search.found(r)
         assert found is not None
         return found
@@ -919,7 +938,7 @@ class Minibatch:
         steepness = _norm(ascent * free, _conjugate(r))
         if r < math.inf:
             moved = _norm((z - self.x) * free, r)
-            steepness = steepness * (_norm(z - self.x, r) / torch.where(moved > 0, moved, 1.0)) ** (r - 1)
+            steepness = steepness * (_norm(z - self.x, r) / moved) ** (r - 1)  # endless where nothing can move on
         moves = (steepness > 0) & (found.distance > 0) & (found.distance < math.inf)
         deficit = _deficit(self.net(z), self.y)
         move = torch.where(moves, (deficit.detach() - deficit) / torch.where(moves, steepness, 1.0), 0.0)
@@ -1104,8 +1123,9 @@ def finetune(
     as it is, so that `objective="trades"` or "pgd" pre-trains a new one.
 
     Args:
-        model: changed in place, frozen parameters too; mode, `requires_grad` flags and gradients are given back as they
-            were. With `config.average` it ends with the averaged weights and buffers.
+        model: changed in place, frozen parameters too. After an exception, Ctrl-C among them, it is as it was before
+            the first step, or with `resume` at any time, so that the same call goes on. Mode, `requires_grad` flags and
+            gradients are given back as they were. With `config.average` it ends with the averaged weights and buffers.
         train, val: pairs (x, y) as `wpgd` takes them; val None keeps the last epoch.
         config: see `FinetuneConfig`.
         eval_batch_size: how many images the network sees at once, at most, wherever that changes nothing but the speed
@@ -1113,8 +1133,8 @@ def finetune(
         resume: file of the run's checkpoint. Where it exists the run goes on from it, and ends with the weights and the
             history of one that was never stopped, bit for bit on the same machine; a checkpoint of another run is
             refused. It is whole whatever stops the process, a kill too, and stays at the end.
-        save_every: seconds between two checkpoints, >= 0, which is the most that a stop loses; one more is written
-            after every epoch.
+        save_every: seconds between two checkpoints, >= 0, which is the most that a stop loses of the training; one
+            more is written after every epoch. A validation that was stopped begins anew.
         stop_after: seconds after which the run writes its checkpoint and returns, at the end of a minibatch.
         on_epoch: called with the epoch and the model, in eval mode; a dict of numbers that it returns joins the
             epoch's history. The names that the history has already are taken: nothing but validation chooses the epoch.
@@ -1143,7 +1163,18 @@ def finetune(
     objective = _function_of("objective", config.objective, OBJECTIVES)
     generator = torch.Generator().manual_seed(config.seed)
 
-    with _seeded(model, generator), _untouched(model), torch.inference_mode(False), torch.enable_grad():
+    def learned() -> bool:  # and it is nowhere else
+        return bool(rows or losses) and checkpoint.path is None
+
+    losses: list[float] = []
+    rows: list[dict[str, float]] = []
+    with (
+        _seeded(model, generator),
+        _untouched(model),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        _taken_back(model, learned),
+    ):
         run = _Run(model, _plain(x), _plain(y), config, on, generator)
         wanted: dict[str, Any] = {"noise": config.noise, "reinit": config.reinit, "head": config.head, "x": x[:8]}
         trained = perturb_(model, config.perturb, **wanted, generator=generator)
@@ -1165,8 +1196,6 @@ def finetune(
 
         memory: dict[str, list[Tensor]] = {}
         order: Sequence[Tensor] = ()
-        losses: list[float] = []
-        rows: list[dict[str, float]] = []
         best_state: dict[str, Any] = {}
         best, spent = 0, 0.0
         if saved:
@@ -1203,7 +1232,7 @@ def finetune(
             epoch = len(rows) + 1
             order = order or run.draw(len(x)).split(min(config.batch_size, len(x)))
             left = order[len(losses) :]
-            for indices in progress(left) if progress else left:
+            for indices in _shown(progress, left, "minibatches"):
                 _set_mode(model, training)
                 for parameter in trained:
                     parameter.requires_grad_(True)
@@ -1216,7 +1245,7 @@ def finetune(
                 with _blamed(optimiser, epoch, len(losses) + 1, len(indices)):
                     batch = run.minibatch(indices, memory)
                     total = objective(batch)  # (5.4), (5.5), (5.3), (5.1),
-                    _check_objective(total)
+                    _check_objective(total, memory)
                     share = len(batch.x) / len(indices)
                     (total * share).backward()
                     total = among.total(total.detach() * share)
@@ -1258,6 +1287,18 @@ def finetune(
             save()
     _set_state(model, best_state)
     return history(finished=True)
+
+
+@contextmanager
+def _taken_back(model: nn.Module, learned: Callable[[], bool]) -> Iterator[None]:
+    """The weights as they were after an exception, unless they have learned something: the same call works again."""
+    state = copy.deepcopy(_state_of(model))
+    try:
+        yield
+    except BaseException:
+        if not learned():
+            _set_state(model, state)
+        raise
 
 
 def _add_up_gradients(among: _Among, parameters: Sequence[nn.Parameter]) -> None:
@@ -1302,7 +1343,7 @@ class _Run:
 
     def draw(self, count: int) -> Tensor:
         """The numbers of so many images of the training set, in random order."""
-        return torch.randperm(len(self.x), generator=self.generator)[:count].to(self.x.device)
+        return torch.randperm(len(self.x), generator=self.generator, device="cpu")[:count].to(self.x.device)
 
     def minibatch(self, indices: Tensor, memory: dict[str, list[Tensor]]) -> Minibatch:
         passes, whole, part = self.on.passes, len(indices), self.on.among.part(len(indices))
@@ -1470,6 +1511,16 @@ class Boundary:
     r: float = math.inf
     x_adv: Tensor | None = field(default=None, repr=False)
 
+    def __post_init__(self) -> None:
+        far = self.distance
+        if not isinstance(far, Tensor) or far.ndim != 1 or not far.is_floating_point() or not (far >= 0).all():
+            raise WdatError(f"distance must be a floating-point tensor (n,) of numbers >= 0, not {_kind(far)}")
+        _check_number("r", self.r, above=1, at_most=math.inf)
+
+    def __repr__(self) -> str:
+        some = int((self.distance < math.inf).sum())
+        return f"Boundary({len(self.distance)} images, a misclassified one found for {some}, r={self.r:g})"
+
     def gather(self, group: Any) -> Boundary:
         """The distances that all processes of a group of torch.distributed found, in their order, on the CPU.
 
@@ -1514,8 +1565,7 @@ class Boundary:
         dual, so to first order it is also how A_p depends on the sample: from their spread comes the standard error,
         and for two networks on the same images that of the difference.
         """
-        bought, p = self.bought(threat), threat.p
-        distance = self.distance.double()
+        bought, p, distance = self.bought(threat), threat.p, self.distance.double()
         price = torch.where(bought, math.inf, distance).min()
         if p == math.inf or price == math.inf:
             return (~bought).double()
@@ -1568,10 +1618,11 @@ class Boundary:
     def interval(self, threat: Threat) -> tuple[float, float]:
         """An interval that holds A_p(delta) of the distribution, whose sample the images are, in 95 % of samples.
 
-        It rests on many images being left: where it is only one or two, the interval is too short.
+        It rests on many images of either kind: where only a few are left, or only a few are not, it is too short. Where
+        all images are alike, up to 3 in n others may not be (the rule of three).
         """
         shares, accuracy = self.shares(threat), self.accuracy(threat)
-        half = 1.96 * shares.std(correction=0).item() / math.sqrt(len(shares))
+        half = 1.96 * shares.std(correction=0).item() / math.sqrt(len(shares)) or 3 / len(shares)
         return max(0.0, accuracy - half), min(1.0, accuracy + half)
 
     def spend(self, x: Tensor, threat: Threat) -> Attack:
@@ -1634,7 +1685,8 @@ def boundary(
     An image that is misclassified as it is costs no step.
 
     Every image found was seen misclassified by a margin that rounding does not bridge, lies in [0, 1], and is looked at
-    once more at the end: what fails then counts as not found.
+    once more at the end: what fails then counts as not found. In bfloat16 that margin is 3 % of a logit, so distances
+    are larger.
 
     Args:
         model: as `wpgd` takes it.
@@ -1661,17 +1713,19 @@ def boundary(
     def attacker(x: Any, y: Any) -> _Attacker:
         on = _attacker(model, x, y, threat, _lead, batch_size, precision, compiled, steps)
         _check_precise(x)
-        return replace(on, boxed=True)  # else an image with many such pixels seems far from any error
+        return _searcher(on)
 
     batches: Any = x
     known = None
     if isinstance(x, Tensor) or y is not None:
         known = attacker(x, y)  # all of it, before the first is attacked
         batches = list(zip(x.split(batch_size), y.split(batch_size), strict=True))  # type: ignore[union-attr]
+    if not isinstance(batches, Iterable):
+        raise WdatError(f"x must be images, or an iterable of pairs (images, labels), not {type(batches).__name__}")
     search = _Search(keep)
     try:
         with _prepared(model):
-            for on, xb, yb in _checked(progress(batches) if progress else batches, attacker, known):
+            for on, xb, yb in _checked(_shown(progress, batches, "batches"), attacker, known):
                 if keep and known is None:
                     xb = xb.clone()  # the next batch may come in the same memory
                 for part in zip(_plain(xb).split(batch_size), _plain(yb).split(batch_size), strict=True):
@@ -1689,12 +1743,10 @@ def boundary(
 
 
 def _checked(
-    batches: Any, attacker: Callable[[Any, Any], _Attacker], on: _Attacker | None
+    batches: Iterable[Any], attacker: Callable[[Any, Any], _Attacker], on: _Attacker | None
 ) -> Iterator[tuple[_Attacker, Tensor, Tensor]]:
     """Pairs of images and labels, each checked, with the attacker: the one that is known, or that the first gives."""
-    if not isinstance(batches, Iterable):
-        raise WdatError(f"x must be images, or an iterable of pairs (images, labels), not {type(batches).__name__}")
-    first, count = None, 0
+    first = None
     for count, batch in enumerate(batches, 1):
         if not isinstance(batch, tuple | list) or len(batch) != 2:
             raise WdatError(f"batch {count} must be a pair (images, labels), not {type(batch).__name__}")
@@ -1710,9 +1762,6 @@ def _checked(
         yield on, x, y
     if on is None:
         raise WdatError("there are no images: the iterable of batches is empty")
-    with suppress(TypeError):  # a DataLoader has a length also where it does not know it
-        if isinstance(batches, Sized) and count < len(batches):
-            raise WdatError(f"the batches ended after {count} of {len(batches)}")
 
 
 def _about(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> str:
@@ -1780,15 +1829,27 @@ def _shared(steps: int, classes: int) -> int:
     return min(classes - 1, max(1, round(math.sqrt(steps / 4))))
 
 
-def _lead(logits: Tensor, sides: Tensor) -> Tensor:
+def _lead(logits: Tensor, sides: Tensor, far: float = 1.0) -> Tensor:
     """How far the likeliest other class is above the own one, relative to the greatest logit: > 0 where misclassified.
 
-    `sides` (b, m) is 1 for the own class y and -1 for a rival j; the slope is that of z_j - z_y alone.
+    `sides` (b, m) is 1 for the own class y and -1 for a rival j; the slope is that of z_j - z_y alone. The greatest
+    logit is at most `far` times those of the three likeliest classes: others may be switched off, by -1e9 say.
     """
     z, own = logits.detach(), sides > 0
     lead = z.masked_fill(own, -math.inf).amax(1) - z.masked_fill(~own, -math.inf).amax(1)
     towards = -(logits * sides).sum(1)
-    return (towards - towards.detach() + lead) / z.abs().amax(1).clamp(min=torch.finfo(z.dtype).tiny)
+    likeliest = z.topk(min(3, z.shape[1])).values.abs().amax(1)
+    size = torch.minimum(z.abs().amax(1), far * likeliest)
+    return (towards - towards.detach() + lead) / torch.where(size > 0, size, 1.0)
+
+
+def _searcher(on: _Attacker) -> _Attacker:
+    """An attacker by `_lead`, as the search for the nearest misclassified images needs it.
+
+    Its boxed gradient keeps an image with many pixels of 0 or 1 from seeming far from any error. A margin that
+    rounding does not bridge is at most 0.2 % of the logits that are compared, or rounding itself.
+    """
+    return replace(on, boxed=True, loss=functools.partial(_lead, far=max(1.0, 0.002 / on.rounding)))
 
 
 def _nearest(on: _Attacker, x: Tensor, y: Tensor, rivals: Tensor) -> tuple[Tensor, Tensor]:
@@ -2058,15 +2119,17 @@ def _look_at(on: _Attacker, images: Tensor, labels: Tensor, known: _Look, rows: 
         y = labels[rows].to(on.passes.device)
         logits = on.passes.call(x).to(x.dtype)
         classes, finite = logits.detach().argmax(1), logits.detach().isfinite().all()  # a loss may write into logits
-        value = on.loss(logits, y)
+        value = on.loss(logits, y.clone())  # or into the labels
         if not isinstance(value, Tensor) or value.shape != x.shape[:1]:
             raise WdatError(f"the loss must return one value for each image, shape ({len(x)},), not {_kind(value)}")
         if backward:
-            if not value.requires_grad:
+            gradients = torch.autograd.grad(value.sum(), x, allow_unused=True) if value.requires_grad else (None,)
+            gradient: Any = gradients[0]
+            if gradient is None:  # with 0 in its place the network would seem robust
                 raise WdatError(
-                    "no gradient comes from the loss to the images: remove no_grad or detach in the model or in it"
+                    "no gradient comes from the loss to the images: remove no_grad, detach, quantisation or whatever"
+                    " else stops it in the model or in the loss"
                 )
-            (gradient,) = torch.autograd.grad(value.sum(), x, allow_unused=True, materialize_grads=True)
             if on.boxed:
                 gradient = gradient * _free(gradient, x.detach())
     value = value.detach().to(x.dtype)
@@ -2093,6 +2156,18 @@ def _look_at(on: _Attacker, images: Tensor, labels: Tensor, known: _Look, rows: 
 def _free(ascent: Tensor, x: Tensor) -> Tensor:
     """Which pixels go on along an ascent, bool as x: not those that are 0 or 1 and would leave [0, 1]."""
     return ascent.sign().add_(x).clamp_(0, 1) != x
+
+
+def _shown(progress: Progress | None, things: Iterable[Any], called: str) -> Iterator[Any]:
+    """All of the things, wrapped in what shows how far they are."""
+    count = 0
+    for thing in progress(things) if progress else things:
+        yield thing
+        count += 1
+    with suppress(TypeError):  # a DataLoader has a length also where it does not know it
+        if isinstance(things, Sized) and count < len(things):
+            why = ": progress must pass on all that it is given" if progress else ""
+            raise WdatError(f"the {called} ended after {count} of {len(things)}{why}")
 
 
 def _kind(value: Any) -> str:
@@ -2142,8 +2217,8 @@ def _moved(x: Tensor, threat: Threat, fraction: float, random: Tensor) -> Tensor
 def _crop_and_flip(x: Tensor, generator: torch.Generator, pad: int = 4) -> Tensor:
     """Each image (n, c, h, w) shifted by up to `pad` pixels with zeros coming in, and flipped with probability 1/2."""
     n, _, h, w = x.shape
-    top, left = torch.randint(2 * pad + 1, (2, n, 1), generator=generator).to(x.device)
-    flip = torch.randint(2, (n, 1), generator=generator).to(x.device)
+    top, left = torch.randint(2 * pad + 1, (2, n, 1), generator=generator, device="cpu").to(x.device)
+    flip = torch.randint(2, (n, 1), generator=generator, device="cpu").to(x.device)
     i = top + torch.arange(h, device=x.device)
     j = torch.arange(w, device=x.device)
     j = left + torch.where(flip == 1, w - 1 - j, j)
@@ -2176,10 +2251,12 @@ class _Checkpoint:
 
     def load(self) -> dict[str, Any] | None:
         """What was saved last, None where nothing was. Nothing in the file is executed."""
-        if self.path is None or not self.path.exists():
+        if self.path is None:
             return None
         try:
             content = self.path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
         except OSError as error:
             raise WdatError(f"the checkpoint {self.path} cannot be read ({error})") from error
         head, content = content[: len(CHECKPOINT) + 32], content[len(CHECKPOINT) + 32 :]
@@ -2189,13 +2266,14 @@ class _Checkpoint:
             saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError) as error:
             raise WdatError(
-                f"{self.path} is damaged, or no checkpoint of this version: remove it to start anew, or put back a copy"
+                f"{self.path} is damaged or no checkpoint of this version: give resume another file, or put back a copy"
             ) from error
         for name, value in self.identity.items():
             if name == "the network" and value == _digest_of(saved["model"]):
                 continue  # as stop_after left it
             if saved["identity"].get(name) != value:
                 there = f": there it was {saved['identity'].get(name)}, here it is {value}" if len(value) < 60 else ""
+                there = ", which must be as it was before the run began" if name == "the network" else there
                 raise WdatError(
                     f"the checkpoint {self.path} belongs to another run, it differs in {name}{there}:"
                     " give resume another file, or remove this one"
@@ -2273,7 +2351,7 @@ def _checkpoint(
     if not isinstance(resume, (str, os.PathLike)) or str(resume) in ("", ".") or "\0" in str(resume):
         raise WdatError(f"resume must be the path of a file, not {resume!r}")
     path = Path(resume)
-    if path.is_dir():
+    if _is_folder(path):
         raise WdatError(f"resume must be the path of a file, and {path} is a folder")
     stop_at = math.inf if stop_after is None else time.monotonic() + stop_after
     checkpoint = _Checkpoint(path, _identity(model, train, val, config), save_every, stop_at)
@@ -2281,6 +2359,12 @@ def _checkpoint(
     if writes:  # of many processes the first
         checkpoint.try_to_write()
     return checkpoint, saved
+
+
+def _is_folder(path: Path) -> bool:
+    with suppress(OSError):  # a name that is too long is none
+        return path.is_dir()
+    return False
 
 
 def _mark(resume: Any) -> str:
@@ -2325,7 +2409,7 @@ def _named(value: Any, inside: tuple[int, ...] = ()) -> str:
     if isinstance(value, dict):
         return f"{{{named(*(part for pair in value.items() for part in pair))}}}"
     if isinstance(value, (set, frozenset)):
-        return f"{{{', '.join(sorted(map(_named, value)))}}}"
+        return f"{{{', '.join(sorted(map(named, value)))}}}"
     if isinstance(value, types.CodeType):
         return f"code {hashlib.sha256(value.co_code).hexdigest()[:8]} {named(value.co_names, value.co_consts)}"
     if isinstance(value, functools.partial):
@@ -2334,13 +2418,30 @@ def _named(value: Any, inside: tuple[int, ...] = ()) -> str:
         return f"method({named(value.__func__, value.__self__)})"
     if isinstance(value, types.FunctionType):
         closed = [cell.cell_contents for cell in value.__closure__ or ()]
-        inner = named(value.__code__, value.__defaults__, value.__kwdefaults__, closed)
+        inner = named(value.__code__, value.__defaults__, value.__kwdefaults__, closed, _globals_of(value))
         return f"{value.__module__}.{value.__qualname__} {hashlib.sha256(inner.encode()).hexdigest()[:8]}"
-    if callable(value) and not isinstance(value, type | types.BuiltinFunctionType):
+    plain = type(value).__repr__ is object.__repr__  # words that say no more than the class
+    if (callable(value) or plain) and not isinstance(value, type | types.BuiltinFunctionType):
         held = _fields_of(value)
         if held or hasattr(value, "__dict__"):  # a function of numpy has neither, and its own words
             return f"{type(value).__module__}.{type(value).__qualname__}({named(held)})"
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
+
+
+def _globals_of(function: types.FunctionType) -> dict[str, Any]:
+    """What a function takes from its module by name: values, and functions of that module."""
+
+    def names(code: types.CodeType) -> set[str]:
+        inner = [names(part) for part in code.co_consts if isinstance(part, types.CodeType)]
+        return {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}.union(*inner)
+
+    held = {name: function.__globals__.get(name) for name in sorted(names(function.__code__))}
+    elsewhere = types.ModuleType | type | types.BuiltinFunctionType
+    return {
+        name: value
+        for name, value in held.items()
+        if not isinstance(value, elsewhere) and getattr(value, "__module__", function.__module__) == function.__module__
+    }
 
 
 def _fields_of(value: Any) -> dict[str, Any]:
@@ -2379,8 +2480,10 @@ def _state_of(model: nn.Module) -> dict[str, Any]:
 
 
 def _set_state(model: nn.Module, state: dict[str, Any]) -> None:
-    known = model.state_dict().keys()
-    model.load_state_dict({name: value for name, value in state.items() if name in known})
+    known = model.state_dict()  # it knows the versions of its modules, which some ask for
+    for name in known:
+        known[name] = state[name]
+    model.load_state_dict(known)
     with torch.no_grad():
         for name, buffer in model.named_buffers():
             if name not in known:
@@ -2609,7 +2712,7 @@ def _accelerators(model: nn.Module) -> list[torch.device]:
 def _seeded(model: nn.Module, generator: torch.Generator) -> Iterator[None]:
     """The global generators, which layers such as dropout use, seeded from `generator`; given back as they were."""
     devices = _accelerators(model)
-    seed = int(torch.randint(2**62, (), generator=generator))
+    seed = int(torch.randint(2**62, (), generator=generator, device="cpu"))
     with torch.random.fork_rng(devices, device_type=devices[0].type if devices else "cuda"):
         _seed(devices, seed)
         yield
@@ -2706,10 +2809,15 @@ def _attacker(
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1:
             shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise WdatError(f"the model must return logits of shape (b, classes); for one image it returned {shape}")
-        classes = logits.shape[1]
+        classes, total = logits.shape[1], logits.detach().double().sum().item()
+        if classes > 1 and (logits >= 0).all() and abs(total - 1) <= classes * torch.finfo(logits.dtype).eps:
+            raise WdatError(
+                "the model returns probabilities, not logits, and would seem more robust: leave out its softmax, or"
+                " return their logarithm"
+            )
         if function in (dlr, redlr) and classes < 3:
             raise WdatError(
-                f"DLR and ReDLR need 3 classes or more, the model has {classes}: give another loss, 'ce' or your own"
+                f"DLR and ReDLR need 3 classes or more, the model has {classes}: take loss='margin', or your own"
             )
         if function is _lead:
             _check_two_classes(classes)
@@ -2728,7 +2836,8 @@ def _attacker(
 def _check_images(x: Tensor, y: Tensor, some: bool = True) -> None:
     if not isinstance(x, Tensor) or x.dtype not in FLOATS:
         kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise WdatError(f"images must be a floating-point tensor in [0, 1], not {kind}: divide bytes by 255")
+        how = ": divide bytes by 255" if isinstance(x, Tensor) else ": torch.from_numpy makes one of an array"
+        raise WdatError(f"images must be a floating-point tensor in [0, 1], not {kind}{how}")
     _check_dense("images", x)
     if x.ndim < 2 or (x[:1].numel() == 0 and (some or 0 in x.shape[1:])):
         raise WdatError(f"images must have shape (n, c, h, w) with at least one image, not {tuple(x.shape)}")
@@ -2736,16 +2845,15 @@ def _check_images(x: Tensor, y: Tensor, some: bool = True) -> None:
     spans = torch.stack([torch.stack(part.aminmax()) for part in x.split(4096)]) if len(x) else x.new_zeros(1, 2)
     least, most = spans.amin(), spans.amax()
     if not (least >= 0 and most <= 1):
-        raise WdatError(
-            f"images must lie in [0, 1], these span [{least:.4g}, {most:.4g}]: normalisation belongs in the model"
-        )
+        why = "some pixels are NaN" if least.isnan() else "normalisation belongs in the model"
+        raise WdatError(f"images must lie in [0, 1], these span [{least:.4g}, {most:.4g}]: {why}")
     if not isinstance(y, Tensor) or y.dtype != torch.int64:
         raise WdatError(f"labels must be an int64 tensor, not {y.dtype if isinstance(y, Tensor) else type(y).__name__}")
-    _check_dense("labels", y, meta_is_fine=True)
-    if y.shape != x.shape[:1]:
-        raise WdatError(f"labels must have shape ({len(x)},), one for each image, not {tuple(y.shape)}")
     if y.device != x.device:
         raise WdatError(f"images are on {x.device} and labels on {y.device}: put both on one device")
+    _check_dense("labels", y)
+    if y.shape != x.shape[:1]:
+        raise WdatError(f"labels must have shape ({len(x)},), one for each image, not {tuple(y.shape)}")
 
 
 def _check_labels(y: Tensor, classes: int) -> None:
@@ -2777,6 +2885,16 @@ def _check_precise(x: Tensor) -> None:
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise WdatError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if nn.parameter.is_lazy(tensor):
+            raise WdatError("the model has lazy layers that do not know their size yet: run it once on images")
+        if not tensor.is_leaf:
+            raise WdatError(
+                "a parameter of the model was computed from another, as copy.deepcopy does with TorchScript: load the"
+                " model again in place of a copy"
+            )
+        if tensor.is_inference():
+            raise WdatError("the model was made in inference mode: make it, or load it, outside of that")
 
 
 def _checked_training(
@@ -2838,17 +2956,24 @@ def _check_minibatches(model: nn.Module, x: Tensor, config: FinetuneConfig, proc
         norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         single: list[bool] = []
         hooks = [m.register_forward_pre_hook(lambda _, z: single.append(z[0].numel() == z[0].shape[1])) for m in norms]
-        with _prepared(model), torch.no_grad():
-            model(_plain(x[:1]).to(next(model.parameters(), x).device).clone())
-        for hook in hooks:
-            hook.remove()
+        try:
+            with _prepared(model), torch.no_grad():
+                model(_plain(x[:1]).to(next(model.parameters(), x).device).clone())
+        finally:
+            for hook in hooks:
+                hook.remove()
         if any(single):
             raise WdatError(
                 "BatchNorm cannot train on a batch of one image: choose a batch_size that leaves no remainder of one"
             )
 
 
-def _check_objective(total: Any) -> None:
+def _check_objective(total: Any, memory: dict[str, Any]) -> None:
+    for name, kept in memory.items():
+        if not isinstance(kept, list):
+            raise WdatError(f"the objective's memory holds lists, and {name!r} is {_kind(kept)}: put it in a list")
+    if any(not isinstance(value, Tensor) or value.ndim for value in memory.get("upsilon", [])[-1:]):
+        raise WdatError("the objective's memory has in 'upsilon' one number for each minibatch, a scalar tensor")
     if not isinstance(total, Tensor) or total.ndim:
         shape = tuple(total.shape) if isinstance(total, Tensor) else type(total).__name__
         raise WdatError(f"the objective must return a scalar tensor, not {shape}")
@@ -2874,7 +2999,7 @@ def _function_of(name: str, value: Any, known: dict[str, Any]) -> Any:
 def _check_folder(folder: Any, x: Any) -> None:
     if folder is None:
         return
-    if not isinstance(folder, (str, os.PathLike)) or not str(folder) or not Path(folder).is_dir():
+    if not isinstance(folder, (str, os.PathLike)) or not str(folder) or not _is_folder(Path(folder)):
         raise WdatError(f"folder must be a folder that is there, not {folder!r}")
     _mapped(Path(folder), torch.empty(1, device="meta"))  # in every process, before any starts
     if not isinstance(x, Tensor):
@@ -2888,8 +3013,8 @@ def _check_folder(folder: Any, x: Any) -> None:
         raise WdatError(f"folder {folder} has no room for twice the images, {2 * x.nbytes / 1e9:.3g} GB")
 
 
-def _check_dense(name: str, tensor: Tensor, meta_is_fine: bool = False) -> None:
-    if tensor.layout != torch.strided or (tensor.is_meta and not meta_is_fine):
+def _check_dense(name: str, tensor: Tensor) -> None:
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_nested:
         raise WdatError(f"{name} must be a dense tensor with values, not {tensor.layout} on {tensor.device}")
 
 

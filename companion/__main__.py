@@ -75,7 +75,8 @@ def main(arguments: Sequence[str]) -> None:
     try:
         items.main([*arguments] or ["--help"], prog_name="python -m companion", standalone_mode=False)
     except (ParameterError, click.ClickException, click.Abort) as error:
-        said = error.format_message() if isinstance(error, click.ClickException) else str(error) or "interrupted"
+        stopped = str(error) or "interrupted: run it again to go on"  # Abort, of Ctrl-C, has no words
+        said = error.format_message() if isinstance(error, click.ClickException) else stopped
         click.echo(f"companion: {' '.join(said.split())}", err=True)
         sys.exit(getattr(error, "exit_code", 1))
 

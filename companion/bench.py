@@ -127,7 +127,7 @@ def bench(settings: Settings) -> Bench:
     network.model.to(device)
     with torch.no_grad():
         logits = network.model(torch.full((1, *data.shape), 0.5, device=device))
-    return Bench(settings, network, data, device, "redlr" if logits.shape[1] > 2 else "ce")
+    return Bench(settings, network, data, device, "redlr" if logits.shape[1] > 2 else "margin")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

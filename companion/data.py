@@ -178,10 +178,11 @@ def cifar(folder: Path, train: bool, dataset: str = "cifar10") -> tuple[Tensor, 
             _fetch(kind, folder)
             images = kind(str(folder), train)
     except Exception as error:  # urllib, tarfile, pickle and the file system each have their own
-        instead = ", or use the embedded images (preset demo)" if dataset == "cifar10" else ""
+        instead = ", or take the embedded images (data embedded)" if dataset == "cifar10" else ""
         raise ParameterError(
             f"{DATASETS[dataset].name} is not in {folder} and could not be put there ({one_line(error)}): place"
-            f" {kind.filename} or the folder {kind.base_folder} there{instead}"
+            f" {kind.filename} or the folder {kind.base_folder} there{instead}; images of your own come from"
+            " path/file.py:function"
         ) from error
     return torch.from_numpy(images.data).permute(0, 3, 1, 2), torch.tensor(images.targets)
 

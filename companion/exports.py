@@ -26,7 +26,10 @@ def check_export(name: str, folder: str | Path, dataset: str = "cifar10", norm: 
     if base not in STAND_INS and base not in PUBLISHED:
         entry = zoo(dataset, norm).get(base)
         if entry is None:
-            raise ParameterError(f"{base} is your own network and cannot be exported: leave out the parameter export")
+            raise ParameterError(
+                f"{base} is your own network and cannot be exported: leave out the parameter export. For its weights"
+                " call wdat_core.finetune yourself, as notebooks/own_network.ipynb does"
+            )
         if not isinstance(entry.get("gdrive_id") or None, str):
             raise ParameterError(f"{base} cannot be exported: RobustBench does not keep its weights in one file")
     try:

@@ -229,6 +229,11 @@ def _state_digest(model: nn.Module) -> str:
 
 def _exported(folder: Path) -> Network:
     """The network of an export, once each of its files is the one that was written."""
+    if folder.is_file():
+        raise ParameterError(
+            f"{folder} is a file, and weights alone are no network: give path/file.py:function, a function that returns"
+            " the network with its weights"
+        )
     try:
         record = json.loads(verified(folder, "record.json"))
         verified(folder, "README.md")

@@ -113,7 +113,8 @@ def write_record(record: Record | Mapping[str, Any], folder: Path) -> Path:
     try:
         write_whole(path, record_bytes(record))
     except OSError as error:
-        message = f"the record {path} could not be written ({one_line(error)}): make room and run again"
+        message = f"the record {path} could not be written ({one_line(error)}): make room, or the folder writable"
+        message += ", and run again"
         raise ParameterError(message) from error
     return path
 

@@ -1,5 +1,6 @@
 """The worst case over the ball: the allocation against brute force, the distances against exact ones, bad input."""
 
+import copy
 import gc
 import itertools
 import math
@@ -92,7 +93,7 @@ def test_the_curve_is_the_whole_staircase(p):
     radii, accuracies = found.curve(p)
     assert radii[0] == 0 and accuracies[0] == (values > 0).double().mean()
     assert (radii.diff() >= 0).all() and (accuracies.diff() < 0).all() and (radii[1:] > 0).all()
-    for delta in torch.linspace(0.01, 1.5, 40).tolist():
+    for delta in torch.linspace(0.01, 1.0, 40).tolist():
         step = int((radii <= delta).sum()) - 1
         assert found.accuracy(Threat(p=p, delta=delta)) == pytest.approx(accuracies[step].item(), abs=1e-12)
     assert accuracies[-1] == pytest.approx((values == INF).double().mean().item())
@@ -110,8 +111,20 @@ def test_distances_of_nothing_and_of_everything():
     for p in ORDERS:
         threat = Threat(p=p, delta=0.1)
         assert wrong.accuracy(threat) == 0 and never.accuracy(threat) == 1
-        assert wrong.interval(threat) == (0, 0) and never.interval(threat) == (1, 1)
+        assert wrong.interval(threat) == (0, 3 / 4) and never.interval(threat) == (1 - 3 / 4, 1)  # the rule of three
         assert [len(part) for part in never.curve(p)] == [1, 1] == [len(part) for part in wrong.curve(p)]
+
+
+@pytest.mark.parametrize(
+    "distance", [[0.1], torch.ones(2, 2), torch.ones(2).int(), torch.tensor([0.1, math.nan]), torch.tensor([-0.1])]
+)
+def test_what_cannot_be_distances_is_named(distance):
+    with pytest.raises(WdatError, match="distance must be a floating-point tensor"):
+        Boundary(distance)
+
+
+def test_it_says_in_a_line_what_it_holds():
+    assert repr(Boundary(torch.tensor([0.0, 0.1, INF]))) == "Boundary(3 images, a misclassified one found for 2, r=inf)"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -496,3 +509,69 @@ def test_what_was_found_before_an_error_is_not_lost(error):
     with pytest.raises(WdatError) as caught:
         boundary(MODEL, [])
     assert caught.value.found is None
+
+
+class SwitchedOff(nn.Module):
+    """One more class, whose logit is the same for every image."""
+
+    def __init__(self, inner, value):
+        super().__init__()
+        self.inner, self.value = inner, value
+
+    def forward(self, x):
+        z = self.inner(x)
+        return torch.cat([z, torch.full_like(z[:, :1], self.value)], 1)
+
+
+@pytest.mark.parametrize("value", [-1e2, -1e4, -1e9, torch.finfo(torch.float32).min])
+def test_a_class_that_is_switched_off_hides_no_error(value):
+    """The logit of a third class says nothing about the rounding of the two that are compared."""
+    model = network("mlp", dtype=torch.float32)
+    x, y = images(40, model, dtype=torch.float32)
+    plain, found = boundary(model, x, y), boundary(SwitchedOff(model, value), x, y)
+    assert (plain.distance < INF).all()
+    torch.testing.assert_close(found.distance, plain.distance, rtol=0.01, atol=5e-4)  # 0.2 % of a logit
+    coarse = [boundary(net, x, y, precision="bfloat16") for net in (model, SwitchedOff(model, value))]
+    assert (coarse[1].distance < INF).all()
+    assert coarse[1].distance.mean() < 1.2 * coarse[0].distance.mean()
+    config = FinetuneConfig(objective="worst_case", perturb="none", augment=False, epochs=1, steps=8, batch_size=40)
+    trained = []
+    for net in (copy.deepcopy(model), SwitchedOff(copy.deepcopy(model), value)):
+        finetune(net, (x, y), None, config)
+        trained.append(next(net.parameters()).detach())
+    torch.testing.assert_close(trained[0], trained[1], rtol=0.02, atol=1e-3)
+    assert not torch.equal(trained[0], next(model.parameters()))
+
+
+def test_an_image_without_logits_does_not_stop_the_search():
+    """A black image and a network without biases: all logits are 0, and so the image is at the boundary."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(18, 4, bias=False))
+    x = torch.rand(6, 2, 3, 3)
+    x[3] = 0
+    found = boundary(model, x, model(x).argmax(1))
+    assert found.distance.isfinite().all() and found.distance[3] < 1e-3
+    assert (found.distance[[0, 1, 2, 4, 5]] > 0).all()
+
+
+def test_a_progress_that_passes_on_too_little_is_named():
+    model = network("mlp")
+    x, y = images(24, model)
+
+    def first(things):
+        yield next(iter(things))
+
+    def attack(progress):
+        return wpgd(model, x, y, Threat(delta=0.05), progress=progress)
+
+    for call, what in (
+        (lambda: boundary(model, x, y, batch_size=8, progress=first), "batches ended after 1 of 3"),
+        (lambda: boundary(model, DataLoader(list(zip(x, y, strict=True)), 8), progress=first), "batches ended after 1"),
+        (lambda: attack(first), "steps ended after 1 of 20"),
+        (lambda: attack(lambda things: ()), "steps ended after 0 of 20"),
+        (lambda: wpgd_budget(model, x, y, Threat(), upsilon=1.0, batch_size=8, progress=first), "batches ended"),
+    ):
+        with pytest.raises(WdatError, match=f"{what}.*pass on all"):
+            call()
+    config = FinetuneConfig(epochs=1, steps=1, batch_size=8, augment=False)
+    with pytest.raises(WdatError, match=r"minibatches ended after 1 of 3.*pass on all"):
+        finetune(network("mlp"), (x, y), None, config, progress=first)

@@ -299,3 +299,19 @@ def test_a_train_that_returns_nothing_is_no_harm():
     x, y = images(12, model)
     wpgd(model, x, y, Threat(), steps=1)
     finetune(model, (x, y), (x, y), FinetuneConfig(epochs=1, steps=1, augment=False))
+
+
+@pytest.mark.parametrize("name", [*USES, *RANDOM])
+def test_a_default_device_of_the_caller_changes_nothing(name):
+    """The device "meta" stands for any other than the CPU, where all images and networks here are."""
+    model = network("full").train()
+    x, y = images(10, network("full"))
+    results, states = [], []
+    for device in ("cpu", "meta"):
+        one = copy.deepcopy(model)
+        with torch.device(device):
+            results.append((USES | RANDOM)[name](one, x, y))
+        states.append(one.state_dict())
+    if name in USES:
+        assert equal(*results)
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])

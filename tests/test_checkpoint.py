@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import copy
 import hashlib
 import io
 import json
@@ -361,7 +362,7 @@ def test_a_damaged_checkpoint_is_never_taken(tmp_path, record_testsuite_property
     for i in places:
         for broken in (whole[:i] + bytes([whole[i] ^ 1 << i % 8]) + whole[i + 1 :], whole[:i]):
             path.write_bytes(broken)
-            with pytest.raises(WdatError, match=r"is damaged, or no checkpoint of this version: remove it"):
+            with pytest.raises(WdatError, match=r"is damaged or no checkpoint of this version: give resume another"):
                 checkpoint.load()
 
 
@@ -394,8 +395,14 @@ OTHERS = {
         r"threat: there it was Threat\(p=2\.0, .*here it is Threat\(p=3\.0",
     ),
     "epochs": (lambda m, x, y, v: (m, (x, y), v, replace(small(), epochs=3)), r"epochs: there it was 2, here it is 3"),
-    "network": (lambda m, x, y, v: (network("full", seed=1), (x, y), v, small()), r"the network:"),
-    "architecture": (lambda m, x, y, v: (network("mlp"), (x, y), v, small()), r"the network:"),
+    "network": (
+        lambda m, x, y, v: (network("full", seed=1), (x, y), v, small()),
+        r"the network, which must be as it was before",
+    ),
+    "architecture": (
+        lambda m, x, y, v: (network("mlp"), (x, y), v, small()),
+        r"the network, which must be as it was before",
+    ),
     "images": (lambda m, x, y, v: (m, (x.flip(0), y.flip(0)), v, small()), r"the training images:"),
     "labels": (lambda m, x, y, v: (m, (x, (y + 1) % 4), v, small()), r"the training images:"),
     "validation": (lambda m, x, y, v: (m, (x, y), None, small()), r"the validation images"),
@@ -791,3 +798,123 @@ def test_what_could_not_be_loaded_again_is_named_and_the_last_checkpoint_stays(t
     with pytest.raises(WdatError, match="memory holds what torch does not load again"):
         finetune(model, images(10, model), None, small(objective=forgetful), resume=tmp_path / "run", stop_after=0)
     assert contents(tmp_path / "run")["rows"] == []
+
+
+# ---------------------------------------------------------------------------------------------- in a notebook
+
+
+class Stopped:
+    """A progress that ends the run at its k-th minibatch, as Ctrl-C does."""
+
+    def __init__(self, at):
+        self.left = at
+
+    def __call__(self, things):
+        for thing in things:
+            self.left -= 1
+            if not self.left:
+                raise KeyboardInterrupt
+            yield thing
+
+
+@pytest.mark.parametrize("at", [1, 2, 5, 8])
+def test_the_same_call_with_the_same_model_goes_on_after_an_interrupt(at, unstopped, tmp_path):
+    model = network("full")
+    before = copy.deepcopy(model.state_dict())
+    data, val = images(14, model), images(9, model, seed=1)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(model, data, val, RUNS["whole"], resume=tmp_path / "run", save_every=0, progress=Stopped(at))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert len(contents(tmp_path / "run")["losses"]) + 3 * len(contents(tmp_path / "run")["rows"]) == at - 1
+    history = finetune(model, data, val, RUNS["whole"], resume=tmp_path / "run")
+    assert_same(result(model, history), unstopped("whole"))
+
+
+def test_without_a_checkpoint_an_interrupt_keeps_what_was_learned():
+    model = network("full")
+    before = copy.deepcopy(model.state_dict())
+    data = images(14, model)
+    for at, changed in ((1, False), (3, True)):
+        with pytest.raises(KeyboardInterrupt):
+            finetune(model, data, None, RUNS["whole"], progress=Stopped(at))
+        assert changed != all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_first_minibatch_that_fails_perturbs_nothing():
+    """Else a second try would start from a network that is perturbed twice."""
+    model = network("full")
+    before = copy.deepcopy(model.state_dict())
+    for _ in range(2):
+        with pytest.raises(WdatError, match="must return a scalar"):
+            finetune(model, images(14, model), None, small(objective=lambda batch: batch.net(batch.x)))
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Versioned(nn.Module):
+    """A network that reads its version when its weights are loaded, as those of torchvision's MNASNet do."""
+
+    _version = 2
+
+    def __init__(self):
+        super().__init__()
+        self.inner = network("full")
+
+    def forward(self, x):
+        return self.inner(x)
+
+    def _load_from_state_dict(self, state, prefix, metadata, *others):
+        if metadata.get("version") not in (1, 2):
+            raise ValueError(f"version should be 1 or 2, not {metadata.get('version')}")
+        super()._load_from_state_dict(state, prefix, metadata, *others)
+
+
+def test_modules_that_ask_for_their_version_are_trained_and_resumed(tmp_path):
+    model, plain = Versioned(), network("full")
+    data = images(14, plain)
+    expected = finetune(plain, data, None, RUNS["whole"])
+    finetune(model, data, None, RUNS["whole"], resume=tmp_path / "run", stop_after=0)
+    history = finetune(Versioned(), data, None, RUNS["whole"], resume=tmp_path / "run")
+    assert [row["loss"] for row in history.epochs] == [row["loss"] for row in expected.epochs]
+
+
+class Weight:
+    """An object with no words of its own."""
+
+    def __init__(self, value):
+        self.value = value
+
+
+GLOBAL = 1.0
+
+
+def weighted_by_a_global(batch):
+    return GLOBAL * cross_entropy(batch.net(batch.x), batch.y)
+
+
+def by_way_of_another(batch):
+    return next(weighted_by_a_global(one) for one in (batch,))
+
+
+def weighted_by_an_object(value):
+    held = Weight(value)
+    return lambda batch: held.value * cross_entropy(batch.net(batch.x), batch.y)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [weighted_by_an_object, lambda _: weighted_by_a_global, lambda _: by_way_of_another],
+    ids=["object", "global", "global of another function"],
+)
+def test_what_an_objective_takes_from_elsewhere_belongs_to_the_run(make, tmp_path, monkeypatch):
+    model = network("full")
+    for value, words in ((1.0, None), (1.0, None), (100.0, "differs in objective")):
+        monkeypatch.setitem(globals(), "GLOBAL", value)
+        config = small(objective=make(value))
+        with pytest.raises(WdatError, match=words) if words else contextlib.nullcontext():
+            finetune(copy.deepcopy(model), images(10, model), None, config, resume=tmp_path / "run", stop_after=0)
+
+
+def test_an_object_that_holds_itself_has_a_name():
+    held = Weight(None)
+    held.value = {"inside": [held], "all": frozenset([held])}
+    assert wdat_core._named(held) == wdat_core._named(held)

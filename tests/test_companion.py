@@ -598,6 +598,8 @@ def test_readme_quotes_the_whole_protocol_from_the_records():
         found = change(whole[name], "w_2")
         assert f"{words} {found.text(signed=True)}".replace("\u00a0", " ") in text
         assert (found.low > 0) == (name != "small_pgd")
+    clean = [change(whole[name], "clean").text(signed=True).replace("\u00a0", " ") for name in starts]
+    assert f"Clean accuracy changes by {clean[0]}, {clean[1]} and {clean[2]} points." in text
     assert [len(whole[name]) for name in starts] == [3, 3, 1] and "each the mean over three seeds" in text
     measured = sum(map(len, full.values()))
     assert (measured < 2 * 8) == ("Columns without a point are not yet measured" in text)

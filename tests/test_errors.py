@@ -1,5 +1,6 @@
 """What a caller can get wrong ends in a WdatError whose one sentence names it."""
 
+import copy
 import math
 import re
 
@@ -13,6 +14,7 @@ from wdat_core import (
     FinetuneConfig,
     Threat,
     WdatError,
+    boundary,
     ce,
     evaluate,
     finetune,
@@ -293,9 +295,9 @@ def test_model_that_turns_gradients_off(name):
 @pytest.mark.parametrize("loss", ["dlr", "redlr"])
 def test_two_classes_are_too_few_for_dlr(name, loss):
     model = network("linear", classes=2)
-    with raises("3 classes", "2", "ce"):
+    with raises("3 classes", "2", "margin"):
         call(name, model=model, y=Y % 2, loss=loss)
-    call(name, model=model, y=Y % 2, loss="ce")
+    call(name, model=model, y=Y % 2, loss="margin")
 
 
 @pytest.mark.parametrize("name", ["evaluate", *TRAININGS])
@@ -303,12 +305,12 @@ def test_two_classes_take_another_loss_than_the_default(name):
     """The error names an argument that exists: with it a network with two classes is evaluated and trained."""
     model = network("linear", classes=2)
     before = [parameter.clone() for parameter in model.parameters()]
-    with raises("3 classes", "has 2", "give another loss"):
+    with raises("3 classes", "has 2", "take loss='margin'"):
         call(name, model=model, y=Y % 2, loss="redlr")
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    result = call(name, model=model, y=Y % 2, loss="ce")
+    result = call(name, model=model, y=Y % 2, loss="margin")
     if name == "evaluate":
-        expected = wpgd(model, X, Y % 2, Threat(), loss="ce")
+        expected = wpgd(model, X, Y % 2, Threat(), loss="margin")
         assert result.w_2 == expected.accuracy and torch.equal(result.correct["w_2"], expected.correct)
     else:
         assert math.isfinite(result.epochs[0]["loss"])
@@ -451,7 +453,7 @@ BAD_FINETUNE = [
     ({"upsilon_from": "all"}, ("upsilon_from must be one of sample, batch", "'all'")),
     ({"compiled": "yes"}, ("compiled must be True or False", "'yes'")),
     ({"loss": "cw"}, ("loss must be one of ce, dlr, redlr", "'cw'")),
-    ({"loss": None}, ("loss must be one of ce, dlr, redlr or a function", "None")),
+    ({"loss": None}, ("loss must be one of ce, dlr, redlr, margin or a function", "None")),
     ({"perturb": "all"}, ("perturb must be one of whole, last_layer, none", "'all'")),
     ({"consistency": "mse"}, ("consistency must be one of ce_detached, ce, kl", "'mse'")),
     ({"attack_label": "false"}, ("attack_label must be one of true, predicted", "'false'")),
@@ -711,9 +713,9 @@ def test_one_image_is_enough():
         assert attack.distance == pytest.approx(0.05, rel=1e-12) or not 0 < attack.x_adv.min() < 1
 
 
-@pytest.mark.parametrize("delta", [1e-12, 1e3])
-def test_extreme_radii(delta):
-    attack = wpgd(MODEL, X, Y, Threat(delta=delta), loss="ce")
+@pytest.mark.parametrize("r, delta", [(INF, 1e-12), (2, 1e-12), (INF, 1.0), (2, 1e3)])
+def test_extreme_radii(r, delta):
+    attack = wpgd(MODEL, X, Y, Threat(r=r, delta=delta), loss="ce")
     assert 0 < attack.distance <= delta * (1 + 1e-3)
     assert attack.x_adv.isfinite().all()
 
@@ -771,3 +773,140 @@ def test_there_is_no_accuracy_without_distances():
     ):
         with raises("there are no distances"):
             call()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Networks that would seem robust, or that cannot be attacked as they are
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Blind(torch.autograd.Function):
+    @staticmethod
+    def forward(_, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(_, __):
+        return None
+
+
+class Through(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.inner, self.function = network("conv"), function
+
+    def forward(self, x):
+        return self.inner(self.function(x))
+
+
+@everywhere
+@pytest.mark.parametrize("function", [Blind.apply, torch.Tensor.detach])
+def test_a_gradient_that_does_not_reach_the_images_is_named(name, function):
+    """Taken for 0, it would leave every image where it is."""
+    with raises("no gradient comes from the loss to the images", "quantisation"):
+        call(name, model=Through(function))
+    with raises("no gradient comes from the loss to the images"):
+        boundary(Through(function), X, Y)
+
+
+@everywhere
+def test_probabilities_are_no_logits(name):
+    model = nn.Sequential(network("conv"), nn.Softmax(1))
+    with raises("returns probabilities", "leave out its softmax", "logarithm"):
+        call(name, model=model)
+    call(name, model=nn.Sequential(network("conv"), nn.LogSoftmax(1)))
+
+
+def test_a_radius_in_bytes_is_named():
+    with raises("delta must be at most 1 for r = inf, not 8", "8 / 255"):
+        Threat(delta=8)
+    assert Threat(r=2.0, delta=8).delta == 8 and Threat(delta=1).delta == 1
+
+
+@everywhere
+def test_a_model_made_in_inference_mode_is_named_and_stays_as_it_is(name):
+    with torch.inference_mode():
+        model = network("conv")
+    with raises("made in inference mode"):
+        call(name, model=model)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_layers_without_a_size_are_named():
+    with raises("lazy layers", "run it once"):
+        wpgd(nn.Sequential(nn.Flatten(), nn.LazyLinear(4)), X.float(), Y, THREAT)
+
+
+def test_a_copy_of_a_scripted_network_is_named():
+    scripted = torch.jit.trace(network("conv"), X)
+    attack = wpgd(scripted, X, Y, THREAT)
+    assert torch.equal(attack.x_adv, wpgd(network("conv"), X, Y, THREAT).x_adv)
+    with raises("computed from another", "TorchScript", "load the model again"):
+        wpgd(copy.deepcopy(scripted), X, Y, THREAT)
+
+
+def test_a_loss_that_writes_into_its_labels_changes_none_of_the_callers():
+    def writes(logits, y):
+        own = nn.functional.one_hot(y, 4)
+        y.zero_()
+        return -(logits.log_softmax(1) * own).sum(1)
+
+    y = Y.clone()
+    assert y.any()
+    attack, plain = (wpgd(MODEL, X, y, THREAT, loss=loss) for loss in (writes, "ce"))
+    assert torch.equal(y, Y)
+    assert attack.accuracy == plain.accuracy and torch.equal(attack.x_adv, plain.x_adv)
+
+
+def test_images_of_another_kind_are_told_what_makes_them_tensors():
+    with raises("not ndarray", "torch.from_numpy"):
+        wpgd(MODEL, X.numpy(), Y, THREAT)
+    with raises("not torch.uint8", "divide bytes by 255"):
+        wpgd(MODEL, (255 * X).byte(), Y, THREAT)
+    with raises("some pixels are NaN"):
+        wpgd(MODEL, X * math.nan, Y, THREAT)
+
+
+@pytest.mark.parametrize(
+    "kept, words",
+    [
+        (lambda loss: {"mine": loss}, ("memory holds lists", "'mine'")),
+        (lambda loss: {"mine": loss.item()}, ("memory holds lists", "'mine'", "float")),
+        (lambda loss: {"upsilon": [loss.item()]}, ("'upsilon'", "a scalar tensor")),
+        (lambda loss: {"upsilon": [loss.expand(2)]}, ("'upsilon'", "a scalar tensor")),
+    ],
+)
+def test_what_an_objective_cannot_keep_is_named_in_the_first_minibatch(kept, words):
+    def objective(batch):
+        loss = ce(batch.net(batch.x), batch.y).mean()
+        batch.memory.update(kept(loss.detach()))
+        return loss
+
+    model = network("conv")
+    before = copy.deepcopy(model.state_dict())
+    with raises(*words):
+        finetune(model, (X, Y), None, FinetuneConfig(objective=objective, epochs=1, augment=False))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_name_that_is_too_long_is_named(tmp_path):
+    long = tmp_path / ("x" * 300)
+    with raises("could not be written|cannot be read"):
+        finetune(network("conv"), (X, Y), None, configuration("wdat", epochs=1, steps=1, augment=False), resume=long)
+    with raises("folder must be a folder that is there"):
+        wpgd(MODEL, X, Y, THREAT, folder=long)
+
+
+def test_no_hook_stays_where_a_check_is_interrupted():
+    model = network("full")
+    x, y = images(7, model)
+
+    def stop(_, __):
+        raise KeyboardInterrupt
+
+    calls = []
+    handle = model.register_forward_pre_hook(lambda m, z: stop(m, z) if len(calls) > 1 else calls.append(1))
+    with pytest.raises(KeyboardInterrupt):
+        finetune(model, (x, y), None, configuration("wdat", epochs=1, steps=1, batch_size=6))
+    handle.remove()
+    assert not any(module._forward_pre_hooks for module in model.modules())

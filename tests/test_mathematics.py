@@ -19,6 +19,7 @@ from wdat_core import (
     ce,
     dlr,
     evaluate,
+    margin,
     project,
     redlr,
     sensitivity,
@@ -131,13 +132,13 @@ def logits_and_labels(seed, n=12, classes=5):
 def test_losses_by_their_definitions(seed):
     logits, y = logits_and_labels(seed)
     for z, label, *values in zip(
-        logits.tolist(), y.tolist(), *(f(logits, y).tolist() for f in (ce, dlr, redlr)), strict=True
+        logits.tolist(), y.tolist(), *(f(logits, y).tolist() for f in (ce, dlr, redlr, margin)), strict=True
     ):
         rival = max(v for k, v in enumerate(z) if k != label)
         first, _, third, *_ = sorted(z, reverse=True)
         ratio = -(z[label] - rival) / (first - third)
         entropy = math.log(sum(math.exp(v) for v in z)) - z[label]
-        assert values == pytest.approx([entropy, ratio, min(ratio, 0)], rel=1e-9)
+        assert values == pytest.approx([entropy, ratio, min(ratio, 0), min(rival - z[label], 0)], rel=1e-9)
 
 
 @given(seeds)
@@ -146,10 +147,11 @@ def test_redlr_is_the_negative_part_of_dlr(seed):
     assert torch.equal(redlr(logits, y), dlr(logits, y).clamp(max=0))
 
 
-@given(seeds)
-def test_redlr_has_gradient_zero_exactly_on_misclassified_images(seed):
+@pytest.mark.parametrize("loss", [redlr, margin])
+@given(seed=seeds)
+def test_redlr_and_margin_have_gradient_zero_exactly_on_misclassified_images(loss, seed):
     logits, y = logits_and_labels(seed)
-    (gradient,) = torch.autograd.grad(redlr(logits.requires_grad_(), y).sum(), logits)
+    (gradient,) = torch.autograd.grad(loss(logits.requires_grad_(), y).sum(), logits)
     assert torch.equal(gradient.abs().sum(1) > 0, logits.argmax(1) == y)
 
 
@@ -492,6 +494,7 @@ def test_budget_of_a_batch_is_its_share(case, factor):
     for rows in torch.arange(case.n).split(case.batch_size):
         own = sensitivity(model, x[rows], y[rows], case.threat, loss=case.loss)
         delta = case.threat.delta * (own / upsilon) ** (case.threat.q - 1)
+        assume(delta <= 1)  # a threat has no larger one in l_inf
         assert moved(whole.x_adv[rows], x[rows], case.threat) <= delta * (1 + 1e-9) + 1e-14
         if own > 0:
             threat = Threat(case.threat.p, case.threat.r, delta)

@@ -202,12 +202,12 @@ def test_the_margin_by_its_definition():
         max(v for k, v in enumerate(z) if k != label) for z, label in zip(logits.tolist(), y.tolist(), strict=True)
     ]
     own = logits.gather(1, y[:, None])[:, 0]
-    torch.testing.assert_close(defined("margin")(logits, y), torch.tensor(rivals) - own)
+    torch.testing.assert_close(defined("carlini_wagner")(logits, y), torch.tensor(rivals) - own)
 
 
 @threats
 def test_the_margin_is_attacked_as_any_loss(threat):
-    margin, model = defined("margin"), network("mlp")
+    margin, model = defined("carlini_wagner"), network("mlp")
     x, y = images(20, model)
     attack = wpgd(model, x, y, threat, loss=margin, steps=4)
     iterates, upsilons = reference_wpgd(model, x, y, threat.p, threat.r, threat.delta, margin, 4, 1.0)
@@ -219,7 +219,7 @@ def test_the_margin_is_attacked_as_any_loss(threat):
 
 def test_training_takes_a_loss_of_ones_own():
     """For the radius, the attack and the validation."""
-    margin, model = defined("margin"), network("smooth")
+    margin, model = defined("carlini_wagner"), network("smooth")
     x, y = images(20, model)
     config = {"epochs": 1, "batch_size": 20, "steps": 3, "sample": 1.0, "noise": 0.0, "augment": False}
     history = finetune(model, (x, y), (x, y), FinetuneConfig(**config, loss=margin))

@@ -679,7 +679,7 @@ def test_random_start_is_its_fraction_of_delta_away():
 
 @both
 def test_history_has_a_row_an_epoch_and_upsilon_a_minibatch(objective):
-    score = {"wdat": "w_2", "worst_case": "w_2", "trades": "w_inf"}[objective]
+    score = f"w_{configuration(objective).threat.p:g}"
     _, history = trained(objective, val=True, epochs=3, on_epoch=lambda epoch, _: {"square": epoch**2})
     assert [row["epoch"] for row in history.epochs] == [1, 2, 3]
     assert [row["square"] for row in history.epochs] == [1, 4, 9]

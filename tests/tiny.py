@@ -28,7 +28,7 @@ STARTS = {"wdat": {}, "worst_case": {}, "trades": FROM_SCRATCH, "pgd": FROM_SCRA
 
 def configuration(objective, **fields):
     """How the objective of that name is trained, but for the fields given: from scratch, except for Algorithm 1."""
-    return FinetuneConfig(**(STARTS[objective] | {"objective": objective} | fields))
+    return FinetuneConfig(**(STARTS.get(objective, {}) | {"objective": objective} | fields))
 
 
 class Centre(nn.Module):
