@@ -523,7 +523,7 @@ class SwitchedOff(nn.Module):
         return torch.cat([z, torch.full_like(z[:, :1], self.value)], 1)
 
 
-@pytest.mark.parametrize("value", [-1e2, -1e4, -1e9, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("value", [-1e2, -1e4, -1e9, -1e38])
 def test_a_class_that_is_switched_off_hides_no_error(value):
     """The logit of a third class says nothing about the rounding of the two that are compared."""
     model = network("mlp", dtype=torch.float32)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize
 from tiny import INF, conjugate, images, lengths, network
+from torch import nn
 
 from wdat_core import Boundary, FinetuneConfig, Threat, WdatError, boundary, finetune, trades, worst_case
 
@@ -292,6 +293,25 @@ def test_in_l_inf_pixels_that_cannot_go_on_have_no_part():
     way, h = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0), dtype=weight.dtype), 1e-6
     numeric = (by_hand(weight + h * way)[0].sum() - by_hand(weight - h * way)[0].sum()) / (2 * h)
     assert (formula * way).sum().item() == pytest.approx(numeric.item(), rel=1e-4)
+
+
+def test_a_distance_that_nothing_but_the_wall_decides_does_not_move():
+    """Every pixel that moved is at 1 and cannot go on: the boundary lies along the other one, however far."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(2, 2, bias=False)).double()
+    model[1].weight.data = torch.tensor([[0.0, 0.0], [1.0, 0.1]], dtype=torch.float64)
+    x, y = torch.tensor([[0.9, 0.5]], dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
+
+    def look(batch):
+        weight = model[1].weight.requires_grad_()
+        gradients = []
+        for point in ([1.0, 0.5], [0.95, 0.5]):  # stopped, and free
+            nearest = torch.tensor([point], dtype=torch.float64)
+            found = Boundary(torch.linalg.vector_norm(nearest - x, 2, 1), 2.0, nearest)
+            gradients.append(torch.autograd.grad(batch.distance(found).sum(), weight)[0])
+        return gradients
+
+    stopped, free = seen({"loss": "margin"}, model, x, y, look)
+    assert (stopped == 0).all() and free.abs().max() > 0.5
 
 
 @pytest.mark.parametrize("eta", [1.0, 0.3])
