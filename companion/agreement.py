@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from companion.evidence import column_of, columns_of
-from companion.intervals import accuracy
+from companion.intervals import accuracy, bits
 from companion.kinds import EvaluateRecord, FinetuneRecord, SensitivityRecord, SpendRecord
 from companion.pictures import FOUND, NAMES, accuracies
 from companion.records import protocol, record_name
 from companion.settings import METRICS
+from companion.words import listed, name_of
 
 NOTHING_TO_COMPARE = "Nothing is recorded for these parameters: there is nothing to compare this run with."
 
@@ -43,6 +44,7 @@ def of_columns(
         f" points before fine-tuning and {after:g} points after it."
         " (Another machine rounds otherwise, and training amplifies it. So short a run shows that all works; what the"
         " method gains is too small for it.)",
+        _too_weak(records, "before", "after"),
     )
 
 
@@ -67,6 +69,7 @@ def of_networks(
         len(compared),
         f"On {part} images this run agrees with the recorded one for {len(compared)} of {len(records)} networks, within"
         f" {within:g} points. (Another machine rounds otherwise, which moves single images at the decision boundary.)",
+        _too_weak(records, part),
     )
 
 
@@ -111,7 +114,19 @@ def of_pictures(record: SpendRecord, recorded: Sequence[SpendRecord], *, points:
     return f"This run agrees with the recorded one: its accuracies are within {points:g} points."
 
 
-def _agrees(compared: int, line: str) -> Any:
+def _too_weak(records: Sequence[EvaluateRecord | FinetuneRecord], *whens: str) -> str:
+    """Where the distributional attack was visibly too weak: it leaves more images right than the pointwise one."""
+    those = [(r, when) for r in records for when in whens if {"w_2", "w_inf"} <= r.correct.get(when, {}).keys()]
+    names = [name_of(r) for r, when in those if bits(r, when, "w_2").sum() > bits(r, when, "w_inf").sum()]
+    if not names:
+        return ""
+    return (
+        f" **On {listed(list(dict.fromkeys(names)))} W₂ accuracy is above W∞ accuracy.** The W∞ ball lies inside that"
+        " of W₂, so the distributional attack was too weak there: go by the worst case found."
+    )
+
+
+def _agrees(compared: int, line: str, warning: str = "") -> Any:
     from IPython.display import Markdown
 
-    return Markdown(line if compared else NOTHING_TO_COMPARE)
+    return Markdown((line if compared else NOTHING_TO_COMPARE) + warning)

@@ -514,6 +514,16 @@ def test_table_shows_paper_beside_this_run_and_an_honest_dash(run):
     assert "paper: Zhang et al. (2019) | 42.99 | – |" in grid_table(4, [altered(records[0], {"tau": 0.3})], []).data
 
 
+def test_a_distributional_attack_that_is_weaker_than_the_pointwise_one_is_named():
+    record = next(r for r in read_records(kind="evaluate") if r.network.name == "demo" and "test" in r.correct)
+    swapped = record.correct["test"] | {"w_2": record.correct["test"]["clean"]}
+    weak = record.model_copy(update={"correct": record.correct | {"test": swapped}})
+    assert "too weak" not in agreement.of_networks("test", [record], [record], within=0.5).data
+    for known in ([], [weak]):
+        said = agreement.of_networks("test", [weak], known, within=0.5).data
+        assert "On `demo` W₂ accuracy is above W∞ accuracy" in said and "go by the worst case found" in said
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_agreement_fails_where_the_numbers_differ(run, when):
     records, _ = run
