@@ -2423,6 +2423,8 @@ def _named(value: Any, inside: tuple[int, ...] = ()) -> str:
     plain = type(value).__repr__ is object.__repr__  # words that say no more than the class
     if (callable(value) or plain) and not isinstance(value, type | types.BuiltinFunctionType):
         held = _fields_of(value)
+        if not callable(value):  # nothing that a logger has, such as the name of its file: each start has another
+            held = {name: part for name, part in held.items() if isinstance(part, bool | int | float | Tensor)}
         if held or hasattr(value, "__dict__"):  # a function of numpy has neither, and its own words
             return f"{type(value).__module__}.{type(value).__qualname__}({named(held)})"
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
@@ -2435,13 +2437,13 @@ def _globals_of(function: types.FunctionType) -> dict[str, Any]:
         inner = [names(part) for part in code.co_consts if isinstance(part, types.CodeType)]
         return {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}.union(*inner)
 
+    def counts(value: Any) -> bool:
+        if isinstance(value, types.FunctionType):
+            return value.__module__ == function.__module__
+        return not isinstance(value, types.ModuleType | type | types.BuiltinFunctionType)
+
     held = {name: function.__globals__.get(name) for name in sorted(names(function.__code__))}
-    elsewhere = types.ModuleType | type | types.BuiltinFunctionType
-    return {
-        name: value
-        for name, value in held.items()
-        if not isinstance(value, elsewhere) and getattr(value, "__module__", function.__module__) == function.__module__
-    }
+    return {name: value for name, value in held.items() if counts(value)}
 
 
 def _fields_of(value: Any) -> dict[str, Any]:

@@ -914,6 +914,20 @@ def test_what_an_objective_takes_from_elsewhere_belongs_to_the_run(make, tmp_pat
             finetune(copy.deepcopy(model), images(10, model), None, config, resume=tmp_path / "run", stop_after=0)
 
 
+def test_a_logger_that_an_objective_holds_is_no_other_run(tmp_path):
+    """Its file has another name at every start."""
+
+    def objective(name):
+        writer = Weight(None)
+        writer.folder, writer.file = f"runs/{name}", (tmp_path / name).open("w")
+        return lambda batch: (writer.file.write("."), cross_entropy(batch.net(batch.x), batch.y))[1]
+
+    model = network("full")
+    for name in ("first", "second"):
+        config = small(objective=objective(name))
+        finetune(copy.deepcopy(model), images(10, model), None, config, resume=tmp_path / "run", stop_after=0)
+
+
 def test_an_object_that_holds_itself_has_a_name():
     held = Weight(None)
     held.value = {"inside": [held], "all": frozenset([held])}
