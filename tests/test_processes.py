@@ -56,7 +56,7 @@ OTHERS = {  # what the first process says, and the second
     "images": ("the training images must be the same in all processes", "the training images must be the same"),
     "seed": ("seed must be the same in all processes: 0 here, 1 in 1", "seed must be the same"),
     "few": ("a minibatch of 1 images cannot be shared by 2 processes", "cannot be shared by 2 processes"),
-    "checkpoint": ("the checkpoint must be the same in all processes", "is damaged, or no checkpoint"),
+    "checkpoint": ("the checkpoint must be the same in all processes", "is damaged or no checkpoint"),
     "no checkpoint": ("the checkpoint must be the same in all processes", "the checkpoint must be the same"),
     "folder": ("could not be written", "process 0 of 2 cannot go on"),
     "epoch": ("process 1 of 2 cannot go on: on_epoch must return a dict", "on_epoch must return a dict"),
