@@ -115,7 +115,7 @@ def by_worst_case(found: Sequence[Matter]) -> str:
         if moved
         else ""
     )
-    return f" By the worst case found, at half the radius, {len(moved)} of {len(those)} do{others}."
+    return f" By the worst case found, at half the radius, {len(moved)} of the {len(those)} measured do{others}."
 
 
 def where(record: FinetuneRecord) -> str:
