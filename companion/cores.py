@@ -36,14 +36,15 @@ def is_current(core: str, worst_case: bool = False) -> bool:
     """Whether the code that made a record, by the digest in the record, gives the numbers of the present code.
 
     Also by way of others, to the bit: two versions may have been compared on one machine, and one of them with a third
-    on another. The part of the sample that is trained for the worst case counts for records that are, `worst_case`.
+    on another. The last step may be one between machines; tolerances do not add up. The part of the sample that is
+    trained for the worst case counts for records that are, `worst_case`.
     """
     from wdat_core import code_digest
 
     entries, same = _entries() if worst_case else [_without_worst_case(e) for e in _entries()], {code_digest()}
-    here = [e for e in entries if e["core"] in same]
     while more := {a["core"] for a in entries for b in entries if b["core"] in same and _same_bits(a, b)} - same:
         same |= more
+    here = [e for e in entries if e["core"] in same]
     there = [e for e in entries if e["core"] in same or any(gives_the_same(e, one) for one in here)]
     return core in same or any(core in (e["core"], e["file"]) for e in there)
 

@@ -91,13 +91,15 @@ def _grouped(records: Sequence[FinetuneRecord]) -> list[list[FinetuneRecord]]:
 
 def matters_table(records: Sequence[FinetuneRecord], points: Collection[str] = (*OPEN_POINTS, *CONTROLS)) -> Any:
     """One row for each change of one of the points: what it does to the accuracies after fine-tuning."""
-    lines, heads = [], ["changed", *COMPARED.values(), "seeds (W₂)", "in"]
-    for matter in (m for m in matters(records) if m.point in points):
-        one = matter.with_it[0]
-        each = matter.seeds["w_2"]
+    found = [m for m in matters(records) if m.point in points]
+    trainings = {training_words(m.with_it[0]) for m in found}
+    common = f" ({trainings.pop()})" if len(trainings) == 1 else ""  # said once, where it is the same for all
+    lines, heads = [], ["changed", *COMPARED.values(), "seeds (W₂)", f"in{common}"]
+    for matter in found:
+        one, each = matter.with_it[0], matter.seeds["w_2"]
         seeds = f"{len(each)}" + f": {span(each)}" * (len(each) > 1)
         cells = [matter.differences[m].text(signed=True) if m in matter.differences else "–" for m in COMPARED]
-        lines.append([f"`{matter.point}={matter.value}`", *cells, seeds, where(one)])
+        lines.append([f"`{matter.point}={matter.value}`", *cells, seeds, where(one, training=not common)])
     return markdown(heads, lines or [["nothing is recorded yet", *["–"] * (len(heads) - 1)]])
 
 
@@ -118,9 +120,10 @@ def by_worst_case(found: Sequence[Matter]) -> str:
     return f" By the worst case found, at half the radius, {len(moved)} of the {len(those)} measured do{others}."
 
 
-def where(record: FinetuneRecord) -> str:
-    """Network, images, epochs and setting of a record, in words."""
-    return f"`{record.network.name}`, {training_words(record)}; {setting_words(*setting_of(record))}"
+def where(record: FinetuneRecord, training: bool = True) -> str:
+    """Network, setting and, unless they are known, images and epochs of a record, in words."""
+    network = f"`{record.network.name}`" + f", {training_words(record)}" * training
+    return f"{network}; {setting_words(*setting_of(record))}"
 
 
 def how_much(records: Sequence[FinetuneRecord], point: str) -> str:

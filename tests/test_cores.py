@@ -77,6 +77,16 @@ def test_a_record_is_current_by_way_of_a_version_that_two_machines_have(known):
     assert not cores.is_current("f" * 64)
 
 
+def test_what_gives_the_same_bits_stands_for_the_present_code_on_another_machine(known):
+    """`twin` does on one machine; on a second it is within the tolerance of ENTRY, which was measured on a third."""
+    twin, here = "d" * 64, {"processor": "cpu family 1", "bits": "9" * 64, "accuracy": {"w_2": 0.3}}
+    there = {"processor": "cpu family 2", "bits": "8" * 64, "accuracy": {"w_2": 0.2627}}
+    known(ENTRY, other(code_digest(), **here), other(twin, **here), other(twin, **there))
+    assert cores.is_current(twin) and cores.is_current(ENTRY["core"])
+    known(ENTRY, other(code_digest(), **here), other(twin, **there))
+    assert not cores.is_current(twin) and not cores.is_current(ENTRY["core"])
+
+
 def test_tolerances_of_several_machines_do_not_add_up(known):
     """Each entry is 0.04 points from the next: the present code's neighbours are current, theirs are not."""
     steps = [
