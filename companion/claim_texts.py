@@ -89,8 +89,8 @@ def by_worst_case(records: Sequence[Record]) -> Any:
 
 
 def _at_each_radius(claim: Claim, records: Sequence[Record]) -> list[tuple[Effect, ...]]:
-    """The effects by the worst case found that count, for each comparison at each of RADII."""
-    at = [counted(claim.found(records, delta)) for delta in RADII] if claim.found else []
+    """The effects of whole-protocol runs by the worst case found, for each comparison at each of RADII."""
+    at = [[e for e in claim.found(records, delta) if e.full] for delta in RADII] if claim.found else []
     return list(zip(*at, strict=True))
 
 

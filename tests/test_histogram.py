@@ -38,7 +38,7 @@ def between(d, threat, parts=3, **options):
 
 
 def by_sorting(d, threat):
-    return Boundary(torch.from_numpy(d)).accuracy(threat)
+    return Boundary(torch.from_numpy(d), threat.r).accuracy(threat)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -47,8 +47,8 @@ def by_sorting(d, threat):
 def test_the_interval_holds_the_accuracy_by_sorting_and_is_an_image_wide(kind, p, dtype):
     d = made(kind, dtype=dtype)
     for delta in RADII:
-        low, high = between(d, Threat(p=p, delta=delta))
-        exact = by_sorting(d, Threat(p=p, delta=delta))
+        low, high = between(d, Threat(p, 2.0, delta))
+        exact = by_sorting(d, Threat(p, 2.0, delta))
         assert 0 <= low <= exact <= high <= 1
         # Distances of float64 that agree in 32 bits are few, but for those that are equal.
         assert high - low <= (0 if p == INF else 1.001 / len(d))
@@ -63,8 +63,8 @@ def test_the_interval_holds_the_accuracy_by_sorting_and_is_an_image_wide(kind, p
 )
 def test_the_interval_holds_the_accuracy_of_any_distances(d, p, delta, bins, dtype):
     d = np.array(d, dtype)
-    low, high = between(d, Threat(p=p, delta=delta), bins=bins)
-    assert 0 <= low <= by_sorting(d, Threat(p=p, delta=delta)) <= high <= 1
+    low, high = between(d, Threat(p, 2.0, delta), bins=bins)
+    assert 0 <= low <= by_sorting(d, Threat(p, 2.0, delta)) <= high <= 1
 
 
 def test_prices_far_apart_in_one_sub_bin():
@@ -72,8 +72,8 @@ def test_prices_far_apart_in_one_sub_bin():
     d = np.array([0.0, 1e-160, 1.0, 1.5], np.float64)
     for bins in (2, 4, 8, 16, 32):
         for delta in (1.0, 1.1, 1e-100):
-            low, high = between(d, Threat(p=2, delta=delta), bins=bins)
-            assert low <= by_sorting(d, Threat(p=2, delta=delta)) <= high
+            low, high = between(d, Threat(2, 2.0, delta), bins=bins)
+            assert low <= by_sorting(d, Threat(2, 2.0, delta)) <= high
 
 
 @pytest.mark.parametrize("dtype, width", [(np.float32, 31), (np.float64, 63)])

@@ -314,7 +314,7 @@ WRAPPERS = {
     "double precision": fine(lambda net, x: net(x).double()),
     "unused weights": fine(lambda net, x: pixels_as_logits(x)),
     "weights of no effect": fine(lambda net, x: pixels_as_logits(x) + 0 * net(x)),
-    "saturated": risky(lambda net, x: (1e4 * net(x)).sigmoid(), "loss"),
+    "saturated": risky(lambda net, x: (1e4 * net(x)).sigmoid(), "loss", "probabilities"),
     "in place, no_grad": fine(no_grad_in_place),
     "in place, data": fine(data_in_place),
     "tiny": risky(lambda net, x: 1e-30 * net(x), "model"),
