@@ -42,8 +42,8 @@ def of_columns(
         len(compared),
         f"This run agrees with the recorded ones in {len(compared)} of {len(records)} columns: within {before:g}"
         f" points before fine-tuning and {after:g} points after it."
-        " (Another machine rounds otherwise, and training amplifies it. So short a run shows that all works; what the"
-        " method gains is too small for it.)",
+        " (Another machine rounds otherwise, and training amplifies it. Such agreement shows that all works, not what"
+        " the method gains.)",
         _too_weak(records, "before", "after"),
     )
 

@@ -110,13 +110,8 @@ def by_worst_case(found: Sequence[Matter]) -> str:
         return ""
     moved = [m for m in those if m.side(WORST)]
     against = [f"`{m.point}={m.value}`" for m in moved if m.side("w_2") and m.side("w_2") != m.side(WORST)]
-    others = (
-        f", {listed(against)} in the other direction than W₂"
-        if against
-        else ", none of them against W₂"
-        if moved
-        else ""
-    )
+    none = ", none of them against W₂" * bool(moved)
+    others = f", {listed(against)} in the other direction than W₂" if against else none
     return f" By the worst case found, at half the radius, {len(moved)} of the {len(those)} measured do{others}."
 
 
