@@ -195,7 +195,7 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
 
     For two classes, where DLR and ReDLR are not defined. It too is 0, with gradient 0, on a misclassified image.
     """
-    return _deficit(logits, y).clamp(max=0)
+    return torch.where(logits.argmax(1) == y, _deficit(logits, y), 0.0)
 
 
 def _kl(logits: Tensor, target: Tensor) -> Tensor:
@@ -277,7 +277,8 @@ def project(x_adv: Tensor, x: Tensor, threat: Threat) -> Tensor:
     clamps them afterwards.
 
     Raises:
-        WdatError: names which of the two is no dense, finite, floating-point tensor, or that they are not alike.
+        WdatError: names which of the two is no dense, finite, floating-point tensor, or that they are not alike, or
+            too far apart.
     """
     _check_threat(threat)
     for name, images in (("x_adv", x_adv), ("x", x)):
@@ -292,8 +293,12 @@ def project(x_adv: Tensor, x: Tensor, threat: Threat) -> Tensor:
             f"x_adv and x must be alike, not {tuple(x_adv.shape)} {x_adv.dtype} on {x_adv.device} and"
             f" {tuple(x.shape)} {x.dtype} on {x.device}"
         )
-    distance = _norm(x_adv - x, threat.r)
-    return _pull_back(x_adv, x, distance, _budgets(distance, threat.p, threat.delta, _Among()), threat.r)
+    wide = torch.promote_types(x.dtype, torch.float32)  # 16 bits hold no large distance
+    far, near = x_adv.to(wide), x.to(wide)
+    distance = _norm(far - near, threat.r)
+    if not distance.isfinite().all():
+        raise WdatError(f"x_adv is further from x than {wide} holds")
+    return _pull_back(far, near, distance, _budgets(distance, threat.p, threat.delta, _Among()), threat.r).to(x.dtype)
 
 
 def _budgets(distance: Tensor, p: float, delta: Tensor | float, among: _Among) -> Tensor:
@@ -319,7 +324,7 @@ def _shortened(move: Tensor, distance: Tensor, budget: Tensor, r: float) -> Tens
     return move * _per_image(budget / torch.where(distance > 0, distance, 1.0), move)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors are not compared to one truth
 class Attack:
     """What an attack found: its iterate of lowest accuracy.
 
@@ -694,8 +699,10 @@ def perturb_(
     if how != "last_layer":
         return parameters
     layer = _last_layer(model, head, x)
-    if "weight" not in layer._parameters:
-        raise WdatError("the last layer computes its weight from others, as weight_norm does: remove that before")
+    if "weight" not in layer._parameters or (layer.bias is not None and "bias" not in layer._parameters):
+        raise WdatError(
+            "the last layer computes its weight or its bias from others, as weight_norm does: remove that before"
+        )
     with _seeded(model, generator):
         if reinit == "default":
             layer.reset_parameters()
@@ -729,7 +736,8 @@ def _last_layer(model: nn.Module, head: str | None, x: Tensor | None) -> Any:
     ]
     try:
         with _prepared(model), torch.no_grad():
-            logits = _passes(model, x, 1, "float32", False).call(_plain(x[:8]).to(next(model.parameters()).device))
+            weight = next(p for p in model.parameters() if p.is_floating_point())
+            logits = _passes(model, x, 1, "float32", False).call(_plain(x[:8]).to(weight))
     finally:
         for hook in hooks:
             hook.remove()
@@ -737,7 +745,7 @@ def _last_layer(model: nn.Module, head: str | None, x: Tensor | None) -> Any:
     # Or the logits are its output, scaled or shifted.
     wide = [k for k, v in outputs.items() if v.shape == logits.shape and isinstance(layers[k], nn.Linear)]
     pairs = {k: torch.stack([outputs[k].flatten(), logits.flatten()]).double() for k in wide}
-    wide = [k for k, pair in pairs.items() if pair.shape[1] > 2 and torch.corrcoef(pair)[0, 1].abs() > 0.9999]
+    wide = [k for k, pair in pairs.items() if pair.shape[1] > 3 and torch.corrcoef(pair)[0, 1].abs() > 0.9999]
     for found in (same, wide):
         if len(found) == 1:
             return layers[found[0]]
@@ -911,8 +919,7 @@ class Minibatch:
             on = _searcher(on)
             try:
                 search.take(on, self.x, self.y)
-                while search.waiting():
-                    search.attack(on, on.passes.batch_size)
+                search.attack(on, on.passes.batch_size)
             except _NotFiniteError:
                 finite = False
             _check_finite(on.among.all(torch.tensor(finite, device="cpu")))  # in every process, or all would not stop
@@ -1185,6 +1192,8 @@ def finetune(
         schedule = _schedule(config, optimiser, config.epochs * math.ceil(len(x) / config.batch_size))
         averaged = None
         if config.average:
+            with _prepared(model), torch.no_grad():
+                model(run.x[:1].to(on.passes.device).clone())  # what it keeps of a pass has no graph: it is copied
             averaged = torch.optim.swa_utils.AveragedModel(
                 model, multi_avg_fn=_moving(config.average), use_buffers=True
             )
@@ -1419,7 +1428,7 @@ def _checked_row(more: Any, taken: set[str]) -> dict[str, float]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Scores:
     """Accuracies as fractions, and per image, so that two networks can be compared on the same images.
 
@@ -1487,7 +1496,7 @@ def evaluate(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Boundary:
     """How far each image is from the nearest misclassified one that was found, and what follows for every budget.
 
@@ -1554,6 +1563,7 @@ class Boundary:
         n, prices = len(self.distance), self.distance.double().sort().values
         first, last = int((prices == 0).sum()), int((prices < math.inf).sum())
         prices = prices[first:last]  # in logarithms: powers of high order would underflow
+        p = p if p == math.inf else min(p, 1e200)  # which gives the same, and of which no logarithm is infinite
         costs = prices if p == math.inf else (((p * prices.log()).logcumsumexp(0) - math.log(n)) / p).exp()
         accuracy = (n - torch.arange(first, last + 1, device=prices.device, dtype=torch.float64)) / n
         return torch.cat([prices.new_zeros(1), costs]), accuracy
@@ -1566,7 +1576,7 @@ class Boundary:
         and for two networks on the same images that of the difference.
         """
         bought, p, distance = self.bought(threat), threat.p, self.distance.double()
-        price = torch.where(bought, math.inf, distance).min()
+        price = self._next(bought)
         if p == math.inf or price == math.inf:
             return (~bought).double()
         return (distance / price).clamp(max=1) ** p - (threat.delta / price) ** p
@@ -1606,7 +1616,7 @@ class Boundary:
             relative = torch.where(distance <= price, distance / price, 0.0)
             return torch.where(relative > 0, relative ** (p - 1), 0.0) * (p / n / price)
         bought = self.bought(threat)
-        t = torch.where(bought, math.inf, distance).min()
+        t = self._next(bought)
         if t == math.inf:
             return torch.zeros_like(distance)
         relative = torch.where(distance < t, distance / t, 0.0)
@@ -1622,7 +1632,8 @@ class Boundary:
         all images are alike, up to 3 in n others may not be (the rule of three).
         """
         shares, accuracy = self.shares(threat), self.accuracy(threat)
-        half = 1.96 * shares.std(correction=0).item() / math.sqrt(len(shares)) or 3 / len(shares)
+        alike = bool((shares == shares[0]).all())  # their spread may be 1e-16, and not 0
+        half = 3 / len(shares) if alike else 1.96 * shares.std(correction=0).item() / math.sqrt(len(shares))
         return max(0.0, accuracy - half), min(1.0, accuracy + half)
 
     def spend(self, x: Tensor, threat: Threat) -> Attack:
@@ -1652,6 +1663,10 @@ class Boundary:
             was_correct=right,
             history={"accuracy": [clean, accuracy], "loss": [1 - clean, 1 - accuracy], "upsilon": []},
         )
+
+    def _next(self, bought: Tensor) -> Tensor:
+        """The price of the cheapest image that is not bought, float64 (); inf where nothing is left."""
+        return torch.where(bought, math.inf, self.distance.double()).min()
 
     def _check_some(self) -> None:
         if not len(self.distance):
@@ -1719,7 +1734,8 @@ def boundary(
     known = None
     if isinstance(x, Tensor) or y is not None:
         known = attacker(x, y)  # all of it, before the first is attacked
-        batches = list(zip(x.split(batch_size), y.split(batch_size), strict=True))  # type: ignore[union-attr]
+        size = min(batch_size, len(x))  # type: ignore[arg-type]
+        batches = list(zip(x.split(size), y.split(size), strict=True))  # type: ignore[union-attr]
     if not isinstance(batches, Iterable):
         raise WdatError(f"x must be images, or an iterable of pairs (images, labels), not {type(batches).__name__}")
     search = _Search(keep)
@@ -1728,12 +1744,11 @@ def boundary(
             for on, xb, yb in _checked(_shown(progress, batches, "batches"), attacker, known):
                 if keep and known is None:
                     xb = xb.clone()  # the next batch may come in the same memory
-                for part in zip(_plain(xb).split(batch_size), _plain(yb).split(batch_size), strict=True):
+                size = min(batch_size, len(xb))
+                for part in zip(_plain(xb).split(size), _plain(yb).split(size), strict=True):
                     search.take(on, *part)
-                    while search.waiting() >= batch_size:
-                        search.attack(on, batch_size)
-            while search.waiting():
-                search.attack(on, batch_size)
+                    search.attack(on, batch_size, least=batch_size)
+            search.attack(on, batch_size)
             found = search.found(r)
     except BaseException as error:
         error.found = search.found(r)  # type: ignore[attr-defined]
@@ -1781,6 +1796,7 @@ class _Search:
     queue: list[tuple[Tensor, ...]] = field(default_factory=list)  # which image, it, its label, its rivals
     nearest: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # which image, the nearest, if they are kept
 
+    @torch.inference_mode(False)  # in which images may come
     def take(self, on: _Attacker, x: Tensor, y: Tensor) -> None:
         logits = _logits(on, x)
         _check_finite(logits.isfinite().all())
@@ -1797,19 +1813,19 @@ class _Search:
         self.queue.append(tuple(part[right] for part in (places, x, y, rivals)))
         self.count += len(x)
 
-    def waiting(self) -> int:
-        return sum(len(places) for places, *_ in self.queue)
-
-    def attack(self, on: _Attacker, most: int) -> None:
-        parts = [torch.cat(parts) for parts in zip(*self.queue, strict=True)]
-        places, x, y, rivals = (part[:most] for part in parts)
-        device = on.passes.device
-        distance, nearest = _nearest(on, x.to(device), y.to(device), rivals.to(device))
-        if self.keep:
-            self.nearest.append((places, nearest.to(x.device)))
-        assert self.distance is not None
-        self.distance[places] = distance.to(x.device)
-        self.queue = [tuple(part[most:] for part in parts)]
+    @torch.inference_mode(False)
+    def attack(self, on: _Attacker, most: int, least: int = 1) -> None:
+        """Those that wait, in batches of `most`, as long as there are `least`."""
+        while sum(len(places) for places, *_ in self.queue) >= least:
+            parts = [torch.cat(parts) for parts in zip(*self.queue, strict=True)]
+            places, x, y, rivals = (part[:most] for part in parts)
+            device = on.passes.device
+            distance, nearest = _nearest(on, x.to(device), y.to(device), rivals.to(device))
+            if self.keep:
+                self.nearest.append((places, nearest.to(x.device)))
+            assert self.distance is not None
+            self.distance[places] = distance.to(x.device)
+            self.queue = [tuple(part[most:] for part in parts)]
 
     def found(self, r: float) -> Boundary | None:
         """Of all images before the first that still waits."""
@@ -1874,6 +1890,8 @@ def _nearest(on: _Attacker, x: Tensor, y: Tensor, rivals: Tensor) -> tuple[Tenso
             ease = (1 + math.cos(math.pi * k / steps)) / 2  # from 1 to 0
             change, stride = 0.005 + 0.195 * ease, 0.05 + 0.95 * ease
             linear = distance + (2 * margin - known.loss) / known.norm  # where a linear network would err
+            if 2 * k > steps:  # pixels that [0, 1] stops make a step too short, time and again
+                linear = torch.maximum(linear, 1.005 * radius)
             larger = torch.where(best < math.inf, torch.minimum(radius * (1 + change), 0.995 * best), linear)
             radius = torch.where(wrong, torch.minimum(radius, best) * (1 - change), larger)
             radius = radius.nan_to_num(most).clamp(max=most)
@@ -2164,10 +2182,12 @@ def _shown(progress: Progress | None, things: Iterable[Any], called: str) -> Ite
     for thing in progress(things) if progress else things:
         yield thing
         count += 1
-    with suppress(TypeError):  # a DataLoader has a length also where it does not know it
-        if isinstance(things, Sized) and count < len(things):
-            why = ": progress must pass on all that it is given" if progress else ""
-            raise WdatError(f"the {called} ended after {count} of {len(things)}{why}")
+    promised = count
+    with suppress(Exception):  # a DataLoader has a length also where it does not know it
+        promised = len(things) if isinstance(things, Sized) else count
+    if count < promised:
+        why = ": progress must pass on all that it is given" if progress else ""
+        raise WdatError(f"the {called} ended after {count} of {promised}{why}")
 
 
 def _kind(value: Any) -> str:
@@ -2193,7 +2213,11 @@ def _blamed(optimiser: torch.optim.Optimizer, epoch: int, minibatch: int, size: 
         raise WdatError(
             f"training diverged in epoch {epoch}, minibatch {minibatch}, at learning rate"
             f" {optimiser.param_groups[0]['lr']:g}: the loss, the model or its gradient is not finite: try a lower one"
-            + (", or weights that start with less noise" if epoch == minibatch == 1 else "")
+            + (
+                ", a lower beta, or weights that start with less noise"
+                if epoch == minibatch == 1
+                else ", or a lower beta"
+            )
         ) from error
     except RuntimeError as error:
         if not _out_of_memory(error):
@@ -2211,7 +2235,8 @@ def _out_of_memory(error: RuntimeError) -> bool:
 def _moved(x: Tensor, threat: Threat, fraction: float, random: Tensor) -> Tensor:
     """Each image moved `fraction` of delta in a random direction, of numbers in [0, 1], then clamped to [0, 1]."""
     noise = 2 * random - 1
-    return (x + fraction * threat.delta * noise / _per_image(_norm(noise, threat.r), x)).clamp(0, 1)
+    length = _norm(noise, threat.r)
+    return (x + fraction * threat.delta * noise / _per_image(torch.where(length > 0, length, 1.0), x)).clamp(0, 1)
 
 
 def _crop_and_flip(x: Tensor, generator: torch.Generator, pad: int = 4) -> Tensor:
@@ -2223,14 +2248,15 @@ def _crop_and_flip(x: Tensor, generator: torch.Generator, pad: int = 4) -> Tenso
     j = torch.arange(w, device=x.device)
     j = left + torch.where(flip == 1, w - 1 - j, j)
     images = torch.arange(n, device=x.device)[:, None, None]
-    return F.pad(x, (pad,) * 4).permute(0, 2, 3, 1)[images, i[:, :, None], j[:, None, :]].permute(0, 3, 1, 2)
+    moved = F.pad(x, (pad,) * 4).permute(0, 2, 3, 1)[images, i[:, :, None], j[:, None, :]]
+    return moved.permute(0, 3, 1, 2).contiguous()  # some networks view them so
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints: a run that is stopped at any moment goes on from the last one as if it had never been stopped
 # ---------------------------------------------------------------------------------------------------------------------
 
-CHECKPOINT = b"wdat_core checkpoint 2\n"
+CHECKPOINT = b"wdat_core checkpoint 3\n"
 
 
 @dataclass
@@ -2238,9 +2264,10 @@ class _Checkpoint:
     """The file in which a training run is kept; without a path it keeps nothing."""
 
     path: Path | None
-    identity: dict[str, str]  # what must be the same for the run to go on: the words of the user to their values
+    identity: dict[str, list[str]]  # what must be the same for the run to go on: the user's words, and how it is named
     every: float  # seconds
     stop_at: float  # on the clock of time.monotonic
+    now: Callable[[], dict[str, str]] = dict  # the fields as they are named now: an objective may change what it reads
     written: float = field(default_factory=time.monotonic)
 
     def is_due(self) -> bool:
@@ -2268,22 +2295,28 @@ class _Checkpoint:
             raise WdatError(
                 f"{self.path} is damaged or no checkpoint of this version: give resume another file, or put back a copy"
             ) from error
-        for name, value in self.identity.items():
-            if name == "the network" and value == _digest_of(saved["model"]):
-                continue  # as stop_after left it
-            if saved["identity"].get(name) != value:
-                there = f": there it was {saved['identity'].get(name)}, here it is {value}" if len(value) < 60 else ""
-                there = ", which must be as it was before the run began" if name == "the network" else there
+        for name, (value,) in self.identity.items():
+            there = known = saved["identity"].get(name, ["not there"])
+            if name == "the network":  # also as a stop or the end left it
+                known = [*there, _digest_of(saved["model"]), _digest_of(saved["best_state"])]
+            if value not in known:
+                why = f": there it was {there[0]}, here it is {value}" if len(value) < 60 else ""
+                if name == "the network":
+                    why = ", which must be as it was before the run began"
+                elif name in ("objective", "loss") and value.split()[:-1] == there[0].split()[:-1] != []:
+                    why = ", in a value that it reads, such as a list that it fills"
                 raise WdatError(
-                    f"the checkpoint {self.path} belongs to another run, it differs in {name}{there}:"
+                    f"the checkpoint {self.path} belongs to another run, it differs in {name}{why}:"
                     " give resume another file, or remove this one"
                 )
+            self.identity[name] = [*dict.fromkeys([*there, value])]
         return saved
 
     def save(self, state: dict[str, Any]) -> None:
         """Whole or not at all: whatever happens meanwhile, the file under this name is the last good one."""
         stream = io.BytesIO()
-        torch.save(state | {"identity": self.identity}, stream)
+        now = {name: [*self.identity[name], value] for name, value in self.now().items()}
+        torch.save(state | {"identity": self.identity | now}, stream)
         content = stream.getbuffer()
         try:
             stream.seek(0)
@@ -2350,11 +2383,12 @@ def _checkpoint(
         return _Checkpoint(None, {}, save_every, math.inf), None
     if not isinstance(resume, (str, os.PathLike)) or str(resume) in ("", ".") or "\0" in str(resume):
         raise WdatError(f"resume must be the path of a file, not {resume!r}")
-    path = Path(resume)
+    path = Path(os.path.realpath(resume) if os.path.islink(resume) else resume)  # noqa: PTH114
     if _is_folder(path):
         raise WdatError(f"resume must be the path of a file, and {path} is a folder")
     stop_at = math.inf if stop_after is None else time.monotonic() + stop_after
-    checkpoint = _Checkpoint(path, _identity(model, train, val, config), save_every, stop_at)
+    identity = {name: [value] for name, value in _identity(model, train, val, config).items()}
+    checkpoint = _Checkpoint(path, identity, save_every, stop_at, lambda: _fields_named(config))
     saved = checkpoint.load()
     if writes:  # of many processes the first
         checkpoint.try_to_write()
@@ -2379,7 +2413,7 @@ def _mark(resume: Any) -> str:
 def _identity(model: nn.Module, train: Images, val: Images | None, config: FinetuneConfig) -> dict[str, str]:
     """What decides a run, by name."""
     return {
-        **{f.name: _named(getattr(config, f.name)) for f in fields(config)},
+        **_fields_named(config),
         "the network": _digest_of(_state_of(model)),
         "the training images": _digest(*train),
         "the validation images": "none" if val is None else _digest(*val),
@@ -2387,13 +2421,24 @@ def _identity(model: nn.Module, train: Images, val: Images | None, config: Finet
     }
 
 
-def _named(value: Any, inside: tuple[int, ...] = ()) -> str:
-    """A field of a configuration in words that are the same in another process, and others for another value."""
+def _fields_named(config: FinetuneConfig) -> dict[str, str]:
+    return {f.name: _named(getattr(config, f.name)) for f in fields(config)}
+
+
+def _named(value: Any, inside: tuple[int, ...] = (), known: dict[int, str] | None = None) -> str:
+    """A field of a configuration in words that are the same in another process, and others for another value.
+
+    What it is `inside` of is not named again, and a function that is `known` not twice: of functions that call each
+    other there would be no end.
+    """
     if id(value) in inside:
         return "itself"
+    functions = {} if known is None else known
+    if id(value) in functions:
+        return functions[id(value)]
 
     def named(*parts: Any) -> str:
-        return ", ".join(_named(part, (*inside, id(value))) for part in parts)
+        return ", ".join(_named(part, (*inside, id(value)), functions) for part in parts)
 
     if isinstance(value, Tensor):
         return f"tensor {_digest(value)[:8]}"
@@ -2419,7 +2464,10 @@ def _named(value: Any, inside: tuple[int, ...] = ()) -> str:
     if isinstance(value, types.FunctionType):
         closed = [cell.cell_contents for cell in value.__closure__ or ()]
         inner = named(value.__code__, value.__defaults__, value.__kwdefaults__, closed, _globals_of(value))
-        return f"{value.__module__}.{value.__qualname__} {hashlib.sha256(inner.encode()).hexdigest()[:8]}"
+        functions[id(value)] = (
+            f"{value.__module__}.{value.__qualname__} {hashlib.sha256(inner.encode()).hexdigest()[:8]}"
+        )
+        return functions[id(value)]
     plain = type(value).__repr__ is object.__repr__  # words that say no more than the class
     if (callable(value) or plain) and not isinstance(value, type | types.BuiltinFunctionType):
         held = _fields_of(value)
@@ -2458,8 +2506,25 @@ def _fields_of(value: Any) -> dict[str, Any]:
 def code_digest(path: str | os.PathLike[str] = __file__) -> str:
     """SHA-256, in hexadecimal, of the code of a file, this one: comments, docstrings and layout do not count.
 
-    It says which code made a number. A checkpoint of other code is refused.
+    It says which code made a number. A checkpoint of other code is refused. Of this file it is the code at the first
+    call in a process: what is written there later does not run.
+
+    Raises:
+        WdatError: the file cannot be read.
     """
+    return _own_digest() if path == __file__ else _code_digest(path)
+
+
+@functools.cache
+def _own_digest() -> str:
+    return _code_digest(__file__)
+
+
+def _code_digest(path: str | os.PathLike[str]) -> str:
+    try:
+        tree = ast.parse(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise WdatError(f"the code cannot be read, so that nothing can say which one it is ({error})") from error
 
     def plain(node: Any) -> Any:
         if isinstance(node, list):
@@ -2472,7 +2537,6 @@ def code_digest(path: str | os.PathLike[str] = __file__) -> str:
         # Versions of Python have fields of their own, empty here.
         return type(node).__name__, [(k, plain(v)) for k, v in parts.items() if v is not None and v != []]
 
-    tree = ast.parse(Path(path).read_text(encoding="utf-8"))
     return hashlib.sha256(repr(plain(tree)).encode()).hexdigest()
 
 
@@ -2808,9 +2872,10 @@ def _attacker(
         with _prepared(model), torch.enable_grad():
             one = _plain(x[:1]) if len(x) else x.new_zeros(1, *x.shape[1:])
             logits = model(one.to(device).requires_grad_().clone())
-        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1:
-            shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise WdatError(f"the model must return logits of shape (b, classes); for one image it returned {shape}")
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1 or not logits.is_floating_point():
+            raise WdatError(
+                f"the model must return logits of shape (b, classes); for one image it returned {_kind(logits)}"
+            )
         classes, total = logits.shape[1], logits.detach().double().sum().item()
         if classes > 1 and (logits >= 0).all() and abs(total - 1) <= classes * torch.finfo(logits.dtype).eps:
             raise WdatError(
@@ -2821,7 +2886,7 @@ def _attacker(
             raise WdatError(
                 f"DLR and ReDLR need 3 classes or more, the model has {classes}: take loss='margin', or your own"
             )
-        if function is _lead:
+        if function in (_lead, margin):
             _check_two_classes(classes)
         _check_labels(y, classes)
         passes = _passes(model, x, batch_size, precision, compiled, classes)
@@ -2866,7 +2931,8 @@ def _check_labels(y: Tensor, classes: int) -> None:
 
 def _check_fine(x: Tensor, on: _Attacker) -> None:
     """In 16 bits a step may be lost in rounding, and the network would seem robust."""
-    if on.step_ratio * on.threat.delta / on.steps < torch.finfo(x.dtype).eps / 4 and x.dtype.itemsize == 2:
+    of_a_pixel = on.step_ratio * on.threat.delta / on.steps / math.prod(x.shape[1:]) ** (1 / on.threat.r)
+    if of_a_pixel < torch.finfo(x.dtype).eps / 4 and x.dtype.itemsize == 2:
         raise WdatError(
             f"images of {x.dtype} are too coarse for {on.steps} steps of delta {on.threat.delta:g}: give float32 images"
             ' and model, and precision="bfloat16" for speed'
@@ -2887,6 +2953,8 @@ def _check_precise(x: Tensor) -> None:
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise WdatError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    if not all(hasattr(module, "training") for module in model.modules()):
+        raise WdatError("the model is frozen TorchScript, without a mode: give the one before torch.jit.freeze")
     for tensor in [*model.parameters(), *model.buffers()]:
         if nn.parameter.is_lazy(tensor):
             raise WdatError("the model has lazy layers that do not know their size yet: run it once on images")

@@ -184,6 +184,38 @@ def test_on_a_linear_network_the_distance_is_the_exact_one(r):
     assert within.sum() > 20 and (found[within] <= 1.01 * exact[within]).all()
 
 
+def in_the_box(weight, bias, x, r):
+    """The exact l_r distance in [0, 1] of images (n, pixels) to the plane weight . x + bias = 0.
+
+    By the conditions of Karush, Kuhn and Tucker each pixel goes along sgn(w) |w|^(s-1), as far as the others or to its
+    end; how far, by bisection.
+    """
+    s = 1.0 if r == INF else r / (r - 1)
+    gap = x @ weight + bias
+    ways = -gap.sign()[:, None] * weight.sign() * weight.abs() ** (s - 1)
+    low, high = torch.zeros_like(gap), torch.full_like(gap, 1e30)
+    for _ in range(400):
+        middle = (low + high) / 2
+        beyond = ((x + middle[:, None] * ways).clamp(0, 1) @ weight + bias).sign() != gap.sign()
+        low, high = torch.where(beyond, low, middle), torch.where(beyond, middle, high)
+    return torch.linalg.vector_norm((x + high[:, None] * ways).clamp(0, 1) - x, r, 1)
+
+
+@pytest.mark.parametrize("r", [1.1, 1.5, 2, 10, INF])
+def test_pixels_that_reach_the_wall_on_their_way_hide_no_error(r):
+    """The step is shorter for them, and the boundary just out of reach: it must not stay there for all steps."""
+    for seed in range(5):
+        model = network("linear", classes=2, seed=seed, shape=(3, 8, 8))
+        x = torch.rand(64, 3, 8, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        y, linear = predict(model, x), model[-1]
+        weight, zero = model(torch.stack([torch.ones_like(x[0]), torch.zeros_like(x[0])])).detach().diff(dim=1)[:, 0], 0
+        rise = (linear.weight[1] - linear.weight[0]).detach()
+        scale = (weight[0] - weight[1]) / rise.sum()  # of what the network does before its layer
+        exact = in_the_box(scale * rise, weight[1] + zero, x.flatten(1), r)
+        found = boundary(model, x, y, r=r, keep=False).distance
+        assert (found >= exact * (1 - 1e-9)).all() and (found <= 1.02 * exact).all()
+
+
 @pytest.mark.parametrize("r", [1.1, 1.5, 2, 3, INF])
 def test_pixels_of_0_and_1_move_one_way_only(r):
     """On a linear network the distance is that along the pixels that can move; 40 steps find it."""
@@ -442,6 +474,59 @@ def test_w_pgd_says_that_it_cannot_take_p_of_one(attack, p):
         attack(Threat(p=p))
 
 
+@pytest.mark.parametrize("values", [torch.full((1000,), 0.1), torch.rand(500) + 0.1])
+@pytest.mark.parametrize("delta", [0.0333, 0.002])
+@pytest.mark.parametrize("p", [1, 2, 4, INF])
+def test_where_all_images_are_alike_the_interval_is_that_of_the_rule_of_three(values, p, delta):
+    """Also where they are so by rounding alone, for a finite p: each has the share 1 - (delta / t)^p."""
+    found, threat = Boundary(values), Threat(p=p, delta=delta)
+    low, high = found.interval(threat)
+    if found.accuracy(threat) == 1:
+        assert high == 1 and low == pytest.approx(1 - 3 / len(values))
+    else:
+        assert high - low > 1e-3
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_generator_of_batches_may_be_in_a_mode_of_its_own(mode, keep):
+    whole = boundary(MODEL, X, Y, steps=5)
+
+    def batches():
+        with mode():
+            yield from zip(X.clone().split(3), Y.split(3), strict=True)
+
+    found = boundary(MODEL, batches(), steps=5, keep=keep, batch_size=8)
+    torch.testing.assert_close(found.distance, whole.distance)
+
+
+class NoLength(list):
+    def __len__(self):
+        raise NotImplementedError
+
+
+def test_sizes_and_lengths_that_nobody_can_use_stop_nothing():
+    whole = boundary(MODEL, X, Y, steps=5)
+    for found in (
+        boundary(MODEL, X, Y, steps=5, batch_size=10**30),
+        boundary(MODEL, NoLength(MANY[:1]), steps=5, batch_size=10**30),
+    ):
+        torch.testing.assert_close(found.distance, whole.distance)
+
+
+def test_results_with_tensors_can_be_compared():
+    one, other = boundary(MODEL, X, Y, steps=1), boundary(MODEL, X, Y, steps=1)
+    assert one == one and one != other
+    assert wpgd(MODEL, X, Y, Threat(), steps=1) != wpgd(MODEL, X, Y, Threat(), steps=1)
+
+
+@pytest.mark.parametrize("p", [1e17, 1e200, 1e308])
+def test_a_curve_of_an_order_beyond_all_powers_is_that_of_the_greatest_distance(p):
+    values = torch.tensor([0.03, 0.04, 0.0, 0.5], dtype=torch.float64)
+    radii, accuracy = Boundary(values).curve(p)
+    assert radii.tolist() == pytest.approx([0, 0.03, 0.04, 0.5]) and accuracy.tolist() == [0.75, 0.5, 0.25, 0]
+
+
 class Short(list):
     """Says that it has more batches than it gives."""
 
@@ -466,6 +551,7 @@ WRONG = {
     "the batches ended after 1 of 2": lambda: boundary(MODEL, Short(MANY)),
     "labels must lie in 0..3": lambda: boundary(MODEL, [(X, Y), (X, Y + 4)]),
     "one class can make no error": lambda: boundary(network("mlp", classes=1), X, 0 * Y),
+    "with one class can make no error": lambda: wpgd(network("mlp", classes=1), X, 0 * Y, Threat(), loss="margin"),
     "too coarse for a distance": lambda: boundary(network("mlp", dtype=torch.bfloat16), X.bfloat16(), Y),
     "threat has r = 2": lambda: Boundary(torch.ones(3)).accuracy(Threat(r=2)),
     "threat must be a Threat": lambda: Boundary(torch.ones(3)).accuracy(2),

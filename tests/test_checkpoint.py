@@ -514,6 +514,19 @@ def test_the_digest_of_the_code_changes_with_it(change, edited):
     assert code_digest() != before
 
 
+def test_the_code_is_the_one_that_runs_and_not_what_the_file_says_later(edited, tmp_path, monkeypatch):
+    """In a notebook, after `git pull`."""
+    edited(SOURCE)
+    monkeypatch.setattr(wdat_core, "__file__", tmp_path / "core.py")
+    before = code_digest()
+    edited(SOURCE.replace("step_ratio: float = 1.0", "step_ratio: float = 1.5", 1))
+    assert code_digest() == before != code_digest(str(tmp_path / "core.py"))
+    (tmp_path / "core.py").unlink()
+    assert code_digest() == before
+    with pytest.raises(WdatError, match="the code cannot be read"):
+        code_digest(tmp_path / "other.py")
+
+
 def test_a_checkpoint_is_refused_when_the_code_changed_and_not_when_a_comment_did(edited, unstopped, tmp_path):
     path = tmp_path / "run"
     train("whole", resume=path, stop_after=0)
@@ -817,6 +830,28 @@ class Stopped:
             yield thing
 
 
+def test_a_run_goes_on_from_each_network_at_which_it_was_entered(unstopped, tmp_path):
+    """Stopped, gone on with the network of the stop, interrupted, and then from the start of it all or from there."""
+    model = network("full")
+    data, val = images(14, model), images(9, model, seed=1)
+
+    def go_on(model, **options):
+        return finetune(model, data, val, RUNS["whole"], resume=tmp_path / "run", **options)
+
+    go_on(model, stop_after=0)
+    stopped = copy.deepcopy(model)
+    with pytest.raises(KeyboardInterrupt):
+        go_on(model, save_every=0, progress=Stopped(2))
+    for entered in (network("full"), stopped, network("full")):
+        go_on(entered, stop_after=0)
+    history = go_on(model)
+    assert_same(result(model, history), unstopped("whole"))
+    go_on(model)  # which is that of the best epoch now
+    assert_same(result(model, history), unstopped("whole"))
+    with pytest.raises(WdatError, match="differs in the network, which must be as it was before the run began"):
+        go_on(network("full", seed=5))
+
+
 @pytest.mark.parametrize("at", [1, 2, 5, 8])
 def test_the_same_call_with_the_same_model_goes_on_after_an_interrupt(at, unstopped, tmp_path):
     model = network("full")
@@ -926,6 +961,48 @@ def test_a_logger_that_an_objective_holds_is_no_other_run(tmp_path):
     for name in ("first", "second"):
         config = small(objective=objective(name))
         finetune(copy.deepcopy(model), images(10, model), None, config, resume=tmp_path / "run", stop_after=0)
+
+
+def test_an_objective_that_fills_a_list_goes_on_after_a_stop(tmp_path):
+    """With the list as it is then, and as it was at the start, but not with another."""
+    model, log = network("full"), []
+
+    def objective(batch):
+        log.append(len(log))
+        return cross_entropy(batch.net(batch.x), batch.y)
+
+    def go_on():
+        finetune(copy.deepcopy(model), images(10, model), None, config, resume=tmp_path / "run", stop_after=0)
+
+    config = small(objective=objective)
+    go_on()
+    go_on()
+    assert log == [0, 1]
+    log.clear()
+    go_on()
+    log.append(7)
+    with pytest.raises(
+        WdatError, match="differs in objective, in a value that it reads, such as a list that it fills: give"
+    ):
+        go_on()
+
+
+def test_functions_that_all_call_each_other_are_named_at_once():
+    names = [f"f{k}" for k in range(12)]
+    held = {"__name__": "here"}
+    exec("\n".join(f"def {name}(): return {', '.join(names)}, {k}" for k, name in enumerate(names)), held)
+    begin = time.perf_counter()
+    first = wdat_core._named(held["f0"])
+    assert time.perf_counter() - begin < 10
+    exec("def f11(): return f0, f1, f2", held)
+    assert wdat_core._named(held["f0"]) != first
+
+
+@posix
+def test_a_checkpoint_behind_a_link_stays_there(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "large disk")
+    train("whole", resume=tmp_path / "link", stop_after=0)
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "large disk").is_file()
 
 
 def test_an_object_that_holds_itself_has_a_name():

@@ -19,6 +19,7 @@ from wdat_core import (
     evaluate,
     finetune,
     perturb_,
+    project,
     sensitivity,
     wpgd,
     wpgd_budget,
@@ -240,6 +241,35 @@ def test_images_that_round_a_step_away(dtype, threat):
             with raises(f"images of {dtype} are too coarse for 20 steps of delta", "float32 images and model"):
                 call_()
             assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_step_is_as_coarse_as_it_is_for_a_pixel():
+    """In l_2 a step of 0.025 leaves each of 3,072 pixels 0.0005."""
+    x, threat = 0.5 + torch.rand(8, 3, 32, 32) / 2, Threat(p=INF, r=2, delta=0.5)
+    model, y = network("conv", shape=(3, 32, 32), dtype=torch.bfloat16), torch.zeros(8, dtype=torch.int64)
+    with raises("images of torch.bfloat16 are too coarse for 20 steps of delta 0.5"):
+        wpgd(model, x.bfloat16(), y, threat)
+    wpgd(model, x.bfloat16(), y, threat, steps=1)
+
+
+@pytest.mark.parametrize("p", [2, INF])
+def test_the_projection_measures_what_16_bits_do_not_hold(p):
+    x = torch.ones(2, 3, 224, 224, dtype=torch.float16)
+    threat = Threat(p=p, r=1.02, delta=1.0)
+    moved = project(x, 0 * x, threat)
+    assert moved.dtype == x.dtype and torch.equal(moved, project(x.float(), 0 * x.float(), threat).half())
+    assert float(moved.max()) < 1e-4
+    with raises("x_adv is further from x than torch.float32 holds"):
+        project(torch.full((2, 9), 3e38), torch.full((2, 9), -3e38), threat)
+
+
+def test_a_network_without_gradients_by_its_kind_is_named():
+    hard = Lambda(lambda x: nn.functional.one_hot(x.flatten(1).argmax(1) % 4, 4))
+    with raises(r"must return logits of shape \(b, classes\); for one image it returned torch.int64 \(1, 4\)"):
+        wpgd(hard, X, Y, THREAT)
+    frozen = torch.jit.freeze(torch.jit.script(network("conv").eval()))
+    with raises("the model is frozen TorchScript"):
+        wpgd(frozen, X, Y, THREAT)
 
 
 not_finite = pytest.mark.parametrize("value", [math.nan, INF, -INF])

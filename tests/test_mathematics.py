@@ -155,6 +155,13 @@ def test_redlr_and_margin_have_gradient_zero_exactly_on_misclassified_images(los
     assert torch.equal(gradient.abs().sum(1) > 0, logits.argmax(1) == y)
 
 
+@pytest.mark.parametrize("loss", [redlr, margin])
+def test_a_tie_that_another_class_wins_has_gradient_zero(loss):
+    logits = torch.zeros(2, 4, requires_grad=True)
+    (gradient,) = torch.autograd.grad(loss(logits, torch.tensor([3, 1])).sum(), logits)
+    assert not gradient.any()
+
+
 @given(seeds, st.floats(-50, 50), st.floats(0.1, 10))
 def test_dlr_ignores_shift_and_scale_of_the_logits(seed, shift, scale):
     logits, y = logits_and_labels(seed)

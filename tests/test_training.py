@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from tiny import INF, PIXELS, SHAPE, configuration, images, network, predict, reference_step, seeded
 from torch import nn
+from torch.nn.utils import prune
 
 from wdat_core import (
     FinetuneConfig,
@@ -221,6 +222,17 @@ class Gated(nn.Module):
         return self.head((features * self.gate(features).sigmoid())[:, :, None, None]).flatten(1)
 
 
+class Mixed(nn.Module):
+    """The logits are no layer's output, though a linear layer is as wide."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.mix = nn.Linear(PIXELS, 3), nn.Parameter(torch.randn(3, 3))
+
+    def forward(self, x):
+        return self.body(x.flatten(1)).tanh() @ self.mix
+
+
 class Summed(nn.Module):
     """Two linear layers, the sum of which gives the logits."""
 
@@ -297,6 +309,31 @@ def test_a_last_layer_that_cannot_be_told_is_asked_for(train):
     with pytest.raises(WdatError, match=r"give head, its name; 'one', 'two'"):
         train(model)
     assert all(same(before, state(model)).values())
+
+
+def test_a_few_numbers_do_not_tell_the_last_layer():
+    """Three points are nearly on a line by chance, one time in thirty."""
+    for seed in range(150):
+        with seeded(seed):
+            model = Mixed()
+        with pytest.raises(WdatError, match="give head, its name; 'body'"):
+            perturb_(model, "last_layer", x=X.float())
+
+
+def test_a_last_layer_whose_bias_is_computed_is_named():
+    """Its own reset would leave the bias as it is, without a word."""
+    for reinit in ("default", "xavier"):
+        model = network("mlp")
+        prune.random_unstructured(model[-1], "bias", 0.5)
+        before = state(model)
+        with pytest.raises(WdatError, match="computes its weight or its bias from others"):
+            perturb_(model, "last_layer", reinit=reinit, head="4")
+        assert all(same(before, state(model)).values())
+
+
+def test_the_last_layer_is_found_with_images_of_any_precision():
+    model = network("mlp")
+    perturb_(model, "last_layer", x=X.float())
 
 
 @pytest.mark.parametrize("width", [8, 4])
@@ -668,6 +705,8 @@ def test_random_start_is_its_fraction_of_delta_away():
         distances = torch.linalg.vector_norm(start - x, r, (1, 2, 3))
         torch.testing.assert_close(distances, torch.full_like(distances, 0.07))
         assert start.unique().numel() > 50
+    still = _moved(x.half(), THREAT, 1.0, torch.full_like(x, 0.5).half())  # as numbers in 16 bits may all be
+    assert torch.equal(still, x.half())
     edge = _moved(torch.ones_like(x), THREAT, 1.0, torch.rand(x.shape, generator=generator, dtype=x.dtype))
     assert edge.max() == 1 and edge.min() >= 0.95 - 1e-12
 
@@ -866,6 +905,26 @@ def test_finetuning_the_last_layer_finds_it_again(robust):
     assert scores(model, test)[2] > 0.8
 
 
+class Keeping(nn.Module):
+    """Keeps what it computed of the last images."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.last = nn.Linear(18, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        self.kept = self.body(x.flatten(1)).relu()
+        return self.last(self.kept)
+
+
+def test_a_network_that_keeps_what_it_computed_is_averaged():
+    model = Keeping().double()
+    model(X)  # as its caller may have done
+    before = state(model)
+    finetune(model, data(12), None, quick(average=0.9))
+    assert not any(same(before, state(model)).values())
+
+
 def test_averaged_weights_differ_and_are_what_is_validated():
     model, average = plain_network(), []
     data, val = easy_problem(128, 1), easy_problem(128, 3)
@@ -976,6 +1035,25 @@ def test_crop_and_flip_gives_shifts_and_flips_of_each_image(h, w):
     assert out.shape == x.shape
     for image, result in zip(x, out, strict=True):
         assert (shifts(image) == result).flatten(1).all(1).sum() == 1
+
+
+class Viewing(nn.Module):
+    """Asks for images that lie row by row in memory, as many networks do."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Linear(18, 4)
+
+    def forward(self, x):
+        return self.last(x.view(len(x), -1))
+
+
+@both
+def test_a_network_that_views_its_images_is_trained_on_augmented_ones(objective):
+    model = Viewing().double()
+    before = state(model)
+    finetune(model, data(12), data(6), quick(objective, augment=True))
+    assert not any(same(before, state(model)).values())
 
 
 def test_crop_and_flip_draws_every_shift_and_flip():
