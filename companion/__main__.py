@@ -45,6 +45,7 @@ class Item(click.Command):
         item, given = str(self.name), {name: read(text) for name, text in context.params["parameter"]}
         each = checked(item, given)
         from companion import processes
+        from companion.machine import check_device
         from companion.networks import check_name
         from companion.records import record_name
         from wdat_core import WdatError
@@ -53,6 +54,7 @@ class Item(click.Command):
             if context.params["check"]:
                 for one in each:
                     check_name(str(one.network), one.dataset, one.norm)
+                    check_device(one.device)
                 return
             with contextlib.redirect_stdout(sys.stderr), processes.joined():  # what is printed on the way is no name
                 records = compute(item, each)
@@ -66,7 +68,9 @@ class Item(click.Command):
 PARAMETER = click.Option(
     ["-p", "--parameter"], nargs=2, multiple=True, metavar="NAME VALUE", help="A parameter; may be given many times."
 )
-CHECK = click.Option(["--check"], is_flag=True, help="Check the parameters and the network's name; compute nothing.")
+CHECK = click.Option(
+    ["--check"], is_flag=True, help="Check the parameters, the network and the device by name; compute nothing."
+)
 
 
 def main(arguments: Sequence[str]) -> None:

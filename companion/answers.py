@@ -11,7 +11,7 @@ from typing import Any
 
 from companion import pictures
 from companion.claim_texts import paper_count, worst_case_answer
-from companion.claims import CIFAR10_ONLY, CLAIMS, Claim, counted, outcomes, verdict
+from companion.claims import CLAIMS, Claim, cifar10_only, counted, outcomes, verdict
 from companion.cost_page import cost_answer
 from companion.evidence import (
     COLUMNS,
@@ -98,7 +98,7 @@ def _grid(table: int, records: Sequence[Record]) -> str:
         parts.append(f"{change(best, 'w_2').text(signed=True)} on {name_of(best[0])}{where}")
         found.append(outcome_of_change(printed, best, "w_2"))
     here = "Here" if whole else "The whole protocol is not recorded here; in shorter runs"
-    other = "" if network in CIFAR10_ONLY else " The paper's network was pre-trained on far more data than these."
+    other = "" if network in cifar10_only() else " The paper's network was pre-trained on far more data than these."
     return f"{paper} {here}: {listed(parts)}. {_mark(found)}{other}"
 
 
@@ -350,11 +350,13 @@ def _performance(records: Sequence[Record]) -> str:
     benchmarks = newest_last(_of(records, "benchmark"))
     if not benchmarks:
         return NOTHING
-    rows = [row for row in benchmarks[-1].rows if row["target"] is not None and row["met"] is not None]
-    missed = [row for row in rows if not row["met"]]
-    names = listed([f"{symbols(row['name'])} on {row['network']}" for row in missed])
-    text = f"{len(rows) - len(missed)} of {plural(len(rows), 'target')} are met on {benchmarks[-1].device}."
-    return f"{text} Missed: {names}." if missed else text
+    rows = [row for row in benchmarks[-1].rows if row["target"] is not None]
+    met, missed, open_ = ([r for r in rows if r["met"] is what] for what in (True, False, None))
+    text = f"{len(met)} of {plural(len(rows), 'target')} are met on {benchmarks[-1].device}."
+    for words, those in (("Missed", missed), ("Not decided, since the interval has the target inside", open_)):
+        names = [f"{symbols(row['name'])} on {row['network']}" for row in those]
+        text += f" {words}: {listed(names)}." if those else ""
+    return text
 
 
 def _intro(records: Sequence[Record]) -> str:

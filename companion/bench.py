@@ -112,12 +112,15 @@ class Bench:
         return progress(f"{self.network.name}, {what}") if processes.is_first() else list
 
 
-def bench(settings: Settings) -> Bench:
+def bench(settings: Settings, classes: int = 2) -> Bench:
     """Network, images and device of the settings.
+
+    Args:
+        classes: how many the network must have, at least.
 
     Raises:
         ParameterError: one of them is not there, or the network does not take the images (see `load_network`,
-            `load_data`, `check_fit`, `pick_device`).
+            `load_data`, `check_fit`, `pick_device`), or has fewer classes.
     """
     core_digest()  # of the code that runs, should the file be edited meanwhile
     device = pick_device(settings.device)
@@ -127,6 +130,11 @@ def bench(settings: Settings) -> Bench:
     network.model.to(device)
     with torch.no_grad():
         logits = network.model(torch.full((1, *data.shape), 0.5, device=device))
+    if logits.shape[1] < classes:
+        raise ParameterError(
+            f"this compares attacks by DLR and ReDLR, which need {classes} classes, and {network.name} has"
+            f" {logits.shape[1]}: tables 1 to 11 and worst_case take two"
+        )
     return Bench(settings, network, data, device, "redlr" if logits.shape[1] > 2 else "margin")
 
 
@@ -182,6 +190,8 @@ def each_network(
             print(*map(record_name, each([settings.resolved()])), sep="\n", flush=True)
     except (ParameterError, WdatError) as error:
         sys.exit(f"{name}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"{name}: interrupted")
 
 
 def held(begun: Begun, on: Bench) -> Any:
@@ -200,6 +210,12 @@ def _held(begun: Begun, on: Bench) -> Any:
     return record if alike and protocol(record) == protocol(begun) else None
 
 
+def data_words(settings: Settings) -> str:
+    """The images of a run as another machine calls them: in the folder data, or of a user's own file by its name."""
+    data = str(settings.data)
+    return own.words(data) if is_own(data) else data if data == "embedded" else "data"
+
+
 def command(settings: Settings, notebook: str, **column: Any) -> str:
     """The papermill line that repeats a record, without the folders of this machine.
 
@@ -214,9 +230,8 @@ def command(settings: Settings, notebook: str, **column: Any) -> str:
         defaults["network"] = own_default
     elif settings.preset == "paper":
         del defaults["network"]  # another one in other notebooks
-    network, data = network_words(str(settings.network)), str(settings.data)
-    data = own.words(data) if is_own(data) else data if data == "embedded" else "data"
-    one = {**settings.model_dump(), "network": network, "data": data, **column}
+    words = {"network": network_words(str(settings.network)), "data": data_words(settings)}
+    one = {**settings.model_dump(), **words, **column}
     elsewhere = ("device", "models", "stop_after", "export", "fresh")  # of the machine, not of the numbers
     known = [k for k in PARAMETERS[NOTEBOOKS[notebook]] if k not in elsewhere]
     given = {k: one[k] for k in known if k not in defaults or one[k] != defaults[k]}

@@ -18,13 +18,13 @@ from companion.bench import bench
 from companion.files import from_root
 from companion.records import make_record, parse_record, record_name, write_record
 from companion.runs import found, scores
-from companion.settings import ParameterError, Settings
+from companion.settings import FINETUNED, ParameterError, Settings
 from companion.terminal import arguments_of
 
 WITHIN = 0.002  # of an accuracy as a fraction: another machine rounds otherwise
 
 
-def complete(export: str, data: str, models: str, steps: int) -> Path:
+def complete(export: str, data: str, models: str, steps: int, before: str | None = None) -> Path:
     """Writes the record of an export with distances before and after, and returns its path.
 
     Args:
@@ -32,16 +32,24 @@ def complete(export: str, data: str, models: str, steps: int) -> Path:
         data: the folder of the images, or "embedded".
         models: the folder of published weights.
         steps: of the search.
+        before: the network that was fine-tuned, if the record does not name one that can be loaded: itself an export.
 
     Raises:
-        ParameterError: as `bench`; or the images are others than those of the record, or the accuracies differ.
+        ParameterError: as `bench`; or there is no export, or it began from one that is not given; or the images are
+            others than those of the record, or the accuracies differ.
     """
-    record = _kept(parse_record((from_root(export) / "record.json").read_bytes()))
+    path = from_root(export) / "record.json"
+    if not path.is_file():
+        raise ParameterError(f"{export} is not an export of this project: it has no record.json")
+    record = _kept(parse_record(path.read_bytes()))
+    start = before or record.network.name
+    if start.endswith(FINETUNED):
+        raise ParameterError(f"{export} began from an export, {start}: give its folder with --before")
     threat = record.config.threat
     sizes = {f"{part}_images": getattr(record.data, part) for part in ("train", "val", "test")}
     usual = {"data": data, "models": models, "steps": record.config.steps, "found_steps": steps, "delta": threat.delta}
     norm: Any = "Linf" if threat.r == math.inf else "L2"
-    settings = [Settings(**usual, **sizes, norm=norm, network=n).resolved() for n in (record.network.name, export)]
+    settings = [Settings(**usual, **sizes, norm=norm, network=n).resolved() for n in (start, export)]
     packed: dict[str, str] = {}
     part: dict[str, Any] = {}
     for when, one in zip(("before", "after"), settings, strict=True):
@@ -70,10 +78,13 @@ def main(arguments: list[str]) -> None:
     parser = arguments_of(__doc__)
     parser.add_argument("exports", nargs="+", help="folders of exports")
     parser.add_argument("--found-steps", type=int, default=100)
+    parser.add_argument("--before", help="folder of the export that was fine-tuned, if it was one")
     given = parser.parse_args(arguments)
+    if given.found_steps < 1:
+        sys.exit("complete: --found-steps must be at least 1: the distances are what it adds")
     for export in given.exports:
         try:
-            print(complete(export, given.data, given.models, given.found_steps))
+            print(complete(export, given.data, given.models, given.found_steps, given.before))
         except (ParameterError, OSError, ValueError) as error:
             sys.exit(f"complete: {error}")
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from companion import files
+from companion.checked import ParameterError
 from companion.files import digest, write_whole
 
 CORES = files.RESULTS / "cores.json"
@@ -163,21 +164,28 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--data", type=Path, default=files.ROOT / "data", help="folder of CIFAR-10")
     parser.add_argument("--file", type=Path, default=files.ROOT / "wdat_core.py", help="the version of wdat_core.py")
     given = parser.parse_args(arguments)
+    try:
+        _note(given.file, given.data)
+    except (ParameterError, OSError) as error:
+        sys.exit(f"cores: {error}")
+
+
+def _note(file: Path, data: Path) -> None:
     import torch
 
     import wdat_core
     from companion.machine import made_on, processor
 
     torch.set_num_threads(1)
-    content = given.file.read_bytes().replace(b"\r\n", b"\n")
-    core = _load(given.file)
+    content = file.read_bytes().replace(b"\r\n", b"\n")
+    core = _load(file)
     entry = {
-        **made_on(torch.device("cpu"), f"python -m companion.cores --file {given.file.name}"),
+        **made_on(torch.device("cpu"), f"python -m companion.cores --file {file.name}"),
         "processor": processor(),
-        "core": wdat_core.code_digest(given.file),
+        "core": wdat_core.code_digest(file),
         "file": digest(content),
     }
-    entry["sample"] = sample(core, given.data)
+    entry["sample"] = sample(core, data)
     same = ("core", "device", "processor")
     others = [e for e in _entries() if any(e.get(key) != entry[key] for key in same)]
     write_whole(CORES, (json.dumps([*others, entry], indent=1) + "\n").encode())
@@ -189,10 +197,13 @@ def main(arguments: list[str]) -> None:
 
 def _load(path: Path) -> Any:
     spec = importlib.util.spec_from_file_location("wdat_core_of_the_sample", path)
-    assert spec is not None and spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise ParameterError(f"{path} is not a file of Python")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look for it there
     spec.loader.exec_module(module)
+    if missing := [name for name in ("FinetuneConfig", "evaluate", "finetune") if not hasattr(module, name)]:
+        raise ParameterError(f"{path} is no version of wdat_core.py: it has no {missing[0]}")
     return module
 
 

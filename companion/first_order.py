@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import itertools
 import math
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import wdat_core
-from companion.bench import Bench, begin, bench, each_network, recorded
+from companion.bench import Bench, begin, bench, data_words, each_network, network_words, recorded
 from companion.kinds import FirstOrderRecord, Record
 from companion.parts import FirstOrderConfig, FirstOrderRow
 from companion.settings import Settings
@@ -41,10 +42,10 @@ def first_order_each(settings: Sequence[Settings], *, steps: int = STEPS) -> lis
     """
     records: list[Any] = []
     for one in settings:
-        on = bench(one)
+        on = bench(one, classes=3)
         config = FirstOrderConfig(steps=steps, fractions=FRACTIONS, losses=list(LOSSES), threats=THREATS)
-        data = "embedded" if one.data == "embedded" else "data"
-        command = f"python -m companion.first_order {on.network.name} --data {data} --test-images {one.test_images}"
+        network, data = shlex.quote(network_words(str(one.network))), shlex.quote(data_words(one))
+        command = f"python -m companion.first_order {network} --data {data} --test-images {one.test_images}"
         begun = begin("first_order", on, ("test",), config)
         records.append(recorded(begun, on, command, lambda on=on: {"rows": _rows(on, steps)}))  # type: ignore[misc]
     return records

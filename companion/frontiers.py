@@ -334,10 +334,15 @@ def chosen_table(records: Sequence[Record]) -> Any:
     lines = []
     for study in every:
         tried = [setting.objective for setting in settings_of(study)]
-        for one in judged(study, records):
+        found = judged(study, records)
+        for one in found:
             alone = ", the only one that was run" * (tried.count(one.setting.objective) == 1)
             words = [name(one.setting.objective), one.setting.words + alone, one.val.text(signed=True)]
             words.append(one.text + one.range)
             lines.append([label(study, every), *words])
+        for objective in dict.fromkeys(tried):
+            if objective not in (BASE[0], *(one.setting.objective for one in found)):
+                beyond = ["–", "none is comparable", "–"]
+                lines.append([label(study, every), name(objective), *beyond])
     heads = ["network", "objective", "chosen", *(f"{words} images" for words in PARTS.values())]
     return markdown(heads, lines or [["nothing can be compared yet", *["–"] * 4]])

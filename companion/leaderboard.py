@@ -111,7 +111,10 @@ def entrants(datasets: Sequence[str], here: Path | None = None) -> list[str]:
 @click.option("--here", is_flag=True, help="Only networks whose weights are in the folder models.")
 def main(dataset: tuple[str, ...], here: bool) -> None:
     try:
-        click.echo("\n".join(entrants(dataset or [*DATASETS], files.ROOT / "models" if here else None)))
+        found = entrants(dataset or [*DATASETS], files.ROOT / "models" if here else None)
+        if not found:
+            raise ParameterError("the folder models has no weights of RobustBench for these data sets")
+        click.echo("\n".join(found))
     except ParameterError as error:
         click.echo(f"companion: {error}", err=True)
         sys.exit(1)

@@ -28,13 +28,29 @@ def made_on(device: torch.device, command: str) -> dict[str, Any]:
     }
 
 
+def check_device(name: str) -> None:
+    """The name is one that some machine may have.
+
+    Raises:
+        ParameterError: it is not.
+    """
+    import torch
+
+    try:
+        torch.device("cpu" if name == "auto" else name)
+    except RuntimeError as error:
+        raise ParameterError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:1 ({one_line(error)})") from error
+
+
 def pick_device(name: str) -> torch.device:
     """The device of that name; "auto" is the first GPU, or the CPU.
 
     Raises:
-        ParameterError: this machine has no such device.
+        ParameterError: there is no such device, or this machine has none.
     """
     import torch
+
+    check_device(name)
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -41,6 +41,7 @@ class Published:
     address: str  # where the file comes from
     licence: str
     training: str  # how it was made robust, by those who published it
+    extra: bool = False  # whether it has seen more images than CIFAR-10's
 
 
 # alpha-beta-CROWN carries the files under its own licence.
@@ -107,13 +108,17 @@ def load_network(name: str, models: Path, dataset: str = "cifar10", norm: str = 
 
 
 def check_name(name: str, dataset: str, norm: str) -> None:
-    """The name is one that `load_network` knows, or a path.
+    """The name is one that `load_network` knows, or a path to something that is there.
 
     Raises:
         ParameterError: it is not; says the nearest ones.
     """
-    is_path = is_own(name) or Path(name).name != name
-    if not is_path and name not in STAND_INS and name not in PUBLISHED and name not in zoo(dataset, norm):
+    if is_own(name):
+        own.parts(name, "network")
+    elif Path(name).name != name:
+        if not (from_root(name) / "record.json").is_file():
+            raise ParameterError(f"{name} is not an export of this project: it has no record.json")
+    elif name not in STAND_INS and name not in PUBLISHED and name not in zoo(dataset, norm):
         raise _unknown(name, dataset, norm)
 
 

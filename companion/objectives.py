@@ -23,7 +23,7 @@ from dataclasses import replace
 from typing import Any
 
 import wdat_core
-from companion.bench import Bench, begin, bench, held, kept_at, measured, network_words
+from companion.bench import Bench, begin, bench, data_words, held, kept_at, measured, network_words
 from companion.networks import new_network
 from companion.objective_functions import OBJECTIVES
 from companion.parts import ObjectiveConfig
@@ -74,6 +74,7 @@ def train_for(settings: Settings, objective: str, *, gamma: float = 0.0, scratch
         name: getattr(settings, name) for name in ("tau", "eta", "beta", "steps", "epochs", "batch_size", "seed")
     }
     shared |= ({"gamma": gamma} if gamma else {}) | (SCRATCH if scratch else {})
+    shared |= {} if on.loss == "redlr" else {"loss": on.loss}
     how_to_train = FinetuneConfig(objective=how.function, **shared)  # which says what cannot be
     config = ObjectiveConfig(objective=objective, found_steps=int(settings.found_steps or 0), **shared)
     begun = begin("objective", on, ("train", "val", "test"), config)
@@ -118,7 +119,6 @@ def as_it_is(settings: Settings) -> list[Any]:
 
 
 def _command(settings: Settings, objective: str, gamma: float = 0.0, scratch: bool = False) -> str:
-    data = "embedded" if settings.data == "embedded" else "data"
     assert settings.delta is not None
     given: dict[str, Any] = {
         "beta": settings.beta,
@@ -129,9 +129,9 @@ def _command(settings: Settings, objective: str, gamma: float = 0.0, scratch: bo
     given |= {"gamma": gamma} if gamma else {}
     given |= {name.replace("_", "-"): getattr(settings, name) for name in ("seed", *SIZES)}
     network = shlex.quote(network_words(str(settings.network)))
-    return f"python -m companion.objectives {network} --objective {objective} " + " ".join(
-        [*(f"--{name} {value!r}" for name, value in given.items()), *["--scratch"] * scratch, f"--data {data}"]
-    )
+    parts = [*(f"--{name} {value!r}" for name, value in given.items()), *["--scratch"] * scratch]
+    parts.append(f"--data {shlex.quote(data_words(settings))}")
+    return f"python -m companion.objectives {network} --objective {objective} {' '.join(parts)}"
 
 
 SIZES = {"train_images": 10_000, "val_images": 2_000, "test_images": 10_000, "epochs": 20, "found_steps": 100}
@@ -170,6 +170,8 @@ def main(arguments: list[str]) -> None:
             print(*map(record_name, made), sep="\n", flush=True)
         except (ParameterError, WdatError) as error:
             sys.exit(f"objectives: {error}")
+        except KeyboardInterrupt:
+            sys.exit("objectives: interrupted: run it again to go on")
 
 
 if __name__ == "__main__":

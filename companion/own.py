@@ -15,6 +15,21 @@ from companion.settings import ParameterError
 OWN = "own_"  # begins the name of a module that `call` makes of a file
 
 
+def parts(value: str, parameter: str) -> tuple[Path, str]:
+    """The file, which is there, and the name of the function.
+
+    Raises:
+        ParameterError: there is no such file, or no such name.
+    """
+    file, _, name = value.rpartition(":") if not value.endswith(".py") else (value, "", "")
+    path = from_root(file).resolve()
+    if not name.isidentifier():
+        raise ParameterError(f"{parameter} is {value!r}, which names no function: write path/file.py:function")
+    if not path.is_file():
+        raise ParameterError(f"{parameter} is {value!r}, and there is no file {path}")
+    return path, name
+
+
 def call(value: str, parameter: str) -> Any:
     """What the function returns, called without arguments.
 
@@ -27,12 +42,7 @@ def call(value: str, parameter: str) -> Any:
     Raises:
         ParameterError: there is no such file or function, or one of the two raises; its `__cause__` is that exception.
     """
-    file, _, name = value.rpartition(":") if not value.endswith(".py") else (value, "", "")
-    path = from_root(file).resolve()
-    if not name.isidentifier():
-        raise ParameterError(f"{parameter} is {value!r}, which names no function: write path/file.py:function")
-    if not path.is_file():
-        raise ParameterError(f"{parameter} is {value!r}, and there is no file {path}")
+    path, name = parts(value, parameter)
     module_name = OWN + path.stem
     spec = importlib.util.spec_from_file_location(module_name, path)
     assert spec is not None and spec.loader is not None

@@ -125,6 +125,7 @@ class ObjectiveConfig(Part):
     nesterov: bool = False
     weight_decay: Amount = 0.0
     upsilon_from: Text = "sample"
+    loss: Text = "redlr"  # of the distributional attack
 
 
 class FirstOrderConfig(Part):

@@ -114,8 +114,11 @@ def attack_harder(settings: Settings, *, notebook: str) -> Any:
     """A record of the network under the attacks of the tables, under those of `STRONGER`, and under AutoAttack.
 
     AutoAttack (Croce and Hein, 2020) is pointwise, and takes the first `settings.autoattack` test images only.
+
+    Raises:
+        ParameterError: as `bench`; or the network has two classes, for which there is no DLR.
     """
-    on = bench(settings)
+    on = bench(settings, classes=3)
     few = min(settings.autoattack, settings.test_images or 0)
     config = AttackConfig(steps=settings.steps, **on.config)
     begun = begin("stronger", on, ("test",), config, **({"autoattack": few} if few else {}))

@@ -5,10 +5,11 @@ Nothing here imports torch: parameters are checked before it is loaded."""
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from companion.checked import Checked, variables
 from companion.checked import ParameterError as ParameterError  # where everybody looks for it
@@ -119,6 +120,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(gt=0)]
+Radius = Annotated[float, Field(ge=1e-6)]  # below that float32 rounds the steps away
+
+
+def _quotient(value: Any) -> Any:
+    """8/255, which a command line passes on as text, as a number; anything else as it is."""
+    number = r"\d+(?:\.\d+)?"
+    if isinstance(value, str) and (parts := re.fullmatch(rf"\s*({number})\s*/\s*({number})\s*", value)):
+        return float(parts[1]) / float(parts[2]) if float(parts[2]) else value
+    return value
 
 
 class Settings(Checked):
@@ -157,9 +167,9 @@ class Settings(Checked):
     epochs: Count | None = Field(None, description="passes over the training images")
     batch_size: Count | None = Field(None, description="images of a minibatch")
     norm: Literal["Linf", "L2"] = Field("Linf", description='norm of the attack\'s pixels: "Linf" or "L2"')
-    delta: Positive | None = Field(
+    delta: Annotated[Radius | None, BeforeValidator(_quotient)] = Field(
         None,
-        description="radius of the attack, in [0, 1] pixel units; None: the data set's, 8/255 for CIFAR-10 in Linf",
+        description="radius of the attack, in [0, 1] pixel units or as 8/255; None: the usual one of the data set",
     )
     beta: Annotated[float, Field(ge=0)] = Field(6.0, description="weight of the distributional term, eq. 5.1")
     steps: Count = Field(20, description="of every attack")

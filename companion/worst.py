@@ -103,28 +103,39 @@ def worst_table(
 ) -> Any:
     """A row for each network, as Markdown: accuracy in per cent clean, under W-PGD, and in the worst case found.
 
-    In brackets what is proved to be left, where that is known.
+    In brackets what is proved to be left, where that is known. The radii are those of the book, or where all records
+    have one radius that, its half and its quarter.
     """
-    lines = []
-    for record in measured(records):
+    lines, those = [], measured(records)
+    attacks = {(r.config.steps, r.config.threat.delta, r.config.threat.r) for r in those}
+    deltas, norms = {delta for _, delta, _ in attacks}, {r for *_, r in attacks}
+    radii: Sequence[float] = RADII
+    if len(deltas) == 1:
+        radii = [round(255 * max(deltas) / part, 9) for part in (4, 2, 1)]
+    for record in those:
         twin = [
-            s for s in stronger if s.network.digest == record.network.digest and s.data.digest == record.data.digest
+            s
+            for s in stronger
+            if s.network.digest == record.network.digest
+            and s.data.digest == record.data.digest
+            and s.config.threat == record.config.threat
         ]
         cells = [short_name(record.network.name), accuracy([record], "test", "clean").text()]
         cells.append(accuracy([record], "test", "w_2").text())
         cells.append(accuracy(twin[:1], "w_2_2023", "accuracy").text() if twin else "–")
-        for p, delta in [*((2.0, delta) for delta in RADII), (math.inf, RADII[-1])]:
+        for p, delta in [*((2.0, delta) for delta in radii), (math.inf, radii[-1])]:
             found = accuracy([record], "test", found_at(p, delta)).text()
             cells.append(found + _at_least(record, certified, p, delta))
         lines.append(cells)
-    attacks = {(r.config.steps, r.config.threat.delta, r.config.threat.r) for r in measured(records)}
     words = [
         f"{steps} steps, {255 * delta:.4g}/255{'' if r == math.inf else f', l_{r:g}'}" for steps, delta, r in attacks
     ]
     attack = f", {words[0]}" if len(words) == 1 else ", as in its record"
-    heads = ["network", "clean", f"W-PGD{attack}", f"W-PGD of 2023, {RADII[-1]}/255"]
-    heads += [f"worst case found, W₂, {delta}/255" for delta in RADII]
-    return markdown([*heads, f"worst case found, W∞, {RADII[-1]}/255"], lines)
+    norm = "" if norms <= {math.inf} else f", l_{max(norms):g}" if len(norms) == 1 else ", in its own norm"
+    heads = ["network", "clean", f"W-PGD{attack}", f"W-PGD of 2023, {radii[-1]:.4g}/255"]
+    heads += [f"worst case found, W₂, {delta:.4g}/255{norm}" for delta in radii]
+    heads.append(f"worst case found, W∞, {radii[-1]:.4g}/255{norm}")
+    return markdown(heads, lines or [["no distances: they come with found_steps above 0", *["–"] * (len(heads) - 1)]])
 
 
 def _at_least(record: EvaluateRecord, certified: Sequence[CertifiedRecord], p: float, delta: float) -> str:

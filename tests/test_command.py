@@ -165,6 +165,11 @@ def test_values_are_read_as_papermill_reads_them(text):
         ("table3 table4", "Got unexpected extra argument (table4)", 2),
         ("table3 -p network smal_trades", "unknown network 'smal_trades': did you mean small_trades", 1),
         ("table3 --check -p network smal_trades", "unknown network 'smal_trades': did you mean small_trades", 1),
+        ("table3 --check -p network exports/none", "exports/none is not an export of this project", 1),
+        ("table3 --check -p network none.py:f", "network is 'none.py:f', and there is no file", 1),
+        ("table3 --check -p device gpu", "unknown device 'gpu': use auto, cpu, cuda or cuda:1", 1),
+        ("table3 -p delta 1e-40", "delta must be at least 1e-06", 1),
+        ("table3 -p delta 8/0", "delta must be a number, not '8/0'", 1),
         ("table3 -p network nowhere/file.py:f", "network is 'nowhere/file.py:f', and there is no file", 1),
         ("table3 -p network exports/nothing", "is not an export of this project", 1),
         ("table3 -p device cuda:77", "this machine has no device 'cuda:77'", 1),
@@ -185,6 +190,13 @@ def test_an_error_of_the_core_is_one_line_too(folder, tmp_path, capsys):
     )
     said, code = refused(capsys, *words("table1", given_to("table1", network=f"{tmp_path}/mine.py:network")))
     assert "the model, the loss or the rule returns NaN" in said and code == 1
+
+
+def test_a_radius_in_255ths_is_read_as_it_is_written():
+    (settings,) = checked("table1", {"delta": read("8/255"), "network": "demo"})
+    assert settings.delta == 8 / 255
+    (settings,) = checked("table1", {"delta": read("0.5 / 255"), "network": "demo"})
+    assert settings.delta == 0.5 / 255
 
 
 def test_checking_computes_nothing(folder, capsys):

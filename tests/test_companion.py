@@ -99,7 +99,7 @@ def test_grid_is_all_of_the_paper_or_the_one_asked_for():
         ({"tau": math.nan}, "tau must be a finite number, not nan"),
         ({"eta": 1.5}, "eta must be at most 1, not 1.5"),
         ({"eta": 0}, "eta must be above 0"),
-        ({"delta": 0}, "delta must be above 0"),
+        ({"delta": 0}, "delta must be at least 1e-06"),
         ({"delta": math.inf}, "delta must be a finite number"),
         ({"beta": -1}, "beta must be at least 0"),
         ({"steps": 0}, "steps must be above 0"),

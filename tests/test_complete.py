@@ -74,6 +74,24 @@ def test_other_images_and_another_network_are_refused(without, runs, tmp_path, m
     monkeypatch.setattr(complete, "scores", lambda *args: {m: ~bits for m, bits in plain(*args).items()})
     with pytest.raises(ParameterError, match=r"clean before: .* here and .* in the record"):
         complete.complete(str(path), "embedded", "models", 6)
-    with pytest.raises(SystemExit, match="complete: "):
+    with pytest.raises(SystemExit, match=r"complete: .*nothing is not an export of this project: it has no record"):
         main([str(tmp_path / "nothing")])
+    with pytest.raises(SystemExit, match="complete: --found-steps must be at least 1"):
+        main([str(path), "--found-steps", "0"])
     assert not runs.exists() or not list(runs.glob("finetune-*.json"))
+
+
+def test_an_export_that_began_from_an_export_asks_for_that_one(without, runs, tmp_path):
+    first, _ = without
+    settings = Settings(
+        tau=0.01, eta=1, network=str(first), export=str(tmp_path / "exports"), found_steps=0, **SIZES
+    ).resolved()
+    finetune_grid(settings, "whole", notebook="table4")
+    (second,) = (tmp_path / "exports").iterdir()
+    with pytest.raises(
+        SystemExit, match=r"complete: .* began from an export, demo-finetuned: give its folder with --b"
+    ):
+        main([str(second), "--data", "embedded", "--found-steps", "2"])
+    main([str(second), "--data", "embedded", "--found-steps", "2", "--before", str(first)])
+    found = [parse_record(path.read_bytes()) for path in runs.glob("finetune-demo-finetuned-*.json")]
+    assert any(has_found(record, "before", "after") for record in found)

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from companion import cores
+from companion import cores, files
 from companion.evidence import is_current
 from companion.kinds import FinetuneRecord
 from companion.records import read_records
@@ -123,6 +123,21 @@ def test_without_a_table_only_the_present_code_is_current(known, tmp_path):
     assert cores.is_current(code_digest()) and not cores.is_current(ENTRY["core"])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--file", "none.py"], "No such file"),
+        (["--file", str(files.ROOT / "README.md")], "is not a file of Python"),
+        (["--file", str(files.ROOT / "make.py")], "is no version of wdat_core.py: it has no FinetuneConfig"),
+        (["--data", "embedded"], "CIFAR-10 is not in"),
+    ],
+)
+def test_what_is_no_core_and_no_images_is_named(arguments, words, known):
+    known(ENTRY)
+    with pytest.raises(SystemExit, match=f"cores: .*{words}"):
+        cores.main(arguments)
+
+
 def test_a_comment_changes_no_core_and_a_number_does(tmp_path):
     file = tmp_path / "core.py"
     digests = []
@@ -134,4 +149,5 @@ def test_a_comment_changes_no_core_and_a_number_does(tmp_path):
 
 def test_what_the_claims_count_was_made_by_code_that_gives_the_present_numbers():
     full = [r for r in read_records() if isinstance(r, FinetuneRecord) and r.config.epochs == 20]
-    assert len(full) > 10 and [r.network.name for r in full if not cores.is_current(r.core)] == []
+    others = [r.network.name for r in full if not cores.is_current(r.core)]
+    assert len(full) > 10 and others == [], "the code changed: python -m companion.cores --data data, see CONTRIBUTING"

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from companion import files, networks
+from companion import claims, files, networks
 from companion.architectures import cnn_a
 from companion.data import load_data
 from companion.datasets import DATASETS, NORMS, is_own
@@ -169,29 +169,32 @@ def test_robustbench_takes_an_export_for_any_data_set_and_norm(placed, tmp_path)
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def published(tmp_path, monkeypatch):
+@pytest.fixture(params=PUBLISHED)
+def published(request, tmp_path, monkeypatch):
     """A file of random weights in place of the published one, which is not the project's to give away."""
     torch.manual_seed(0)
-    model = cnn_a().eval()
-    path = tmp_path / PUBLISHED["cnn_a_adv4"].file
+    row = PUBLISHED[request.param]
+    model = row.architecture().eval()
+    path = tmp_path / row.file
     torch.save(model.state_dict(), path)
     known = hashlib.sha256(path.read_bytes()).hexdigest()
-    monkeypatch.setitem(PUBLISHED, "cnn_a_adv4", replace(PUBLISHED["cnn_a_adv4"], digest=known))
-    return path, model
+    monkeypatch.setitem(PUBLISHED, request.param, replace(row, digest=known))
+    return request.param, path, model
 
 
 def test_published_file_is_loaded(published, tmp_path):
-    path, model = published
-    network = load_network("cnn_a_adv4", tmp_path)
+    name, path, model = published
+    network = load_network(name, tmp_path)
     x = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(network.model(x), model(x))
     assert network.digest == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert sum(p.numel() for p in network.model.parameters()) == 214_918
-    assert list(torch.load(path, weights_only=True)) == [
-        f"{i}.{part}" for i in (0, 2, 5, 7) for part in ("weight", "bias")
-    ]
+
+
+def test_architecture_has_the_parts_of_the_published_file():
+    model = cnn_a()
+    assert sum(p.numel() for p in model.parameters()) == 214_918
+    assert [*model.state_dict()] == [f"{i}.{part}" for i in (0, 2, 5, 7) for part in ("weight", "bias")]
 
 
 def test_architecture_normalises_by_what_its_authors_did():
@@ -204,26 +207,34 @@ def test_architecture_normalises_by_what_its_authors_did():
 
 
 def test_published_network_is_exported_and_comes_back(published, tmp_path):
-    model = cnn_a().eval()
-    path = exported_from("cnn_a_adv4", tmp_path / "exports", "cifar10", "Linf", model)
+    name, _, _ = published
+    model = PUBLISHED[name].architecture().eval()
+    path = exported_from(name, tmp_path / "exports", "cifar10", "Linf", model)
     network = load_network(str(path), tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(network.model.parameters(), model.parameters(), strict=True))
-    assert network.name == "cnn_a_adv4-finetuned" and (path / "cnn_a_adv4.safetensors").is_file()
-    assert "## Licence\n\nBSD-3-Clause, " in (path / "README.md").read_text(encoding="utf-8")
+    assert network.name == f"{name}-finetuned" and (path / f"{name}.safetensors").is_file()
+    assert f"## Licence\n\n{PUBLISHED[name].licence}, " in (path / "README.md").read_text(encoding="utf-8")
 
 
 def test_missing_or_other_published_file_is_named_with_its_address(published, tmp_path):
-    path, _ = published
-    other = cnn_a().state_dict()
-    torch.save(other, path)
-    with pytest.raises(ParameterError, match=r"not the published file of cnn_a_adv4 .*place the file from https://"):
-        load_network("cnn_a_adv4", tmp_path)
+    name, path, _ = published
+    torch.save(PUBLISHED[name].architecture().state_dict(), path)
+    with pytest.raises(ParameterError, match=rf"not the published file of {name} .*place the file from https://"):
+        load_network(name, tmp_path)
     path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(ParameterError, match=r"truncated.*place the file from https://.*cifar_cnn_a_adv4.model there"):
-        load_network("cnn_a_adv4", tmp_path)
+    with pytest.raises(ParameterError, match=rf"truncated.*place the file from https://.*{path.name} there"):
+        load_network(name, tmp_path)
     path.unlink()
-    with pytest.raises(ParameterError, match=r"no weights of cnn_a_adv4 at .*: place the file from https://"):
-        load_network("cnn_a_adv4", tmp_path)
+    with pytest.raises(ParameterError, match=rf"no weights of {name} at .*: place the file from https://"):
+        load_network(name, tmp_path)
+
+
+@pytest.mark.parametrize("extra", [False, True])
+def test_a_network_that_has_seen_more_images_is_no_judge_of_claims_about_cifar_10_alone(extra, monkeypatch):
+    """Claims 3 and 4 speak of networks that were trained on CIFAR-10 and nothing else."""
+    row = replace(PUBLISHED["cnn_a_adv4"], extra=extra)
+    monkeypatch.setitem(PUBLISHED, "with_more", row)
+    assert ("with_more" in claims.cifar10_only()) != extra and "cnn_a_adv4" in claims.cifar10_only()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

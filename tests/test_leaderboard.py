@@ -6,7 +6,7 @@ import pytest
 from altered import altered
 from test_worst import made
 
-from companion import leaderboard
+from companion import files, leaderboard
 from companion.datasets import DATASETS
 from companion.networks import robustbench_files, zoo
 from companion.settings import ParameterError
@@ -91,3 +91,10 @@ def test_networks_whose_weights_are_here_are_those_with_every_file(tmp_path):
 def test_a_norm_of_pixels_is_named():
     record = altered(made(EVEN), config={"threat": Threat(r=2.0, delta=8 / 255)})
     assert leaderboard.leaderboard_table([record]).data.splitlines()[0].endswith(", L2:")
+
+
+def test_a_folder_without_weights_is_named(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(files, "ROOT", tmp_path)
+    with pytest.raises(SystemExit):
+        leaderboard.main(["--here"])
+    assert "the folder models has no weights of RobustBench" in capsys.readouterr().err

@@ -119,7 +119,7 @@ def test_what_a_page_says_of_the_paper_is_in_its_table(table):
         rows = [row for row in csv.DictReader(file) if row["network"] == GRIDS[table][0]]
     printed = {f"{float(row['value']):.2f}" for row in rows if int(row["table"]) in (1, table)}
     said = set(re.findall(r"\d\d\.\d\d", TEMPLATES["READ"][table]))
-    assert said <= printed and (said or table == 11)
+    assert said <= printed and (said or table == 11 or not rows)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS_OF_THE_BOOK, ids=lambda path: path.stem)

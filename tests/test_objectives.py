@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from tiny import INF, images, network
 
 import wdat_core
-from companion import files, objectives
+from companion import files, first_order, objectives
 from companion.networks import load_network, new_network
 from companion.objective_functions import OBJECTIVES, cheapest, equal_weights
 from companion.objectives import train_for
 from companion.records import parse_record, protocol, read_records, record_name
+from companion.runs import attack_harder
 from companion.settings import ParameterError, Settings
 from companion.values import unpack_floats
 from wdat_core import FinetuneConfig, Threat, boundary, finetune
@@ -71,6 +72,60 @@ def test_each_objective_leaves_a_record_of_what_it_made(objective):
         assert len(distance) == n and (distance >= 0).all() and (distance > 0).any()
     assert not list(files.RUNS.glob("*.checkpoint"))
     assert train_for(settings, objective).created == record.created  # read, not computed
+
+
+OWN = """
+import torch
+from torch import nn
+
+def two():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 2))
+
+def images():
+    g = torch.Generator().manual_seed(0)
+    return {p: (torch.rand(24, 3, 8, 8, generator=g), torch.arange(24) % 2) for p in ("train", "val", "test")}
+"""
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A network with two classes and its images, in a file of the user's."""
+    (tmp_path / "mine here.py").write_text(OWN, encoding="utf-8")
+    return {"network": f"{tmp_path / 'mine here.py'}:two", "data": f"{tmp_path / 'mine here.py'}:images"}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_network_with_two_classes_is_trained_on_images_of_the_user_s(objective, own):
+    """And the record's command names them, by the file alone."""
+    record = train_for(Settings(preset="paper", **(SMALL | own)).resolved(), objective)
+    assert record.config.loss == "margin"
+    words = shlex.split(record.command)
+    assert words[3] == "mine here.py:two" and words[-2:] == ["--data", "mine here.py:images"]
+    assert parse_record((files.RUNS / record_name(record)).read_bytes()).stored() == record.stored()
+
+
+def test_two_classes_are_too_few_for_what_compares_dlr(own, tmp_path):
+    usual = ["--data", own["data"], "--test-images", "4"]
+    with pytest.raises(SystemExit, match=r"first_order: .* which need 3 classes, and .* has 2: tables 1 to 11"):
+        first_order.main([own["network"], *usual])
+    settings = Settings(**own, test_images=4, autoattack=0).resolved()
+    with pytest.raises(ParameterError, match=r"need 3 classes, and .* has 2"):
+        attack_harder(settings, notebook="stronger")
+
+
+def test_an_interrupt_ends_in_one_line(monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(objectives, "train_for", interrupted)
+    with pytest.raises(SystemExit, match="objectives: interrupted: run it again to go on"):
+        objectives.main(
+            ["demo", "--data", "embedded", "--train-images", "24", "--val-images", "9", "--test-images", "9"]
+        )
+    monkeypatch.setattr(first_order, "first_order_each", interrupted)
+    with pytest.raises(SystemExit, match="first_order: interrupted"):
+        first_order.main(["demo", "--data", "embedded"])
 
 
 def test_the_weights_are_those_of_the_same_call_of_finetune(monkeypatch):
@@ -213,7 +268,7 @@ def test_weights_drawn_anew_are_those_of_the_seed_and_leave_the_global_generator
         (["small_trades", "--objective", "algorithm1", "--gamma", "-1"], "gamma must be"),
         (["small_trades", "--objective", "none", "--scratch"], "takes no gamma and no scratch"),
         (["small_trades", "--objective", "slop"], "objective must be one of algorithm1, slope"),
-        (["small_trades", "--delta", "-1"], "delta must be above 0"),
+        (["small_trades", "--delta", "-1"], "delta must be at least 1e-06"),
         (["small_trades", "--beta", "-1"], "beta must be at least 0"),
         (["small_trades", "--data", "nowhere"], "nowhere"),
         (["small_trades", "--found-steps", "0"], "--found-steps must be at least 1"),

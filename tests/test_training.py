@@ -36,7 +36,7 @@ X = torch.full((1, *SHAPE), 0.5, dtype=torch.float64)  # an image to find the la
 
 def quick(objective="wdat", **fields):
     """Two epochs of three minibatches on 12 images, otherwise as the objective is trained."""
-    threat = THREAT if objective in ("wdat", "worst_case") else POINTWISE
+    threat = POINTWISE if objective in ("trades", "pgd") else THREAT
     defaults = {"threat": threat, "steps": 2, "epochs": 2, "batch_size": 5, "sample": 0.3}
     return configuration(objective, **(defaults | fields))
 

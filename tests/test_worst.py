@@ -248,5 +248,23 @@ def test_the_table_says_how_its_networks_were_attacked():
     assert "At δ = 4/255 and 8/255 it leaves" in worst.worst_answer([made(SLOPE), five])
 
 
+def test_the_worst_case_stands_at_the_radius_that_was_asked_for_and_in_its_norm():
+    """Beside W-PGD at another radius it would look kinder than it is."""
+    record = altered(made(SLOPE, delta=84.99 / 255), config={"threat": Threat(r=2, delta=84.99 / 255)})
+    head, _, row = worst.worst_table([record]).data.splitlines()
+    for part in ("W₂, 21.25/255, l_2", "W₂, 42.49/255, l_2", "W₂, 84.99/255, l_2", "W∞, 84.99/255, l_2"):
+        assert f"| worst case found, {part} |" in head
+    left = boundary_of(record, "test").accuracy(record.config.threat)
+    assert row.split(" | ")[-2] == f"{100 * left:.2f}"
+    mixed = worst.worst_table([made(SLOPE), record]).data.splitlines()[0]
+    assert "| worst case found, W₂, 8/255, in its own norm |" in mixed
+    assert "| worst case found, W₂, 8/255 |" in worst.worst_table([made(SLOPE)]).data
+
+
+def test_without_distances_the_table_says_where_they_come_from():
+    bare = made(SLOPE).model_copy(update={"boundary": None})
+    assert "no distances: they come with found_steps above 0" in worst.worst_table([bare]).data
+
+
 def test_where_nothing_was_searched_for_nothing_is_compared():
     assert worst.found_is_no_higher(made(SLOPE).model_copy(update={"boundary": None}))
