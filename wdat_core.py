@@ -1139,7 +1139,8 @@ def finetune(
             (in eval mode: the attack, Upsilon, validation).
         resume: file of the run's checkpoint. Where it exists the run goes on from it, and ends with the weights and the
             history of one that was never stopped, bit for bit on the same machine; a checkpoint of another run is
-            refused. It is whole whatever stops the process, a kill too, and stays at the end.
+            refused. An objective belongs to the run with the values that it reads, as they were when it was entered
+            or at its last checkpoint. The file is whole whatever stops the process, a kill too, and stays at the end.
         save_every: seconds between two checkpoints, >= 0, which is the most that a stop loses of the training; one
             more is written after every epoch. A validation that was stopped begins anew.
         stop_after: seconds after which the run writes its checkpoint and returns, at the end of a minibatch.
