@@ -27,9 +27,9 @@ from tqdm import tqdm
 
 from companion import files
 from companion.architectures import new_stand_in
+from companion.bases import SCHEMA
 from companion.data import cifar, floats
 from companion.files import digest, write_sums
-from companion.kinds import SCHEMA
 from companion.machine import core_digest, device_name, versions
 from companion.records import write_record
 from companion.settings import METRICS

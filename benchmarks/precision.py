@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from companion import files
+from companion.bases import SCHEMA
 from companion.data import load_data
-from companion.kinds import SCHEMA
 from companion.machine import core_digest, made_on, pick_device
 from companion.networks import load_network
 from companion.records import subject, write_record

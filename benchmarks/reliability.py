@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from companion import files
-from companion.kinds import SCHEMA
+from companion.bases import SCHEMA
 from companion.machine import core_digest, made_on, pick_device
 from companion.records import write_record
 

@@ -36,7 +36,7 @@ from benchmarks import worst
 from benchmarks.baselines import DELTA, demo
 from benchmarks.races import LEAST, TIME, Contestant, Lap, compare, contest
 from companion import files
-from companion.kinds import SCHEMA
+from companion.bases import SCHEMA
 from companion.machine import core_digest, made_on
 from companion.records import write_record
 from companion.scale import ALONE, APART, ATTACK, TOGETHER, TRAINING

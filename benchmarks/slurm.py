@@ -23,8 +23,8 @@ import yaml
 
 from benchmarks.one_node import PARTITIONS, Daemons, cluster, processes_of, said, start, wait_for, why_not
 from companion import files
+from companion.bases import SCHEMA
 from companion.grid import jobs
-from companion.kinds import SCHEMA
 from companion.machine import core_digest, made_on, pick_device
 from companion.records import parse_record, write_record
 

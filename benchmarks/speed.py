@@ -62,7 +62,7 @@ from benchmarks.races import (
 )
 from companion import files
 from companion.architectures import STAND_INS
-from companion.kinds import SCHEMA
+from companion.bases import SCHEMA
 from companion.machine import made_on, pick_device
 from companion.performance import missing, verdict
 from companion.records import write_record

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from companion import files
+from companion.bases import SCHEMA
 from companion.data import load_data
-from companion.kinds import SCHEMA
 from companion.machine import core_digest, made_on, pick_device
 from companion.networks import load_network
 from companion.records import subject, write_record

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from companion import pictures
+from companion.bases import Record, images_of
 from companion.claim_texts import paper_count, worst_case_answer
 from companion.claims import CLAIMS, Claim, cifar10_only, counted, outcomes, verdict
 from companion.cost_page import cost_answer
@@ -30,7 +31,7 @@ from companion.first_order import first_order_answer
 from companion.frontiers import frontier_answer
 from companion.intervals import Estimate, bits, change, estimate_of, outcome_of_change, side, span
 from companion.joint import joint_answer
-from companion.kinds import FinetuneRecord, Record, images_of
+from companion.kinds import FinetuneRecord
 from companion.open_points import by_worst_case, matters
 from companion.performance import symbols
 from companion.records import newest_last

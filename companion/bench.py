@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 import wdat_core
 from companion import files, own, parameters, processes
+from companion.bases import SCHEMA, Begun, Record
 from companion.data import Data, load_data
 from companion.datasets import DATASETS, is_own
 from companion.files import from_root
-from companion.kinds import SCHEMA, Begun, Record
 from companion.machine import core_digest, device_name, hardware, made_on, pick_device, versions
 from companion.networks import Network, check_fit, load_network
 from companion.records import make_record, parse_record, protocol, record_name, subject, write_record

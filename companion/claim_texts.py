@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from companion.bases import Record
 from companion.claims import CLAIMS, RADII, Claim, counted, on_claimed_side, outcome, outcomes, verdict
 from companion.effects import Effect
 from companion.intervals import Estimate, span
-from companion.kinds import Record
 from companion.words import NOTHING, OUTCOMES, VERDICTS, count, listed, markdown, name_of, plural
 
 

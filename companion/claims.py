@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from companion.bases import Record
 from companion.effects import (
     ETA_PAIRS,
     TAU_PAIRS,
@@ -25,7 +26,6 @@ from companion.effects import (
     volatility,
 )
 from companion.intervals import found_at, side
-from companion.kinds import Record
 from companion.networks import PUBLISHED
 from companion.settings import STAND_INS
 from companion.words import overall

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from companion import cost
+from companion.bases import Record
 from companion.cost import Passes, Reader, total
 from companion.evidence import deviations, grids, has_curves, is_full
-from companion.kinds import BenchmarkRecord, EvaluateRecord, FinetuneRecord, Record
+from companion.kinds import BenchmarkRecord, EvaluateRecord, FinetuneRecord
 from companion.settings import PAPER_NETWORKS
 from companion.words import HOW, NOTHING, markdown, name_of, plural
 

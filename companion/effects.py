@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from companion import evidence
+from companion.bases import OfNetwork, Record, images_of
 from companion.evidence import Setting, alike, best_setting, by_setting, paper_value, setting_of, studies
 from companion.intervals import bits, estimate_of, median_interval, with_metrics
-from companion.kinds import EvaluateRecord, FinetuneRecord, OfNetwork, Record, SensitivityRecord, images_of
+from companion.kinds import EvaluateRecord, FinetuneRecord, SensitivityRecord
 from companion.settings import GRIDS, METRICS, PAPER_NETWORKS
 from companion.words import HOW, name_of, setting_words, short_name, training_words
 

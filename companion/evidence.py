@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from companion import cores, files
+from companion.bases import Record
 from companion.datasets import DATASETS
 from companion.files import one_line, verified
-from companion.kinds import FinetuneRecord, ObjectiveRecord, PretrainRecord, Record, SensitivityRecord
+from companion.kinds import DivergedRecord, FinetuneRecord, ObjectiveRecord, PretrainRecord, SensitivityRecord
 from companion.records import protocol
 from companion.settings import CONTROLS, OPEN_POINTS, PAPER_NETWORKS, STAND_INS, ParameterError
 from companion.values import accuracy_name
@@ -88,7 +89,7 @@ def is_full(record: Record) -> bool:
     return is_stated(record) and all(known in (None, size) for known, size in sizes)
 
 
-def deviations(record: FinetuneRecord) -> dict[str, Any]:
+def deviations(record: FinetuneRecord | DivergedRecord) -> dict[str, Any]:
     """What of the open points, and of the controls, a fine-tuning record has otherwise than by default."""
     attacker = "pointwise" if record.config.threat.p == math.inf else "distributional"
     found = {point: getattr(record.config, point) for point in OPEN_POINTS} | {"attacker": attacker}
@@ -147,7 +148,7 @@ def training_of(record: FinetuneRecord) -> int:
     return (record.data.train or 0) * int(record.config.epochs)
 
 
-def column_of(record: FinetuneRecord) -> Column:
+def column_of(record: FinetuneRecord | DivergedRecord) -> Column:
     """Tau and eta of a fine-tuning record."""
     return record.config.tau, record.config.eta
 

@@ -17,8 +17,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import wdat_core
+from companion.bases import Record
 from companion.bench import Bench, begin, bench, data_words, each_network, network_words, recorded
-from companion.kinds import FirstOrderRecord, Record
+from companion.kinds import FirstOrderRecord
 from companion.parts import FirstOrderConfig, FirstOrderRow
 from companion.settings import Settings
 from companion.words import NOTHING, listed, markdown, name_of, plural, short_name

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+from companion.bases import Record, images_of
 from companion.files import digest
 from companion.intervals import Estimate, boundary_of, estimate_of, has_found, shares, side, span
-from companion.kinds import EvaluateRecord, ObjectiveRecord, Record, images_of
+from companion.kinds import EvaluateRecord, ObjectiveRecord
 from companion.networks import FROM_SCRATCH, PUBLISHED
 from companion.objective_functions import OBJECTIVES
 from companion.settings import PAPER_NETWORKS, STAND_INS

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
+from companion.bases import Record
 from companion.evidence import by_setting, deviations, is_full, is_stated, pretrained_with, studies
 from companion.intervals import Estimate, bits, change, estimate_of, found_at, side, with_metrics
-from companion.kinds import FinetuneRecord, NetworkPart, PretrainRecord, Record
+from companion.kinds import FinetuneRecord, PretrainRecord
 from companion.networks import PUBLISHED, shape_of
+from companion.parts import NetworkPart
 from companion.words import NOTHING, listed, markdown, name_of, plural, seeds_words, training_words
 
 SETTING = ("whole", 0.01, 1.0)  # in which all networks are compared: the paper's best for the whole network

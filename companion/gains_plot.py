@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from companion import gains
+from companion.bases import Record
 from companion.evidence import by_setting
 from companion.intervals import change, with_metrics
-from companion.kinds import Record
 from companion.plots import PAPER, RECORDED, saying, sized
 from companion.words import HOW, NOTHING, short_name
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from companion.kinds import ObjectiveRecord, Record, Scored, SpendRecord, images_of, unpack
+from companion.bases import Record, images_of
+from companion.kinds import ObjectiveRecord, Scored, SpendRecord, unpack
 from companion.settings import FOUND
 from companion.values import unpack_floats
 from wdat_core import Boundary, Threat

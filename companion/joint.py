@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from companion import frontiers
+from companion.bases import Record
 from companion.frontiers import Ball, Setting, Study
 from companion.intervals import Estimate, estimate_of, side
-from companion.kinds import EvaluateRecord, ObjectiveRecord, Record
+from companion.kinds import EvaluateRecord, ObjectiveRecord
 from companion.words import listed, markdown, name_of, plural
 
 POINTWISE: Ball = (math.inf, 8)

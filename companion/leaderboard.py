@@ -17,9 +17,10 @@ from typing import Any
 import click
 
 from companion import files
+from companion.bases import Record
 from companion.datasets import DATASETS
 from companion.intervals import Estimate, estimate_of, shares
-from companion.kinds import EvaluateRecord, Record
+from companion.kinds import EvaluateRecord
 from companion.networks import robustbench_files, zoo
 from companion.settings import ParameterError
 from companion.words import NOTHING, markdown, plural, short_name

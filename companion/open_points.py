@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from companion.bases import images_of
 from companion.evidence import (
     COLUMNS,
     Column,
@@ -22,7 +23,7 @@ from companion.evidence import (
     training_of,
 )
 from companion.intervals import Estimate, bits, change, estimate_of, has_found, side, span
-from companion.kinds import EvaluateRecord, FinetuneRecord, images_of
+from companion.kinds import EvaluateRecord, FinetuneRecord
 from companion.settings import CONTROLS, FOUND, GRIDS, METRICS, OPEN_POINTS
 from companion.tables import PARTS
 from companion.words import HOW, NOTHING, column_words, listed, markdown, setting_words, short_name, training_words

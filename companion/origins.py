@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from companion import frontiers
+from companion.bases import Record
 from companion.evidence import columns_of, has_curves, is_current
-from companion.kinds import FinetuneRecord, Record
+from companion.kinds import FinetuneRecord
 from companion.machine import made_on
 from companion.records import LATER, record_name
 from companion.settings import STAND_INS

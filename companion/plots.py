@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from companion import frontiers, joint
+from companion.bases import Record
 from companion.evidence import ALONG, COLUMNS, along, by_setting, paper_value, studies
 from companion.intervals import change, change_of_each
-from companion.kinds import FinetuneRecord, Record, SensitivityRecord
+from companion.kinds import FinetuneRecord, SensitivityRecord
 from companion.settings import FOUND, GRIDS, METRICS
 from companion.tables import grid_rows, labels_of
 from companion.words import HOW, NOTHING, column_words, short_name

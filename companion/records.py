@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 from pydantic import ValidationError
 
 from companion import files
+from companion.bases import SCHEMA, Begun, Record
 from companion.files import digest, one_line, write_whole
-from companion.kinds import KINDS, SCHEMA, Begun, FinetuneRecord, Record
+from companion.kinds import KINDS, FinetuneRecord
 from companion.settings import ParameterError
 from companion.values import plain
 from wdat_core import FinetuneConfig

@@ -273,6 +273,7 @@ def finetune_grid(
     return records
 
 
+DIVERGED = "training diverged"  # begins what the core says of it
 COPIED = ("beta", "steps", "epochs", "batch_size", "consistency", "upsilon_from", "seed")  # from settings to config
 
 
@@ -291,7 +292,14 @@ def _column(on: Bench, config: FinetuneConfig, before: EvaluateRecord, line: str
     follow = curves or has_curves  # what was measured is not lost to a run for another purpose
     tuned = processes.shared_statistics(copy.deepcopy(on.model), on.device)
     kept = kept_at(begun, on, on.at_once, follow)
-    record: Any = measured(begun, on, line, lambda: _trained(on, config, before, tuned, kept, follow))
+    start = time.perf_counter()
+    try:
+        record: Any = measured(begun, on, line, lambda: _trained(on, config, before, tuned, kept, follow))
+    except wdat_core.WdatError as error:
+        if str(error).startswith(DIVERGED):  # which is an outcome too
+            outcome = {"message": str(error), "seconds": {"total": round(time.perf_counter() - start, 1)}}
+            measured(begin("diverged", on, ("train", "val", "test"), config), on, line, lambda: outcome)
+        raise
     if settings.export is not None and processes.is_first():
         print(f"exported to {export(tuned, record, settings.export, settings.dataset, settings.norm)}")
     kept.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from companion.bases import images_of
 from companion.evidence import (
     ALONG,
     Column,
@@ -15,6 +16,8 @@ from companion.evidence import (
     by_setting,
     column_of,
     columns_of,
+    deviations,
+    is_full,
     paper_value,
     pretrained_with,
     relative_errors,
@@ -34,13 +37,22 @@ from companion.intervals import (
     span,
     with_metrics,
 )
-from companion.kinds import EvaluateRecord, FinetuneRecord, PretrainRecord, SensitivityRecord, StrongerRecord, images_of
+from companion.kinds import (
+    DivergedRecord,
+    EvaluateRecord,
+    FinetuneRecord,
+    PretrainRecord,
+    SensitivityRecord,
+    StrongerRecord,
+)
 from companion.settings import FINETUNED, FOUND, GRIDS, METRICS, PAPER_NETWORKS, STAND_INS, STRONGER, ParameterError
 from companion.words import (
     NOTHING,
     OUTCOMES,
     column_words,
+    listed,
     markdown,
+    name_of,
     plural,
     seeds_words,
     setting_words,
@@ -219,6 +231,19 @@ def grid_table(table: int | None, records: Sequence[FinetuneRecord], recorded: S
         lines.append(cells)
     grid = columns_of(records or recorded)
     return markdown(["Accuracy, %", "evidence", "baseline", *(column_words(*column) for column in grid)], lines)
+
+
+def diverged(perturb: str, recorded: Sequence[DivergedRecord]) -> list[Any]:
+    """Which whole-protocol runs have no accuracies, because they diverged, as Markdown; [] where there are none."""
+    from IPython.display import Markdown
+
+    those = [r for r in recorded if r.config.perturb == perturb and is_full(r) and not deviations(r)]
+    where = [r.message.partition(", at learning rate")[0].removeprefix("training diverged in ") for r in those]
+    runs = [
+        f"{name_of(r)} with {column_words(*column_of(r))}, seed {r.config.seed} ({ended})"
+        for r, ended in zip(those, where, strict=True)
+    ]
+    return [Markdown(f"No accuracies, because training diverged: {listed(runs)}.")] if runs else []
 
 
 def outcome_table(table: int, recorded: Sequence[FinetuneRecord]) -> Any:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from companion.kinds import FinetuneRecord, ObjectiveRecord, OfNetwork
+from companion.bases import OfNetwork
+from companion.kinds import FinetuneRecord, ObjectiveRecord
 from companion.settings import PAPER_NETWORKS
 
 # What one comparison says of what the paper says.

@@ -6,9 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from companion.bases import Record, images_of
 from companion.claims import RADII
 from companion.intervals import accuracy, boundary_of, found_at, has_found
-from companion.kinds import CertifiedRecord, EvaluateRecord, Record, StrongerRecord, images_of
+from companion.kinds import CertifiedRecord, EvaluateRecord, StrongerRecord
 from companion.networks import PUBLISHED
 from companion.settings import PAPER_NETWORKS, STAND_INS
 from companion.values import unpack_floats

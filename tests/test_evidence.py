@@ -13,8 +13,8 @@ from torch import nn
 
 import wdat_core
 from companion import architectures, evidence, files, intervals, networks, open_points, plots, runs, tables, words
+from companion.bases import images_of
 from companion.evidence import paper_value
-from companion.kinds import images_of
 from companion.parts import BoundaryPart
 from companion.records import parse_record, read_records, record_bytes, record_name
 from companion.settings import METRICS, OPEN_POINTS, STAND_INS, STRONGER, ParameterError, Settings

@@ -9,13 +9,14 @@ import torch
 from altered import altered
 
 from companion import agreement, evidence, files, origins, plots, runs, tables
+from companion.bases import images_of
 from companion.bench import command
 from companion.intervals import boundary_of
-from companion.kinds import images_of
 from companion.machine import core_digest
 from companion.records import parse_record, read_records, record_name, write_record
 from companion.settings import NOTEBOOKS, ONE_COLUMN, ParameterError, Settings
 from companion.values import unpack
+from wdat_core import WdatError
 
 SMALL = {"train_images": 60, "val_images": 20, "test_images": 50, "batch_size": 20, "steps": 2, "epochs": 3}
 ONE = Settings(tau=0.1, eta=1, **SMALL).resolved()
@@ -272,3 +273,36 @@ def test_every_executed_page_ends_in_where_its_numbers_come_from():
     for path in files.ROOT.glob("notebooks/*.ipynb"):
         last = json.loads(path.read_text(encoding="utf-8"))["cells"][-1]
         assert 'class=\\"provenance' in json.dumps(last["outputs"]), path.name
+
+
+def test_a_training_that_diverges_is_recorded_as_that(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "RUNS", tmp_path)
+    far = ONE.model_copy(update={"tau": 1e30})
+    with pytest.raises(WdatError, match="training diverged in epoch 1, minibatch 2, at learning rate 1e"):
+        runs.finetune_grid(far, "whole", notebook="table4")
+    (path,) = tmp_path.glob("diverged-*.json")
+    record = parse_record(path.read_bytes())
+    assert path.name.startswith("diverged-demo-whole-tau1e+30-eta1-seed0-")
+    assert record.message.startswith("training diverged in epoch 1, minibatch 2") and record.config.tau == 1e30
+    assert record.command.startswith("papermill notebooks/table4.ipynb out.ipynb -p tau ")
+    assert tables.diverged("whole", [record]) == []  # not the whole protocol
+
+    full = altered(record, data={"train": 40_000, "val": 10_000, "test": 10_000, "source": "CIFAR-10"})
+    full = altered(full, config={"steps": 20, "epochs": 20, "batch_size": 512})
+    (said,) = tables.diverged("whole", [full])
+    words = "training diverged: `demo` with τ = 1e+30, η = 1, seed 0 (epoch 1, minibatch 2)."
+    assert said.data == f"No accuracies, because {words}"
+    assert tables.diverged("last_layer", [full]) == []
+
+
+def test_an_error_that_is_no_divergence_leaves_no_record(tmp_path, monkeypatch):
+    import wdat_core
+
+    def fails(*_, **__):
+        raise WdatError("out of memory")
+
+    monkeypatch.setattr(files, "RUNS", tmp_path)
+    monkeypatch.setattr(wdat_core, "finetune", fails)
+    with pytest.raises(WdatError, match="out of memory"):
+        runs.finetune_grid(ONE, "whole", notebook="table4")
+    assert not list(tmp_path.glob("diverged-*.json"))
