@@ -33,8 +33,7 @@ from companion.intervals import Estimate, bits, change, estimate_of, outcome_of_
 from companion.joint import joint_answer
 from companion.kinds import FinetuneRecord
 from companion.open_points import by_worst_case, matters
-from companion.performance import symbols
-from companion.records import newest_last
+from companion.performance import performance_answer
 from companion.settings import CONTROLS, FINETUNED, GRIDS, METRICS, PAPER_NETWORKS, STAND_INS, STRONGER
 from companion.tables import fewest_left, paper_changes
 from companion.words import (
@@ -346,20 +345,6 @@ def _gallery(records: Sequence[Record]) -> str:
     )
 
 
-def _performance(records: Sequence[Record]) -> str:
-    """How many of a benchmark's targets are met, in the newest record."""
-    benchmarks = newest_last(_of(records, "benchmark"))
-    if not benchmarks:
-        return NOTHING
-    rows = [row for row in benchmarks[-1].rows if row["target"] is not None]
-    met, missed, open_ = ([r for r in rows if r["met"] is what] for what in (True, False, None))
-    text = f"{len(met)} of {plural(len(rows), 'target')} are met on {benchmarks[-1].device}."
-    for words, those in (("Missed", missed), ("Not decided, since the interval has the target inside", open_)):
-        names = [f"{symbols(row['name'])} on {row['network']}" for row in those]
-        text += f" {words}: {listed(names)}." if those else ""
-    return text
-
-
 def _intro(records: Sequence[Record]) -> str:
     """The first page: what came of the paper's main claim, of all its claims, and where the two part."""
     network = short_name(GRIDS[4][0])
@@ -396,6 +381,6 @@ PAGES: dict[str, Callable[[Sequence[Record]], str]] = {
     "stronger": _stronger,
     "stand_ins": _stand_ins,
     "gallery": _gallery,
-    "performance": _performance,
+    "performance": performance_answer,
     "cost": cost_answer,
 }

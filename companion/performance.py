@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from companion.bases import Record
 from companion.kinds import BenchmarkRecord, PrecisionRecord, UpsilonRecord
 from companion.plots import PAPER, RECORDED, THIS_RUN
+from companion.records import newest_last
 from companion.settings import METRICS
+from companion.words import NOTHING, listed, plural
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,6 +24,20 @@ BUDGETS = {"w_2_4": "W₂, δ = 4/255", "w_2_8": "W₂, δ = 8/255", "w_inf_8": 
 AT_MOST = {20: 0.045, 40: 0.010, 100: 0.003}  # of small_trades in W_2 at 8/255, by the gradients for each image
 ROUNDING = 1e-9
 ESTIMATES = {"sample": "a fresh 10 % (the paper)", "batch": "the latest minibatches"}
+
+
+def performance_answer(records: Sequence[Record]) -> str:
+    """How many of a benchmark's targets are met, in the newest record."""
+    benchmarks = newest_last([record for record in records if isinstance(record, BenchmarkRecord)])
+    if not benchmarks:
+        return NOTHING
+    rows = [row for row in benchmarks[-1].rows if row["target"] is not None]
+    met, missed, open_ = ([r for r in rows if r["met"] is what] for what in (True, False, None))
+    text = f"{len(met)} of {plural(len(rows), 'target')} are met on {benchmarks[-1].device}."
+    for words, those in (("Missed", missed), ("Not decided, since the interval has the target inside", open_)):
+        names = [f"{symbols(row['name'])} on {row['network']}" for row in those]
+        text += f" {words}: {listed(names)}." if those else ""
+    return text
 
 
 def verdict(row: dict[str, Any]) -> str:

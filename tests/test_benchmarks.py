@@ -600,7 +600,7 @@ def test_figures_of_a_card_without_a_card(monkeypatch):
     ("arguments", "message"),
     [
         (["--rounds", "5"], "--rounds must be at least 6"),
-        (["--device", "abacus"], "this machine has no device 'abacus'"),
+        (["--device", "abacus"], "unknown device 'abacus'"),
         (["--groups", "others", "--quick", "--peers", "no/python"], "the Python of the peers does not start"),
     ],
 )
