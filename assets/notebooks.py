@@ -54,7 +54,7 @@ grids = evidence.grids("«perturb»", known)
 full = [record for grid in grids if evidence.is_full(grid[0]) for record in grid]
 display(Markdown(answer("«name»", known)))
 display(plots.plot_changes(«number», [], full), tables.grid_table(«number», [], full))
-display(*tables.diverged("«perturb»", records.read_records(kind="diverged")))
+display(*tables.diverged("«perturb»", records.read_records(kind="diverged"), known))
 
 %% markdown paper
 Accuracy in per cent; in brackets the change against the baseline, in percentage points. ± is half of a 95 % interval. A mark says

@@ -85,7 +85,7 @@ def of_estimates(records: Sequence[SensitivityRecord], recorded: Sequence[Sensit
         there = known[protocol(r), r.config.seed]
         pairs = zip([r.reference, *r.estimates], [there.reference, *there.estimates], strict=True)
         for here, other in pairs:
-            assert abs(here / other - 1) <= within, (
+            assert abs(here - other) <= within * other, (
                 f"Upsilon of {r.network.name}: {here:g} in this run, {other:g} recorded, further apart than"
                 f" {100 * within:g} %"
             )

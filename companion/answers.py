@@ -14,6 +14,7 @@ from companion.bases import Record, images_of
 from companion.claim_texts import paper_count, worst_case_answer
 from companion.claims import CLAIMS, Claim, cifar10_only, counted, outcomes, verdict
 from companion.cost_page import cost_answer
+from companion.datasets import DATASETS, EMBEDDED_SOURCE
 from companion.evidence import (
     COLUMNS,
     FULL,
@@ -23,6 +24,7 @@ from companion.evidence import (
     grids,
     has_curves,
     is_full,
+    is_stated,
     paper_value,
     relative_errors,
     setting_of,
@@ -87,7 +89,7 @@ def _grid(table: int, records: Sequence[Record]) -> str:
     changes = [(pair[1], c) for c, pair in paper_changes(table, "w_2", COLUMNS).items() if pair]
     printed, column = max(changes)
     paper = f"Paper: {printed:+z.2f} points of W₂ accuracy in its best column ({column_words(*column)})."
-    studies = grids(how, _of(records, "finetune"))
+    studies = [study for study in grids(how, _of(records, "finetune")) if _is_comparable(study[0])]
     whole = [study for study in studies if is_full(study[0])]
     if not studies:
         return f"{paper} {NOTHING}"
@@ -100,6 +102,11 @@ def _grid(table: int, records: Sequence[Record]) -> str:
     here = "Here" if whole else "The whole protocol is not recorded here; in shorter runs"
     other = "" if network in cifar10_only() else " The paper's network was pre-trained on far more data than these."
     return f"{paper} {here}: {listed(parts)}. {_mark(found)}{other}"
+
+
+def _is_comparable(record: Any) -> bool:
+    """Of the paper's threat and images, if of fewer; not of another radius, norm or data set."""
+    return is_stated(record) and record.data.source in (DATASETS["cifar10"].name, EMBEDDED_SOURCE)
 
 
 def _longest(studies: Sequence[list[FinetuneRecord]]) -> list[list[FinetuneRecord]]:
@@ -211,7 +218,7 @@ def _estimates(records: Sequence[Record]) -> str:
     from statistics import median
 
     paper = "Paper: a sample of 10 % of the training set estimates Υ well (a figure without numbers)."
-    estimated = _of(records, "sensitivity")
+    estimated = [r for r in _of(records, "sensitivity") if _is_comparable(r)]
     those = [r for r in estimated if r.data.train == FULL["train"]] or estimated
     if not those:
         return f"{paper} {NOTHING}"
@@ -233,13 +240,13 @@ def _curve(metric: str, records: Sequence[Record]) -> str:
         " that is kept)."
     )
     followed = [[r for r in study if has_curves(r)] for study in grids("whole", _of(records, "finetune"))]
-    followed = [study for study in followed if study]
+    followed = [study for study in followed if study and _is_comparable(study[0])]
     whole = [study for study in followed if is_full(study[0])]
     if not followed:
         return f"{paper} {NOTHING}"
     parts, found = [], []
     for study in whole or _longest(followed):
-        best = columns_of(study).get((0.01, 1.0), study)
+        best = columns_of(study).get((0.01, 1.0)) or best_setting(study)
         rows = [(along(r)[0][key], along(r)[r.history.best][key]) for r in best]
         start, kept = (100 * sum(values) / len(rows) for values in zip(*rows, strict=True))
         epochs = listed(sorted({f"{r.history.best}" for r in best}, key=int))
@@ -304,7 +311,7 @@ def _stronger(records: Sequence[Record]) -> str:
         for after in sorted((r for r in tuned if r.config == before.config), key=lambda r: r.network.source)[::-1]:
             usual = estimate_of([bits(after, "w_2", "accuracy") - bits(before, "w_2", "accuracy")])
             strongest = estimate_of([fewest_left(after, attacks) - fewest_left(before, attacks)])
-            how = next(words for key, words in HOW.items() if f" {key}," in after.network.source)
+            how = next((words for key, words in HOW.items() if f" {key}," in after.network.source), "fine-tuned")
             parts.append(
                 f"{strongest.text(signed=True)} on {name_of(before)}, {how} ({usual.text(signed=True)} under the attack"
                 " of the tables)"

@@ -15,6 +15,7 @@ from typing import Any
 
 from companion import files
 from companion.bench import bench
+from companion.datasets import DATASETS
 from companion.files import from_root
 from companion.records import make_record, parse_record, record_name, write_record
 from companion.runs import found, scores
@@ -47,7 +48,15 @@ def complete(export: str, data: str, models: str, steps: int, before: str | None
         raise ParameterError(f"{export} began from an export, {start}: give its folder with --before")
     threat = record.config.threat
     sizes = {f"{part}_images": getattr(record.data, part) for part in ("train", "val", "test")}
-    usual = {"data": data, "models": models, "steps": record.config.steps, "found_steps": steps, "delta": threat.delta}
+    usual: dict[str, Any] = {
+        "data": data,
+        "models": models,
+        "steps": record.config.steps,
+        "found_steps": steps,
+        "delta": threat.delta,
+    }
+    usual |= {"precision": record.config.precision, "compiled": record.config.compiled}
+    usual["dataset"] = next((key for key, row in DATASETS.items() if row.name == record.data.source), "cifar10")
     norm: Any = "Linf" if threat.r == math.inf else "L2"
     settings = [Settings(**usual, **sizes, norm=norm, network=n).resolved() for n in (start, export)]
     packed: dict[str, str] = {}

@@ -43,10 +43,16 @@ def is_current(core: str, worst_case: bool = False) -> bool:
     from wdat_core import code_digest
 
     entries, same = _entries() if worst_case else [_without_worst_case(e) for e in _entries()], {code_digest()}
-    while more := {a["core"] for a in entries for b in entries if b["core"] in same and _same_bits(a, b)} - same:
+
+    def joins(core: str) -> bool:  # alike to one of them to the bit, and seen to differ from none
+        pairs = [(a, b) for a in entries for b in entries if a["core"] == core and b["core"] in same]
+        return any(_same_bits(*pair) for pair in pairs) and not any(_other_bits(*pair) for pair in pairs)
+
+    while more := {e["core"] for e in entries if e["core"] not in same and joins(e["core"])}:
         same |= more
     here = [e for e in entries if e["core"] in same]
     there = [e for e in entries if e["core"] in same or any(gives_the_same(e, one) for one in here)]
+    there = [e for e in there if not any(_other_bits(e, one) for one in here)]
     return core in same or any(core in (e["core"], e["file"]) for e in there)
 
 
@@ -66,6 +72,11 @@ def gives_the_same(one: dict[str, Any], other: dict[str, Any]) -> bool:
 def _same_bits(one: dict[str, Any], other: dict[str, Any]) -> bool:
     pairs = _pairs(one, other)
     return _on_one_machine(one, other) and bool(pairs) and all(a["bits"] == b["bits"] for a, b in pairs)
+
+
+def _other_bits(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether they were seen to differ; of an entry that has fewer parts another may be alike to both."""
+    return _on_one_machine(one, other) and any(a["bits"] != b["bits"] for a, b in _pairs(one, other))
 
 
 def _on_one_machine(one: dict[str, Any], other: dict[str, Any]) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from companion import files, own
-from companion.datasets import DATASETS, DataSet, is_own
+from companion.datasets import DATASETS, EMBEDDED_SOURCE, DataSet, is_own
 from companion.files import digest, from_root, one_line, verified
 from companion.settings import ParameterError, Settings
 
@@ -97,7 +97,7 @@ def load_data(settings: Settings, device: torch.device | str = "cpu") -> Data:
             x, y = _split_of_cifar(row, folder, part, sizes)
         return floats(x).to(device), y.to(device)
 
-    source = "embedded CIFAR-10 images" if settings.data == "embedded" else row.name
+    source = EMBEDDED_SOURCE if settings.data == "embedded" else row.name
     return Data(source, row.shape, row.classes, True, read)
 
 

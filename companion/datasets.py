@@ -42,6 +42,7 @@ _ROWS = (
 )
 DATASETS = {row.robustbench: row for row in _ROWS}  # the keys are the values of the parameter `dataset`
 EMBEDDED = {"train": 4000, "val": 1000, "test": 1000}  # images of CIFAR-10 that are in the repository
+EMBEDDED_SOURCE = "embedded CIFAR-10 images"  # as records call them
 
 
 def is_own(value: str) -> bool:

@@ -85,6 +85,8 @@ def export(
                 if not path.is_dir():
                     raise
                 load_network(str(path), path)  # the same network, if nothing has happened to it since
+                path.rename(whole.with_name("former"))  # with the record of a run before
+                whole.rename(path)
     except OSError as error:
         raise ParameterError(
             f"{path} could not be written ({one_line(error)}): make room, or give another folder"

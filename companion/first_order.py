@@ -21,7 +21,7 @@ from companion.bases import Record
 from companion.bench import Bench, begin, bench, data_words, each_network, network_words, recorded
 from companion.kinds import FirstOrderRecord
 from companion.parts import FirstOrderConfig, FirstOrderRow
-from companion.settings import Settings
+from companion.settings import ParameterError, Settings
 from companion.words import NOTHING, listed, markdown, name_of, plural, short_name
 from wdat_core import Threat
 
@@ -57,6 +57,10 @@ def _rows(on: Bench, steps: int) -> list[FirstOrderRow]:
     for threat, loss in itertools.product(THREATS, LOSSES):
         how: dict[str, Any] = {"loss": loss, "batch_size": on.at_once}
         upsilon = wdat_core.sensitivity(on.model, *on.data.test, threat, **how)
+        if not upsilon:
+            raise ParameterError(
+                f"{on.network.name} reads none of these images rightly, so {loss} has no slope: take more"
+            )
         values = []
         for fraction in FRACTIONS:
             there = replace(threat, delta=fraction * threat.delta)
@@ -85,7 +89,7 @@ def newest(records: Sequence[Record]) -> list[FirstOrderRecord]:
     best: dict[str, FirstOrderRecord] = {}
     those = [record for record in records if isinstance(record, FirstOrderRecord)]
     for record in sorted(those, key=lambda r: r.data.test or 0):
-        best[record.network.name] = record
+        best[record.network.digest] = record
     return list(best.values())
 
 

@@ -129,8 +129,12 @@ def _more(first: Tuned, second: Tuned, metric: str) -> tuple[Estimate, str]:
     """Compared image by image, between the means over seeds; visible by the rule of the claims."""
     a, b = ({r.config.seed: bits(r, "after", metric) - bits(r, "before", metric) for r in n.seeds(metric)}
             for n in (first, second))  # fmt: skip
-    more = estimate_of([sum(a.values()) / len(a) - sum(b.values()) / len(b)])
-    return more, side(more.low, more.high, [estimate_of([a[s] - b[s]]).value for s in a.keys() & b.keys()])
+    mean_a, mean_b = (sum(each.values()) / len(each) for each in (a, b))
+    more = estimate_of([mean_a - mean_b])
+    singles = [a[s] - b[s] for s in a.keys() & b.keys()]
+    if not singles:  # no seed in common: each against the mean of the other
+        singles = [*(one - mean_b for one in a.values()), *(mean_a - one for one in b.values())]
+    return more, side(more.low, more.high, [estimate_of([one]).value for one in singles])
 
 
 def _common(where: Sequence[str]) -> str:

@@ -124,12 +124,12 @@ def joint_answer(records: Sequence[Record]) -> str:
         text = f"**The pointwise term {'stops' if stopped else 'does not stop'} the loss of pointwise accuracy: {on}.**"
     elif open_:
         where = plural(len(judged), "network")
-        text = f"**Not known yet: the term was tried on {where} only, where no pointwise accuracy is lost without it.**"
+        text = f"**Not known yet: the term was tried on {where} only, where without it no accuracy is visibly lost.**"
     else:
         on = f"on {plural(len(judged), 'network')} measured"
-        text = f"**There is nothing to stop: without the pointwise term no pointwise accuracy is lost, {on}.**"
+        text = f"**There is nothing to stop: without the pointwise term no pointwise accuracy is visibly lost, {on}.**"
     if kept := [name_of(line.study[0]) for line in judged if lost and not _loses(line)]:
-        text += f" Without it {listed(kept)} {'loses' if len(kept) == 1 else 'lose'} none."
+        text += f" Without it {listed(kept)} visibly {'loses' if len(kept) == 1 else 'lose'} none."
     text += f" A∞ at 8/255 minus that of the network as it is, without the term and with it: {_courses(judged)}."
     return text + _no_more_than_weight(judged, records) + _still_open(open_)
 

@@ -90,6 +90,12 @@ class Trained(Scored):
     needs = ("data.train", "data.val", "data.test", *_both(*(f"after.{m}" for m in METRICS)))
 
     @model_validator(mode="after")
+    def _best_is_one_of_the_epochs(self) -> Self:
+        if not self.history.best <= len(self.history.epochs):
+            raise ValueError(f"history.best is {self.history.best}, of {len(self.history.epochs)} epochs")
+        return self
+
+    @model_validator(mode="after")
     def _history_is_of_this_run(self) -> Self:
         rows = [(f"history.epochs.{i}", row, 1) for i, row in enumerate(self.history.epochs)]
         if self.history.start is not None:
@@ -161,6 +167,8 @@ class EvaluateRecord(Scored):
     @model_validator(mode="after")
     def _each_attack_was_made(self) -> Self:
         for part, scores in self.metrics.items():
+            if getattr(self.data, part, None) is None:
+                raise ValueError(f"data.{part} is missing")
             for metric in (*METRICS, "budget"):
                 if metric not in scores or metric not in self.correct.get(part, {}):
                     raise ValueError(f"metrics.{part}.{metric} or its images are missing")

@@ -44,11 +44,13 @@ def ranks(values: Sequence[float]) -> list[int]:
 
 
 def leaderboards(records: Sequence[Record]) -> list[tuple[EvaluateRecord, list[Place]]]:
-    """For each set of images, norm and radius the networks by rank, with one of their records."""
+    """For each set of images, norm, radius and length of the search the networks by rank, with one of their records."""
     groups: dict[Any, list[EvaluateRecord]] = {}
     for record in measured(records):
         threat = record.config.threat
-        groups.setdefault((record.data.digest, record.data.test, threat.r, threat.delta), []).append(record)
+        steps = record.boundary.steps if record.boundary else 0  # of another strength is another competition
+        key = (record.data.digest, record.data.test, threat.r, threat.delta, steps)
+        groups.setdefault(key, []).append(record)
     return [(those[0], _places(those)) for those in groups.values()]
 
 
@@ -78,7 +80,9 @@ def leaderboard_table(records: Sequence[Record]) -> Any:
             [str(p.rank), short_name(p.name), p.worst.text(), p.pointwise.text(), str(p.former), change(p)]
             for p in places
         ]
-        about = f"{plural(len(places), 'network')} on {record.data.source}, {record.data.test:,} test images, {norm}:"
+        steps = record.boundary.steps if record.boundary else 0
+        about = f"{plural(len(places), 'network')} on {record.data.source}, {record.data.test:,} test images, {norm},"
+        about += f" {plural(steps, 'gradient')} an image:"
         parts.append(f"{about}\n\n{markdown(heads, rows).data}")
     return Markdown("\n\n".join(parts) or NOTHING)
 

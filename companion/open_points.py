@@ -72,7 +72,9 @@ def matters(records: Sequence[FinetuneRecord]) -> list[Matter]:
         for (point, value), with_it in alone.items():
             if seeds := sorted(with_it.keys() & without.keys()):
                 pairs = [(with_it[s], without[s]) for s in seeds]
-                metrics = COMPARED if all(has_found(r, "after") for pair in pairs for r in pair) else METRICS
+                known = all(has_found(r, "after") for pair in pairs for r in pair)
+                alike_found = known and all(a.boundary.steps == b.boundary.steps for a, b in pairs)  # type: ignore[union-attr]
+                metrics = COMPARED if alike_found else METRICS
                 each = {m: [bits(a, "after", m) - bits(b, "after", m) for a, b in pairs] for m in metrics}
                 differences = {m: estimate_of(values) for m, values in each.items()}
                 single = {m: [estimate_of([one]).value for one in values] for m, values in each.items()}

@@ -28,13 +28,16 @@ ESTIMATES = {"sample": "a fresh 10 % (the paper)", "batch": "the latest minibatc
 
 def performance_answer(records: Sequence[Record]) -> str:
     """How many of a benchmark's targets are met, in the newest record."""
-    benchmarks = newest_last([record for record in records if isinstance(record, BenchmarkRecord)])
+    every = [r for r in records if isinstance(r, BenchmarkRecord) and not r.config.model_dump().get("quick")]
+    benchmarks = newest_last(every)
     if not benchmarks:
         return NOTHING
     rows = [row for row in benchmarks[-1].rows if row["target"] is not None]
-    met, missed, open_ = ([r for r in rows if r["met"] is what] for what in (True, False, None))
+    never = [row for row in rows if row["ratio"] is None]
+    met, missed, open_ = ([r for r in rows if r["met"] is what and r not in never] for what in (True, False, None))
     text = f"{len(met)} of {plural(len(rows), 'target')} are met on {benchmarks[-1].device}."
-    for words, those in (("Missed", missed), ("Not decided, since the interval has the target inside", open_)):
+    undecided = "Not decided, since the interval has the target inside"
+    for words, those in (("Missed", missed), (undecided, open_), ("Not measured", never)):
         names = [f"{symbols(row['name'])} on {row['network']}" for row in those]
         text += f" {words}: {listed(names)}." if those else ""
     return text

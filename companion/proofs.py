@@ -9,6 +9,7 @@ the attack.
 from __future__ import annotations
 
 import functools
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from companion.bench import begin, bench, each_network, recorded
+from companion.bench import begin, bench, data_words, each_network, network_words, recorded
 from companion.certified import certified_distances
 from companion.parts import CertifiedConfig
 from companion.settings import ParameterError, Settings
@@ -38,14 +39,11 @@ def certify_each(settings: Sequence[Settings], *, most: float = MOST, bisections
             raise ParameterError(f"norm must be Linf for certified distances, not {one.norm!r}")
         on = bench(one)
         config = CertifiedConfig(norm="Linf", most=most, bisections=bisections, method=METHOD)
-        command = f"python -m companion.proofs {on.network.name} --data {_words(one)} --test-images {one.test_images}"
+        network, data = shlex.quote(network_words(str(one.network))), shlex.quote(data_words(one))
+        command = f"python -m companion.proofs {network} --data {data} --test-images {one.test_images}"
         measure = functools.partial(_measured, on, config)
         records.append(recorded(begin("certified", on, ("test",), config), on, command, measure))
     return records
-
-
-def _words(settings: Settings) -> str:
-    return "embedded" if settings.data == "embedded" else "data"
 
 
 def _measured(on: Any, config: CertifiedConfig) -> dict[str, Any]:

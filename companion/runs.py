@@ -95,8 +95,8 @@ def _boundary(on: Bench, steps: int, distance: dict[str, str]) -> dict[str, Any]
 
 
 def _is_found(record: Any, settings: Settings) -> bool:
-    """Whether a record has the worst case as the settings want it searched for."""
-    return not settings.found_steps or bool(record.boundary and record.boundary.steps == settings.found_steps)
+    """Whether a record has the worst case, searched for at least as long as the settings want it."""
+    return not settings.found_steps or bool(record.boundary and record.boundary.steps >= settings.found_steps)
 
 
 def scores(on: Bench, images: wdat_core.Images, progress: Any = None) -> dict[str, Tensor]:
@@ -251,6 +251,7 @@ def finetune_grid(
     Raises:
         ParameterError: as `bench`; or the loaded network's clean accuracy is not the published one; or the time of
             `stop_after` is up, for this column.
+        WdatError: the training diverged in every column. Where it did in some of them, it is printed.
     """
     from companion.exports import check_export
 
@@ -259,17 +260,19 @@ def finetune_grid(
         check_export(on.network.name, settings.export, settings.dataset, settings.norm)
     _ = on.data.train, on.data.val  # images that are missing are named before an attack of hours
     before = attacked(on, "test", command(settings, notebook))
-    records = []
+    records, left_out = [], []
     for tau, eta in settings.grid():
-        config = FinetuneConfig(
-            perturb=perturb,
-            tau=tau,
-            eta=eta,
-            **{name: getattr(settings, name) for name in COPIED},
-            **{**on.config, **changes},
-        )
-        line = command(settings, notebook, tau=tau, eta=eta)
-        records.append(_column(on, config, before, line, curves))
+        fields: dict[str, Any] = {name: getattr(settings, name) for name in COPIED} | on.config | changes
+        config = FinetuneConfig(perturb=perturb, tau=tau, eta=eta, **fields)
+        try:
+            records.append(_column(on, config, before, command(settings, notebook, tau=tau, eta=eta), curves))
+        except wdat_core.WdatError as error:
+            left_out.append(error)
+            if not str(error).startswith(DIVERGED):
+                raise
+            print(f"A column is left out: {error}")
+    if not records:
+        raise left_out[0]
     return records
 
 
@@ -289,6 +292,9 @@ def _column(on: Bench, config: FinetuneConfig, before: EvaluateRecord, line: str
     exported = folder is None or processes.of_first(lambda: bool(known and is_exported(known, folder)))
     if known and _is_found(known, settings) and exported and (has_curves or not curves):
         return known
+    ended = begin("diverged", on, ("train", "val", "test"), config)
+    if not known and (before_now := held(ended, on)):
+        raise wdat_core.WdatError(before_now.message)
     follow = curves or has_curves  # what was measured is not lost to a run for another purpose
     tuned = processes.shared_statistics(copy.deepcopy(on.model), on.device)
     kept = kept_at(begun, on, on.at_once, follow)
@@ -298,7 +304,8 @@ def _column(on: Bench, config: FinetuneConfig, before: EvaluateRecord, line: str
     except wdat_core.WdatError as error:
         if str(error).startswith(DIVERGED):  # which is an outcome too
             outcome = {"message": str(error), "seconds": {"total": round(time.perf_counter() - start, 1)}}
-            measured(begin("diverged", on, ("train", "val", "test"), config), on, line, lambda: outcome)
+            measured(ended, on, line, lambda: outcome)
+            kept.unlink(missing_ok=True)  # from there it would end in the same way
         raise
     if settings.export is not None and processes.is_first():
         print(f"exported to {export(tuned, record, settings.export, settings.dataset, settings.norm)}")
@@ -331,6 +338,7 @@ def _trained(
     start = time.perf_counter()
     after = scores(on.with_model(tuned), on.data.test, on.progress(label))
     steps = int(on.settings.found_steps or 0)
+    steps = before.boundary.steps if steps and before.boundary else steps  # as long as before, which may be longer
     known = {"before": before.boundary.distance["test"]} if before.boundary else {}
     rows: dict[str, Any] = {"epochs": history.epochs, "best": history.best, "upsilon": history.upsilon}
     return {

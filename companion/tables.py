@@ -233,11 +233,16 @@ def grid_table(table: int | None, records: Sequence[FinetuneRecord], recorded: S
     return markdown(["Accuracy, %", "evidence", "baseline", *(column_words(*column) for column in grid)], lines)
 
 
-def diverged(perturb: str, recorded: Sequence[DivergedRecord]) -> list[Any]:
-    """Which whole-protocol runs have no accuracies, because they diverged, as Markdown; [] where there are none."""
+def diverged(perturb: str, recorded: Sequence[DivergedRecord], others: Sequence[FinetuneRecord] = ()) -> list[Any]:
+    """Which whole-protocol runs have no accuracies, because they diverged, as Markdown; [] where there are none.
+
+    A run that ended well after all, elsewhere perhaps, is among the `others`.
+    """
     from IPython.display import Markdown
 
+    ended_well = [(r.network.digest, r.config) for r in others]
     those = [r for r in recorded if r.config.perturb == perturb and is_full(r) and not deviations(r)]
+    those = [r for r in those if (r.network.digest, r.config) not in ended_well]
     where = [r.message.partition(", at learning rate")[0].removeprefix("training diverged in ") for r in those]
     runs = [
         f"{name_of(r)} with {column_words(*column_of(r))}, seed {r.config.seed} ({ended})"

@@ -10,6 +10,7 @@ from companion.answers import PAGES, answer
 from companion.records import read_records
 from companion.settings import GRIDS, NOTEBOOKS
 from companion.values import pack
+from wdat_core import Threat
 
 N = 10_000  # test images, so that a percentage point is a hundred of them
 BASE = recorded("finetune-small_trades-whole-tau0.01-eta1-seed2-*")
@@ -100,3 +101,10 @@ def test_every_committed_record_has_its_page_and_every_page_its_answer():
         assert not re.search(r"holds in 0|  |\.\.", text), page
     first = answer("intro", records)
     assert answer("table4", records) in first and answer("claims", records) in first
+
+
+def test_runs_of_another_radius_or_other_images_are_not_held_against_the_paper():
+    odd = altered(made(3), config={"threat": Threat(p=2, r=2.0, delta=128 / 255)}, data={"source": "CIFAR-100"})
+    assert "nothing is recorded" in said("table4", odd).lower()
+    short = made(-2, data=(2000, 500, N), epochs=20)
+    assert said("table4", odd, short) == said("table4", short) and "-2.00" in said("table4", short)

@@ -95,3 +95,13 @@ def test_an_export_that_began_from_an_export_asks_for_that_one(without, runs, tm
     main([str(second), "--data", "embedded", "--found-steps", "2", "--before", str(first)])
     found = [parse_record(path.read_bytes()) for path in runs.glob("finetune-demo-finetuned-*.json")]
     assert any(has_found(record, "before", "after") for record in found)
+
+
+def test_the_search_is_as_precise_as_the_record_says(tmp_path, runs, monkeypatch):
+    usual = {"tau": 0.01, "eta": 1, "export": str(tmp_path / "exports"), "found_steps": 0, "precision": "bfloat16"}
+    finetune_grid(Settings(**usual, **SIZES).resolved(), "whole", notebook="table4")
+    (path,) = (tmp_path / "exports").iterdir()
+    seen, bench = [], complete.bench
+    monkeypatch.setattr(complete, "bench", lambda settings: seen.append(settings.precision) or bench(settings))
+    main([str(path), "--data", "embedded", "--found-steps", "2"])
+    assert seen == ["bfloat16", "bfloat16"]

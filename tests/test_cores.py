@@ -87,6 +87,19 @@ def test_what_gives_the_same_bits_stands_for_the_present_code_on_another_machine
     assert not cores.is_current(twin) and not cores.is_current(ENTRY["core"])
 
 
+def test_an_old_version_that_lacks_a_part_is_no_way_around_it(known):
+    """It is alike to both versions in what it has; they were seen to differ in what it lacks."""
+
+    def with_distances(bits):
+        return ENTRY["sample"] | {"distances": {"accuracy": {"p 2": 0.1}, "bits": bits}}
+
+    present, changed = (other(code_digest(), sample=with_distances("1")), other("f" * 64, sample=with_distances("2")))
+    known(present, changed)
+    assert not cores.is_current("f" * 64)
+    known(present, changed, ENTRY)
+    assert cores.is_current(ENTRY["core"]) and not cores.is_current("f" * 64)
+
+
 def test_tolerances_of_several_machines_do_not_add_up(known):
     """Each entry is 0.04 points from the next: the present code's neighbours are current, theirs are not."""
     steps = [

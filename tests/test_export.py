@@ -284,3 +284,19 @@ def test_exporting_twice_changes_nothing(exported, tmp_path):
     (paths[0] / "demo.safetensors").write_bytes(b"damaged since")
     with pytest.raises(ParameterError, match=r"not whole.*demo.safetensors"):
         export(other_demo(), exported[1], tmp_path)
+
+
+def test_a_run_with_a_longer_search_replaces_the_record_of_its_export(tmp_path, monkeypatch):
+    """Else the column would never count as exported, and be trained anew at every call."""
+    monkeypatch.setattr(files, "RUNS", tmp_path / "runs")
+    usual = {"tau": 0.01, "eta": 1, "export": str(tmp_path / "exports"), **SIZES}
+    for steps in (2, 4):
+        settings = Settings(**usual, found_steps=steps).resolved()
+        (record,) = finetune_grid(settings, "whole", notebook="table4")
+        (path,) = (tmp_path / "exports").iterdir()
+        assert parse_record((path / "record.json").read_bytes()) == record and record.boundary.steps == steps
+        load_network(str(path), tmp_path)
+    monkeypatch.setattr("wdat_core.finetune", None)  # from here on nothing is trained
+    for steps in (4, 3):  # the longer search is kept
+        (again,) = finetune_grid(Settings(**usual, found_steps=steps).resolved(), "whole", notebook="table4")
+        assert again == record

@@ -76,7 +76,7 @@ def test_the_answer_says_the_numbers_of_the_paper_s_loss_and_ball(record):
     )
     none = answers.answer("first_order", [straight(record, -9.0)])
     assert "within a tenth at no radius that was tried; for cross-entropy at no radius that was tried." in none
-    other = altered(straight(record, -9.0), network={"name": "other"})
+    other = altered(straight(record, -9.0), network={"name": "other", "digest": "f" * 64})
     both = answers.answer("first_order", [straight(record, 0.3), other])
     assert "up to 2/255 on `small_trades` and at none that was tried on `other`" in both
     assert answers.answer("first_order", []) == "Nothing is recorded here yet."
@@ -114,3 +114,9 @@ def test_the_command_ends_in_one_line(capsys):
     with pytest.raises(SystemExit) as ended:
         first_order.main(["nothing_like_it"])
     assert str(ended.value).startswith("first_order: unknown network")
+
+
+def test_images_that_are_all_misread_have_no_slope(monkeypatch):
+    monkeypatch.setattr("wdat_core.sensitivity", lambda *_, **__: 0.0)
+    with pytest.raises(ParameterError, match="reads none of these images rightly, so ce has no slope: take more"):
+        first_order.first_order_each([Settings(network="small_trades", test_images=4).resolved()], steps=1)

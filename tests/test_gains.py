@@ -275,3 +275,15 @@ def test_one_claim_holds_and_several_hold():
     assert "claim 8 hold on every network at δ = 2, 4 and 8/255 alike." in text
     down = claim_texts.everywhere([tune(-3, "cnn_a_adv4", found=-3)])
     assert "none holds on every network measured. By the worst case found" in down
+
+
+def test_without_a_seed_in_common_every_seed_counts_all_the_same():
+    """One seed gains 20 points and one loses 4: nothing is the same in every pair of seeds."""
+    apart = [tune(20, "small_trades", config={"seed": 0}), tune(-4, "small_trades", config={"seed": 1})]
+    assert found(W_2, *apart, tune(0, "small_pgd", config={"seed": 2})) == found(
+        W_2, *apart, *(tune(0, "small_pgd", config={"seed": s}) for s in (0, 1))
+    )
+    alike = [tune(20, "small_trades", config={"seed": 0}), tune(14, "small_trades", config={"seed": 1})]
+    assert found(W_2, *alike, tune(0, "small_pgd", config={"seed": 2})) != found(
+        W_2, *apart, tune(0, "small_pgd", config={"seed": 2})
+    )

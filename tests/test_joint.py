@@ -89,17 +89,21 @@ def test_half_of_a_loss_is_not_all_of_it():
 
 def test_where_nothing_is_lost_there_is_nothing_to_stop():
     text = plain(joint.joint_answer([start(pointwise=28), run(0), run(6, pointwise=36)]))
-    assert text.startswith("**There is nothing to stop: without the pointwise term no pointwise accuracy is lost, on 1")
+    assert text.startswith(
+        "**There is nothing to stop: without the pointwise term no pointwise accuracy is visibly lost, on 1"
+    )
     both = [start(pointwise=28, name="small_pgd"), run(0, name="small_pgd"), run(6, pointwise=36, name="small_pgd")]
     text = joint.joint_answer([start(), run(0), run(6, pointwise=36), *both])
-    assert "on 1 of 1 network that has it.** Without it `small_pgd` loses none." in text
+    assert "on 1 of 1 network that has it.** Without it `small_pgd` visibly loses none." in text
 
 
 def test_a_network_that_loses_and_waits_for_the_term_is_named():
     without = [start(pointwise=28, name="small_pgd"), run(0, name="small_pgd")]
     waits = [start(), run(0), run(0, 50, 40, beta=12.0)]
     text = plain(joint.joint_answer([*waits, *without, run(6, pointwise=36, name="small_pgd")]))
-    assert text.startswith("**Not known yet: the term was tried on 1 network only, where no pointwise accuracy is lost")
+    assert text.startswith(
+        "**Not known yet: the term was tried on 1 network only, where without it no accuracy is visibly lost"
+    )
     assert text.endswith(" Where there is a loss, the term has not run yet on `demo` (-3.00 ± 1.06 without it).")
     text = joint.joint_answer([*waits, *without, run(6, pointwise=36, name="small_pgd"), run(1, pointwise=36)])
     assert text.startswith("**The pointwise term stops") and "yet" not in text

@@ -37,7 +37,9 @@ def test_networks_are_ranked_by_the_worst_case_and_the_change_is_said():
     ]
     assert [(p.rank, p.former, leaderboard.change(p)) for p in places] == [(1, 1, "0"), (2, 3, "+1"), (3, 2, "−1")]
     lines = leaderboard.leaderboard_table(each).data.splitlines()
-    assert lines[0].startswith("3 networks on ") and lines[0].endswith(", 100 test images, Linf:")
+    assert lines[0].startswith("3 networks on ") and lines[0].endswith(
+        ", 100 test images, Linf, 100 gradients an image:"
+    )
     assert "worst case found, W₂, 4/255 | W∞, 8/255 | rank by W∞ | change |" in lines[2]
     assert lines[5].startswith("| 2 | even | 45.56") and lines[5].endswith(" | 3 | +1 |")
 
@@ -90,7 +92,7 @@ def test_networks_whose_weights_are_here_are_those_with_every_file(tmp_path):
 
 def test_a_norm_of_pixels_is_named():
     record = altered(made(EVEN), config={"threat": Threat(r=2.0, delta=8 / 255)})
-    assert leaderboard.leaderboard_table([record]).data.splitlines()[0].endswith(", L2:")
+    assert leaderboard.leaderboard_table([record]).data.splitlines()[0].endswith(", L2, 100 gradients an image:")
 
 
 def test_a_folder_without_weights_is_named(capsys, monkeypatch, tmp_path):

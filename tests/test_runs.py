@@ -306,3 +306,34 @@ def test_an_error_that_is_no_divergence_leaves_no_record(tmp_path, monkeypatch):
     with pytest.raises(WdatError, match="out of memory"):
         runs.finetune_grid(ONE, "whole", notebook="table4")
     assert not list(tmp_path.glob("diverged-*.json"))
+
+
+def test_a_column_that_diverges_leaves_the_others_and_is_not_trained_again(tmp_path, monkeypatch, capsys):
+    import wdat_core
+
+    monkeypatch.setattr(files, "RUNS", tmp_path)
+    trained, finetune = [], wdat_core.finetune
+
+    def diverging(model, train, val, config, **options):
+        trained.append(config.tau)
+        if config.tau == 0.1:
+            raise WdatError("training diverged in epoch 1, minibatch 2, at learning rate 0.1: try a lower one")
+        return finetune(model, train, val, config, **options)
+
+    monkeypatch.setattr(wdat_core, "finetune", diverging)
+    both = Settings(eta=1, **SMALL).resolved()
+    for _ in range(2):
+        (record,) = runs.finetune_grid(both, "whole", notebook="table4")
+        assert record.config.tau == 0.01
+        assert "A column is left out: training diverged in epoch 1, minibatch 2" in capsys.readouterr().out
+    assert trained == [0.1, 0.01] and not list(tmp_path.glob("*.checkpoint"))
+    with pytest.raises(WdatError, match="training diverged"):
+        runs.finetune_grid(both.model_copy(update={"tau": 0.1}), "whole", notebook="table4")
+
+    (path,) = tmp_path.glob("diverged-*.json")
+    full = {"data": {"train": 40_000, "val": 10_000, "test": 10_000, "source": "CIFAR-10"}}
+    full |= {"config": {"steps": 20, "epochs": 20, "batch_size": 512}}
+    ended = altered(parse_record(path.read_bytes()), **full)
+    assert tables.diverged("whole", [ended], [record])
+    ran_well = record.model_copy(update={"config": ended.config})
+    assert tables.diverged("whole", [ended], [ran_well]) == []

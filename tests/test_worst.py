@@ -242,7 +242,7 @@ def test_the_table_says_how_its_networks_were_attacked():
     def head(*records):
         return worst.worst_table(records).data.splitlines()[0]
 
-    five = altered(made(SLOPE, delta=4 / 255), config={"steps": 5})
+    five = altered(made(SLOPE, delta=4 / 255, w_2=95), config={"steps": 5})
     assert "| W-PGD, 20 steps, 8/255 |" in head(made(SLOPE)) and "| W-PGD, 5 steps, 4/255 |" in head(five)
     assert "| W-PGD, as in its record |" in head(made(SLOPE), five)
     assert "At δ = 4/255 and 8/255 it leaves" in worst.worst_answer([made(SLOPE), five])
@@ -268,3 +268,28 @@ def test_without_distances_the_table_says_where_they_come_from():
 
 def test_where_nothing_was_searched_for_nothing_is_compared():
     assert worst.found_is_no_higher(made(SLOPE).model_copy(update={"boundary": None}))
+
+
+def test_a_search_that_found_too_little_is_no_proof_of_anything():
+    far = made([100.0] * 100, name="far")
+    text = worst.worst_answer([far])
+    assert text == "The search was too short to say so of `far`: it found no more than W-PGD."
+    both = worst.worst_answer([made(SLOPE), far])
+    assert "it leaves more images right" in both and "% on `far`" not in both and "too short to say so of `far`" in both
+
+
+def test_of_one_network_the_longest_search_counts_and_others_are_no_competition():
+    def searched(record, steps):
+        return record.model_copy(update={"boundary": record.boundary.model_copy(update={"steps": steps})})
+
+    short, long = searched(made([9.0] * 100), 1), searched(made(SLOPE), 100)
+    assert worst.measured([short, long]) == worst.measured([long, short]) == [long]
+    rival = searched(made(EVEN, name="rival"), 100)
+    other = searched(made([9.0] * 100, name="other"), 1)
+    boards = [[place.name for place in places] for _, places in leaderboard.leaderboards([long, rival, other])]
+    assert sorted(map(len, boards)) == [1, 2] and ["other"] in boards
+
+
+def test_two_networks_of_two_radii_are_attacked_by_2023_s_attack_as_in_their_records():
+    head = worst.worst_table([made(SLOPE), made(EVEN, name="near", delta=4 / 255)]).data.splitlines()[0]
+    assert "| W-PGD of 2023, as in its record |" in head
