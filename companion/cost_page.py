@@ -89,7 +89,8 @@ def sources(records: Sequence[Record]) -> list[Source]:
     benchmarks = _newest([r for r in records if isinstance(r, BenchmarkRecord) and not _quick(r)])
     cards = [source for record in benchmarks for source in _throughput(record)]
     cards.sort(key=lambda s: ("WRN-34-10" not in s.name, "WRN" not in s.name, -s.rate))
-    return [*cards, *_columns(records), *(source for record in benchmarks for source in _attacks(record))]
+    columns = sorted(_columns(records), key=lambda source: not source.gpu)
+    return [*cards, *columns, *(source for record in benchmarks for source in _attacks(record))]
 
 
 def _quick(record: BenchmarkRecord) -> bool:
@@ -130,7 +131,8 @@ def _columns(records: Sequence[Record]) -> list[Source]:
         rate = _passes(those[0]).whole / statistics.median(seconds)
         spread = f"{min(seconds):,.0f} to {max(seconds):,.0f} s" if len(seconds) > 1 else f"{seconds[0]:,.0f} s"
         how = f"fine-tuning of {plural(len(those), 'column')}, {spread}; passes that ReDLR skips are counted as made"
-        found.append(Source(name_of(those[0]), those[0].device, rate, how))
+        gpu = " thread" not in those[0].device  # of a processor the number of threads is said
+        found.append(Source(name_of(those[0]), those[0].device, rate, how, gpu))
     return found
 
 
@@ -156,7 +158,7 @@ def checks(records: Sequence[Record]) -> list[tuple[Source, str, float, float]]:
     """What the formula says beside what records say, in seconds: source of the speed, of what, formula, record."""
     found: list[tuple[Source, str, float, float]] = []
     for source in sources(records):
-        if not source.gpu:
+        if not (source.gpu and source.how.startswith("attack")):
             found += [(source, what, passes.whole / source.rate, s) for what, passes, s in _recorded(source, records)]
     for record in _newest([r for r in records if isinstance(r, BenchmarkRecord) and not _quick(r)]):
         parts = cost.column()

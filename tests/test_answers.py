@@ -108,3 +108,12 @@ def test_runs_of_another_radius_or_other_images_are_not_held_against_the_paper()
     assert "nothing is recorded" in said("table4", odd).lower()
     short = made(-2, data=(2000, 500, N), epochs=20)
     assert said("table4", odd, short) == said("table4", short) and "-2.00" in said("table4", short)
+
+
+def test_a_gpu_that_made_the_columns_was_measured():
+    """Also where it is no benchmark that says so, and a processor made others."""
+    card = made(3, "Zhang2019Theoretically").model_copy(update={"device": "NVIDIA H100 80GB HBM3"})
+    text = said("cost", made(3), card)
+    assert "measured with Zhang et al. (2019) on NVIDIA H100" in text
+    assert "No GPU was measured" not in text and "small network" not in text
+    assert "No GPU was measured" in said("cost", made(3))
