@@ -54,8 +54,9 @@ def complete(export: str, data: str, models: str, steps: int, before: str | None
         "steps": record.config.steps,
         "found_steps": steps,
         "delta": threat.delta,
+        "precision": record.config.precision,
+        "compiled": record.config.compiled,
     }
-    usual |= {"precision": record.config.precision, "compiled": record.config.compiled}
     usual["dataset"] = next((key for key, row in DATASETS.items() if row.name == record.data.source), "cifar10")
     norm: Any = "Linf" if threat.r == math.inf else "L2"
     settings = [Settings(**usual, **sizes, norm=norm, network=n).resolved() for n in (start, export)]

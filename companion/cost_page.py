@@ -86,15 +86,11 @@ def runs() -> list[Run]:
 
 def sources(records: Sequence[Record]) -> list[Source]:
     """Every measured speed: GPUs first, then whole columns, then the attacks of benchmarks on a CPU."""
-    benchmarks = _newest([r for r in records if isinstance(r, BenchmarkRecord) and not _quick(r)])
+    benchmarks = _newest([r for r in records if isinstance(r, BenchmarkRecord) and not r.is_quick])
     cards = [source for record in benchmarks for source in _throughput(record)]
     cards.sort(key=lambda s: ("WRN-34-10" not in s.name, "WRN" not in s.name, -s.rate))
     columns = sorted(_columns(records), key=lambda source: not source.gpu)
     return [*cards, *columns, *(source for record in benchmarks for source in _attacks(record))]
-
-
-def _quick(record: BenchmarkRecord) -> bool:
-    return bool(record.config.model_dump().get("quick"))
 
 
 def _newest(records: Sequence[BenchmarkRecord]) -> list[BenchmarkRecord]:
@@ -160,7 +156,7 @@ def checks(records: Sequence[Record]) -> list[tuple[Source, str, float, float]]:
     for source in sources(records):
         if not (source.gpu and source.how.startswith("attack")):
             found += [(source, what, passes.whole / source.rate, s) for what, passes, s in _recorded(source, records)]
-    for record in _newest([r for r in records if isinstance(r, BenchmarkRecord) and not _quick(r)]):
+    for record in _newest([r for r in records if isinstance(r, BenchmarkRecord) and not r.is_quick]):
         parts = cost.column()
         passes = total({name: parts[name] for name in ("estimate of Υ", "attack", "update")}).whole
         for source in _throughput(record):
@@ -197,7 +193,7 @@ def _recorded(source: Source, records: Sequence[Record]) -> list[tuple[str, Pass
 def used(records: Sequence[Record]) -> list[Record]:
     """The records that the page draws on."""
     measured = {source.name for source in sources(records)}
-    benchmarks = _newest([r for r in records if isinstance(r, BenchmarkRecord) and not _quick(r)])
+    benchmarks = _newest([r for r in records if isinstance(r, BenchmarkRecord) and not r.is_quick])
     of_networks = [r for r in records if isinstance(r, FinetuneRecord | EvaluateRecord) and name_of(r) in measured]
     tuned = [r for r in of_networks if isinstance(r, FinetuneRecord) and not has_curves(r) and not deviations(r)]
     whole = [r for r in tuned if r.data.train == cost.PAPER["train"]]

@@ -14,7 +14,7 @@ from typing import Any
 from companion import evidence
 from companion.bases import OfNetwork, Record, images_of
 from companion.evidence import Setting, alike, best_setting, by_setting, paper_value, setting_of, studies
-from companion.intervals import bits, estimate_of, is_found, median_interval, with_metrics
+from companion.intervals import bits, estimate_of, is_found, median_interval, search_of, with_metrics
 from companion.kinds import EvaluateRecord, FinetuneRecord, SensitivityRecord
 from companion.settings import GRIDS, METRICS, PAPER_NETWORKS
 from companion.words import HOW, name_of, setting_words, short_name, training_words
@@ -132,17 +132,12 @@ def contrasts(records: Sequence[Record], pairs: Sequence[Pair], metric: str = "w
         first, second = ({r.config.seed: r for r in study.get(setting, [])} for setting in (better, worse))
         seeds = sorted(first.keys() & second.keys())
         if is_found(metric):  # of searches of one length
-            seeds = [s for s in seeds if _length(first[s]) == _length(second[s])]
+            seeds = [s for s in seeds if search_of(first[s]) == search_of(second[s])]
         if seeds:
             per_seed = [bits(first[s], "after", metric) - bits(second[s], "after", metric) for s in seeds]
             drawn = [those[s] for those in (first, second) for s in seeds]
             effects.append(_of_images(_label(drawn[0]), _against(better, worse), per_seed, drawn))
     return effects
-
-
-def _length(record: FinetuneRecord) -> int:
-    """Of the search for its worst case."""
-    return record.boundary.steps if record.boundary else 0
 
 
 def gaps(records: Sequence[Record], weaker: str, stronger: str) -> list[Effect]:

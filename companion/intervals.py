@@ -110,6 +110,11 @@ def is_found(metric: str) -> bool:
     return metric in FOUND or metric.startswith("found:")
 
 
+def search_of(record: Any) -> int:
+    """How many gradients an image the search for its worst case took; 0 where there was none."""
+    return record.boundary.steps if record.boundary else 0
+
+
 def with_metrics(records: Sequence[S], metrics: Sequence[str], *when: str) -> list[S]:
     """Those of the records that have the metrics; distances not all have."""
     return [r for r in records if not any(map(is_found, metrics)) or has_found(r, *when)]

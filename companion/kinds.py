@@ -327,6 +327,11 @@ class BenchmarkRecord(Record):
 
     needs = ("seconds.total",)
 
+    @property
+    def is_quick(self) -> bool:
+        """Whether it was made with --quick, whose figures say nothing."""
+        return bool(self.config.model_dump().get("quick"))
+
 
 class ScaleRecord(Record):
     """What benchmarks/scale.py measured, as it made it."""

@@ -19,7 +19,7 @@ import click
 from companion import files
 from companion.bases import Record
 from companion.datasets import DATASETS
-from companion.intervals import Estimate, estimate_of, shares
+from companion.intervals import Estimate, estimate_of, search_of, shares
 from companion.kinds import EvaluateRecord
 from companion.networks import robustbench_files, zoo
 from companion.settings import ParameterError
@@ -48,8 +48,8 @@ def leaderboards(records: Sequence[Record]) -> list[tuple[EvaluateRecord, list[P
     groups: dict[Any, list[EvaluateRecord]] = {}
     for record in measured(records):
         threat = record.config.threat
-        steps = record.boundary.steps if record.boundary else 0  # of another strength is another competition
-        key = (record.data.digest, record.data.test, threat.r, threat.delta, steps)
+        # A search of another length is another competition.
+        key = (record.data.digest, record.data.test, threat.r, threat.delta, search_of(record))
         groups.setdefault(key, []).append(record)
     return [(those[0], _places(those)) for those in groups.values()]
 
@@ -80,9 +80,8 @@ def leaderboard_table(records: Sequence[Record]) -> Any:
             [str(p.rank), short_name(p.name), p.worst.text(), p.pointwise.text(), str(p.former), change(p)]
             for p in places
         ]
-        steps = record.boundary.steps if record.boundary else 0
         about = f"{plural(len(places), 'network')} on {record.data.source}, {record.data.test:,} test images, {norm},"
-        about += f" {plural(steps, 'gradient')} an image:"
+        about += f" {plural(search_of(record), 'gradient')} an image:"
         parts.append(f"{about}\n\n{markdown(heads, rows).data}")
     return Markdown("\n\n".join(parts) or NOTHING)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import functools
 import platform
 import re
 from importlib import metadata
@@ -107,7 +106,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-@functools.cache
 def core_digest() -> str:
     """The digest of wdat_core.py's code when it was first asked for, so that a record says which code made it."""
     from wdat_core import code_digest

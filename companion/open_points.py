@@ -22,7 +22,7 @@ from companion.evidence import (
     setting_of,
     training_of,
 )
-from companion.intervals import Estimate, bits, change, estimate_of, has_found, side, span
+from companion.intervals import Estimate, bits, change, estimate_of, has_found, search_of, side, span
 from companion.kinds import EvaluateRecord, FinetuneRecord
 from companion.settings import CONTROLS, FOUND, GRIDS, METRICS, OPEN_POINTS
 from companion.tables import PARTS
@@ -73,8 +73,7 @@ def matters(records: Sequence[FinetuneRecord]) -> list[Matter]:
             if seeds := sorted(with_it.keys() & without.keys()):
                 pairs = [(with_it[s], without[s]) for s in seeds]
                 known = all(has_found(r, "after") for pair in pairs for r in pair)
-                alike_found = known and all(a.boundary.steps == b.boundary.steps for a, b in pairs)  # type: ignore[union-attr]
-                metrics = COMPARED if alike_found else METRICS
+                metrics = COMPARED if known and all(search_of(a) == search_of(b) for a, b in pairs) else METRICS
                 each = {m: [bits(a, "after", m) - bits(b, "after", m) for a, b in pairs] for m in metrics}
                 differences = {m: estimate_of(values) for m, values in each.items()}
                 single = {m: [estimate_of([one]).value for one in values] for m, values in each.items()}

@@ -28,8 +28,7 @@ ESTIMATES = {"sample": "a fresh 10 % (the paper)", "batch": "the latest minibatc
 
 def performance_answer(records: Sequence[Record]) -> str:
     """How many of a benchmark's targets are met, in the newest record."""
-    every = [r for r in records if isinstance(r, BenchmarkRecord) and not r.config.model_dump().get("quick")]
-    benchmarks = newest_last(every)
+    benchmarks = newest_last([r for r in records if isinstance(r, BenchmarkRecord) and not r.is_quick])
     if not benchmarks:
         return NOTHING
     rows = [row for row in benchmarks[-1].rows if row["target"] is not None]

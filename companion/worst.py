@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from companion.bases import Record, images_of
 from companion.claims import RADII
-from companion.intervals import accuracy, boundary_of, found_at, has_found
+from companion.intervals import accuracy, boundary_of, found_at, has_found, search_of
 from companion.kinds import CertifiedRecord, EvaluateRecord, StrongerRecord
 from companion.networks import PUBLISHED
 from companion.settings import PAPER_NETWORKS, STAND_INS
@@ -43,8 +43,7 @@ def measured(records: Sequence[Record]) -> list[EvaluateRecord]:
 
 
 def _extent(record: EvaluateRecord) -> tuple[int, int]:
-    assert record.boundary is not None
-    return images_of(record, "test"), record.boundary.steps
+    return images_of(record, "test"), search_of(record)
 
 
 def worst_answer(records: Sequence[Record]) -> str:

@@ -9,6 +9,7 @@ import json
 import os
 import random
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -987,15 +988,19 @@ def test_an_objective_that_fills_a_list_goes_on_after_a_stop(tmp_path):
         go_on()
 
 
-def test_functions_that_all_call_each_other_are_named_at_once():
+def test_functions_that_all_call_each_other_are_named_at_once(tmp_path):
     names = [f"f{k}" for k in range(12)]
-    held = {"__name__": "here"}
-    exec("\n".join(f"def {name}(): return {', '.join(names)}, {k}" for k, name in enumerate(names)), held)
+    lines = [f"def {name}(): return {', '.join(names)}, {k}" for k, name in enumerate(names)]
+
+    def module(*lines):
+        (tmp_path / "many.py").write_text("\n".join(lines), encoding="utf-8")
+        return runpy.run_path(str(tmp_path / "many.py"))
+
     begin = time.perf_counter()
-    first = wdat_core._named(held["f0"])
+    first = wdat_core._named(module(*lines)["f0"])
     assert time.perf_counter() - begin < 10
-    exec("def f11(): return f0, f1, f2", held)
-    assert wdat_core._named(held["f0"]) != first
+    assert wdat_core._named(module(*lines)["f0"]) == first
+    assert wdat_core._named(module(*lines[:-1], "def f11(): return f0, f1, f2")["f0"]) != first
 
 
 @posix
