@@ -44,7 +44,6 @@ from wdat_core import FinetuneConfig, Threat, finetune, wpgd
 
 WORKS = {"attack": ATTACK, "training": TRAINING}
 BATCH = 64
-EPOCHS = 5  # of training in a lap, so that what it checks before the first minibatch is a small part of it
 
 
 class Told(NamedTuple):
@@ -60,25 +59,25 @@ class Told(NamedTuple):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def work(name: str, images: int, share: int, group: Any) -> Callable[[], Any]:
-    """A lap: an attack on so many images, or EPOCHS of Algorithm 1 in minibatches of BATCH images a process."""
+def work(name: str, images: int, epochs: int, share: int, group: Any) -> Callable[[], Any]:
+    """A lap: an attack on so many images, or epochs of Algorithm 1 in minibatches of BATCH images a process."""
     on = demo(images, torch.device("cpu"), "test" if name == "attack" else "train")
     if name == "attack":
         how: dict[str, Any] = {"loss": "redlr", "batch_size": BATCH, "group": group}
         return lambda: wpgd(on.model, on.x, on.y, Threat(delta=DELTA), **how)
     x, y = torch.cat([on.x] * share), torch.cat([on.y] * share)
-    config = FinetuneConfig(threat=Threat(delta=DELTA), epochs=EPOCHS, batch_size=BATCH * share)
+    config = FinetuneConfig(threat=Threat(delta=DELTA), epochs=epochs, batch_size=BATCH * share)
     model = functools.partial(copy.deepcopy, on.model)
     return lambda: finetune(model(), (x, y), None, config, eval_batch_size=BATCH, group=group)
 
 
-def worker(rank: int, folder: str, pipe: Any, images: int) -> None:
+def worker(rank: int, folder: str, pipe: Any, images: int, epochs: int) -> None:
     """Does what it is told until it is told None."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=Path(folder, "meet").as_uri(), rank=rank, world_size=2)
     every: Any = dist.group.WORLD
     ready = {
-        (name, how): work(name, images, 2 if how == TOGETHER else 1, every if how == TOGETHER else None)
+        (name, how): work(name, images, epochs, *((2, every) if how == TOGETHER else (1, None)))
         for name in WORKS
         for how in (APART, TOGETHER)
     }
@@ -120,12 +119,13 @@ def heard() -> Any:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def scaling(images: int, rounds: int) -> list[dict[str, Any]]:
+def scaling(images: int, epochs: int, rounds: int) -> list[dict[str, Any]]:
     """Rows: the time of two processes over that of one, and over that of two that share nothing."""
     context, rows = mp.get_context("spawn"), []
     with tempfile.TemporaryDirectory() as folder:
         pipes = [context.Pipe() for _ in range(2)]
-        there = [context.Process(target=worker, args=(rank, folder, pipes[rank][1], images)) for rank in range(2)]
+        given = [(rank, folder, pipes[rank][1], images, epochs) for rank in range(2)]
+        there = [context.Process(target=worker, args=arguments) for arguments in given]
         for process, (_, its) in zip(there, pipes, strict=True):
             process.start()
             its.close()  # else nobody would see that the process is gone
@@ -169,43 +169,49 @@ def scaling(images: int, rounds: int) -> list[dict[str, Any]]:
 
 
 def answered(script: str, *words: str) -> dict[str, Any]:
-    """What a script beside this one prints, JSON."""
+    """What a script beside this one prints, JSON; where it fails nothing is recorded."""
     line = [sys.executable, str(Path(__file__).with_name(script)), *words]
     done = subprocess.run(line, capture_output=True, text=True, encoding="utf-8")
     if done.returncode:
-        print(done.stderr, file=sys.stderr)
-    return {} if done.returncode else json.loads(done.stdout.splitlines()[-1])
+        sys.exit(done.stderr.rstrip() or f"{script} ended with exit code {done.returncode}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=40, help=f"at most; at least {LEAST}, which an interval needs")
     parser.add_argument("--lap", type=int, default=128, help="images of a process in a lap")
+    parser.add_argument("--epochs", type=int, default=5, help="of training in a lap, whose checks are timed too")
     parser.add_argument("--images", type=int, default=1_000_000)
     parser.add_argument("--steps", type=int, default=5, help="of W-PGD on images in a file")
     parser.add_argument("--distances", type=int, default=1_000_000_000)
     parser.add_argument("--folder", default=None, help="on a disk with room for the images four times")
     parser.add_argument("--out", type=Path, default=files.RUNS)
     given = parser.parse_args(arguments)
+    for name, value in vars(given).items():
+        if isinstance(value, int) and value < 1:
+            parser.error(f"--{name} must be at least 1, not {value}")
     if given.rounds < LEAST:
         parser.error(f"--rounds must be at least {LEAST}: with fewer there is no interval")
+    if given.folder is not None and not Path(given.folder).is_dir():
+        parser.error(f"--folder must be a folder that is there, not {given.folder}")
     core_digest()  # of the code that runs, should the file be edited meanwhile
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     begin, folder = time.perf_counter(), ["--folder", given.folder] * (given.folder is not None)
     points = [given.images // 20, given.images // 4, given.images]
-    rows = scaling(given.lap, given.rounds)
-    figures = {
-        "stream": worst.streamed(points, torch.device("cpu")),
+    figures = {  # first what needs room on the disk, so that a disk that is full ends it at once
         "mapped": answered("mapped.py", "--images", str(given.images), "--steps", str(given.steps), *folder),
         "histogram": answered("histogram.py", "--n", str(given.distances), *folder),
+        "stream": worst.streamed(points, torch.device("cpu")),
     }
-    config = {name: getattr(given, name) for name in ("rounds", "lap", "images", "steps", "distances")}
+    rows = scaling(given.lap, given.epochs, given.rounds)
+    config = {name: getattr(given, name) for name in ("rounds", "lap", "epochs", "images", "steps", "distances")}
     line = " ".join(f"--{name} {value}" for name, value in config.items())
     record = {
         "schema": SCHEMA,
         "kind": "scale",
-        "config": {**config, "epochs": EPOCHS},
+        "config": config,
         "rows": rows,
         "figures": figures,
     }

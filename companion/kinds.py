@@ -26,6 +26,7 @@ from companion.parts import (
     ObjectiveConfig,
     PrecisionConfig,
     ReliabilityConfig,
+    ScaleConfig,
     SensitivityConfig,
 )
 from companion.settings import METRICS, STRONGER
@@ -337,7 +338,7 @@ class ScaleRecord(Record):
     """What benchmarks/scale.py measured, as it made it."""
 
     kind: Literal["scale"]
-    config: BenchmarkConfig
+    config: ScaleConfig
     rows: list[dict[str, Any]]
     figures: dict[str, Any]
 

@@ -174,6 +174,17 @@ class BenchmarkConfig(Part):
     rounds: Count
 
 
+class ScaleConfig(Part):
+    """Of benchmarks/scale.py."""
+
+    rounds: Count
+    lap: Count
+    epochs: Count
+    images: Count
+    steps: Count
+    distances: Annotated[int, Field(ge=1)]  # up to thousands of millions
+
+
 class History(Part):
     """`epochs`: a row for each epoch, see `wdat_core.History`; `start`: the same of the network before it."""
 

@@ -28,8 +28,7 @@ def scale_answer(records: Sequence[ScaleRecord]) -> str:
         for work in WHAT
         if work in ratios
     ]
-    figures = {name: found for name, found in record.figures.items() if found}
-    return " ".join([*parts, *(WORDS[name](found) for name, found in figures.items() if name in WORDS)])
+    return " ".join([*parts, *(words(record.figures[name]) for name, words in WORDS.items())])
 
 
 def _measured(record: ScaleRecord) -> list[dict[str, Any]]:
@@ -69,7 +68,7 @@ def scale_table(record: ScaleRecord) -> Any:
             share = f"{least} to {most} % in {row['messages']} messages, {row['sent'] / 1000:,.1f} kB"
         about = f"{row['images']:,} images a process, batches of {row['batch_size']}"
         if row["group"] == TRAINING:
-            about += f", {plural(getattr(record.config, 'epochs', 1), 'epoch')}"
+            about += f", {plural(record.config.epochs, 'epoch')}"
         lines.append(
             [symbols(row["group"]), row["network"], row["baseline"], _ratio(row), share, str(row["rounds"]), about]
         )

@@ -5,12 +5,13 @@ import sys
 
 import pytest
 
-from benchmarks.scale import EPOCHS
+from benchmarks import scale
+from benchmarks.scale import answered
 from companion import files
 from companion.records import read_records
 from companion.scale import ALONE, APART, scale_answer, scale_table
 
-SMALL = {"rounds": 6, "lap": 4, "images": 2000, "steps": 2, "distances": 100_000}
+SMALL = {"rounds": 6, "lap": 4, "epochs": 1, "images": 2000, "steps": 2, "distances": 100_000}
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +37,11 @@ def test_each_work_is_compared_with_one_process_and_with_two_that_share_nothing(
 def test_an_iterate_takes_two_messages_at_most(record):
     """One for accuracy, loss and Upsilon, one for the projection, for 20 steps; a few at the start and at the end.
 
-    A lap of training is an iteration an epoch here.
+    A lap of training is one iteration here.
     """
     attack, training = (row for row in record.rows if "messages" in row)
     assert 20 < attack["messages"] <= 2 * 20 + 10 and attack["sent"] < 2000
-    assert EPOCHS * 20 < training["messages"] <= EPOCHS * (2 * 20 + 10) + 20
+    assert 20 < training["messages"] <= 2 * 20 + 10 + 20
     for row in (attack, training):
         least, most = row["talked"]
         assert 0 < least <= most < 1
@@ -72,4 +73,28 @@ def test_the_newest_record_counts(record):
     slow = [row | {"ratio": 9.0, "low": 8.0, "high": 10.0} for row in record.rows]
     newer = record.model_copy(update={"created": "2999-01-01T00:00:00+00:00", "rows": slow})
     assert scale_answer([newer, record]) == scale_answer([newer]) != scale_answer([record])
-    assert f", {EPOCHS} epochs |" in scale_table(record).data
+    assert ", 1 epoch |" in scale_table(record).data
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--folder", "not/there"], "--folder must be a folder that is there, not not/there"),
+        (["--images", "0"], "--images must be at least 1, not 0"),
+        (["--rounds", "5"], "--rounds must be at least 6: with fewer there is no interval"),
+    ],
+)
+def test_what_cannot_be_is_named_before_anything_runs(words, problem, capsys, monkeypatch):
+    monkeypatch.setattr(scale, "answered", lambda *_: pytest.fail("it ran"))
+    with pytest.raises(SystemExit):
+        scale.main(words)
+    assert capsys.readouterr().err.splitlines()[-1].endswith(problem)
+
+
+def test_a_part_that_fails_leaves_no_record(tmp_path, monkeypatch):
+    """It comes before what takes long: no laps are lost."""
+    monkeypatch.setattr(scale, "scaling", lambda *_: pytest.fail("it ran"))
+    monkeypatch.setattr(scale, "answered", lambda _, *words: answered("mapped.py", *words, "--nonsense"))
+    with pytest.raises(SystemExit, match=r"mapped\.py: error: unrecognized arguments: --nonsense"):
+        scale.main(["--images", "10", "--out", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
