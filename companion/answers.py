@@ -48,6 +48,7 @@ from companion.words import (
     name_of,
     overall,
     plural,
+    plural_of,
     setting_words,
     short_name,
     training_words,
@@ -166,8 +167,8 @@ def _networks(records: Sequence[Record]) -> str:
         gap = estimate_of([bits(record, "test", "w_inf") - bits(record, "test", "w_2")])
         parts.append(f"{gap.text()} on {name_of(record)}")
         found.append({"above": "holds", "below": "contradicted"}.get(side(gap.low, gap.high), "not visible"))
-    images = f"on {plural(images_of(those[0], 'test'), 'test image')}"
-    return f"{paper} Here, {images}, the gap is {listed(parts)}. {_mark(found)}"
+    images = plural_of([images_of(r, "test") for r in those], "test image")
+    return f"{paper} Here, on {images}, the gap is {listed(parts)}. {_mark(found)}"
 
 
 def _budget(records: Sequence[Record]) -> str:
@@ -223,7 +224,7 @@ def _estimates(records: Sequence[Record]) -> str:
     if not those:
         return f"{paper} {NOTHING}"
     parts = [f"{100 * median(relative_errors(r)):.0f} % on {name_of(r)}" for r in those]
-    images = plural(those[0].data.train, "training image")
+    images = plural_of([r.data.train for r in those], "training image")
     claim = _claim("upsilon-close")
     here = f"Here, on {images}, the median error is {listed(parts)}; well means below {claim.line:g} %."
     robust = "Paper: for more robust networks the estimates are closer."

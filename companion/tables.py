@@ -47,6 +47,7 @@ from companion.kinds import (
 )
 from companion.settings import FINETUNED, FOUND, GRIDS, METRICS, PAPER_NETWORKS, STAND_INS, STRONGER, ParameterError
 from companion.words import (
+    HOW,
     NOTHING,
     OUTCOMES,
     column_words,
@@ -248,7 +249,7 @@ def diverged(perturb: str, recorded: Sequence[DivergedRecord], others: Sequence[
         f"{name_of(r)} with {column_words(*column_of(r))}, seed {r.config.seed} ({ended})"
         for r, ended in zip(those, where, strict=True)
     ]
-    return [Markdown(f"No accuracies, because training diverged: {listed(runs)}.")] if runs else []
+    return [Markdown(f"No accuracies for the {HOW[perturb]}: training diverged for {listed(runs)}.")] if runs else []
 
 
 def outcome_table(table: int, recorded: Sequence[FinetuneRecord]) -> Any:

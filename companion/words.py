@@ -46,6 +46,12 @@ def plural(n: int, noun: str) -> str:
     return f"{n:,} {noun}{'s' * (n != 1)}"
 
 
+def plural_of(numbers: Sequence[int], noun: str) -> str:
+    """As `plural`, of one number or of several: "500 to 1,000 images"."""
+    least, most = min(numbers), max(numbers)
+    return f"{least:,} to {plural(most, noun)}" if least < most else plural(most, noun)
+
+
 def short_name(network: str) -> str:
     """The paper's own words for one of its networks, the name of any other."""
     return PAPER_NETWORKS[network]["paper"] if network in PAPER_NETWORKS else network

@@ -117,3 +117,10 @@ def test_a_gpu_that_made_the_columns_was_measured():
     assert "measured with Zhang et al. (2019) on NVIDIA H100" in text
     assert "No GPU was measured" not in text and "small network" not in text
     assert "No GPU was measured" in said("cost", made(3))
+
+
+def test_networks_on_different_numbers_of_images_are_not_said_to_be_on_one():
+    short = [recorded(f"sensitivity-{name}-seed0-*") for name in ("demo", "small_pgd")]
+    few, many = (altered(r, data={"train": n}) for r, n in zip(short, (500, 2000), strict=True))
+    assert "Here, on 500 to 2,000 training images, the" in said("figure7_1", few, many)
+    assert "Here, on 2,000 training images, the" in said("figure7_1", many, many)

@@ -27,7 +27,7 @@ from companion.bench import check_clean, command
 from companion.data import cifar, embedded, floats, load_data
 from companion.datasets import DATASETS, NORMS
 from companion.evidence import columns_of, paper_value
-from companion.intervals import Estimate, accuracy, change
+from companion.intervals import Estimate, accuracy, change, outcome_of_change
 from companion.machine import pick_device
 from companion.origins import describe
 from companion.performance import strength_answer
@@ -594,7 +594,7 @@ def test_readme_says_what_presets_and_records_say():
 
 
 def test_readme_quotes_the_whole_protocol_from_the_records():
-    text = " ".join((files.ROOT / "README.md").read_text(encoding="utf-8").split())
+    lines = (files.ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     full = {
         (grid[0].network.name, perturb): columns_of(grid)
         for perturb in ("whole", "last_layer")
@@ -602,17 +602,24 @@ def test_readme_quotes_the_whole_protocol_from_the_records():
         if evidence.is_full(grid[0])
     }
     whole = {name: columns[0.01, 1.0] for (name, perturb), columns in full.items() if perturb == "whole"}
-    starts = {"small_trades": "changes by", "small_pgd": "pre-trained with PGD, by", "cnn_a_adv4": "published, by"}
-    assert whole.keys() == starts.keys() and "on two and not on the third" in text
-    for name, words in starts.items():
-        found = change(whole[name], "w_2")
-        assert f"{words} {found.text(signed=True)}".replace("\u00a0", " ") in text
-        assert (found.low > 0) == (name != "small_pgd")
-    clean = [change(whole[name], "clean").text(signed=True).replace("\u00a0", " ") for name in starts]
-    assert f"Clean accuracy changes by {clean[0]}, {clean[1]} and {clean[2]} points." in text
-    assert [len(whole[name]) for name in starts] == [3, 3, 1] and "each the mean over three seeds" in text
-    measured = sum(map(len, full.values()))
-    assert (measured < 2 * 8) == ("Columns without a point are not yet measured" in text)
+    gains = {"holds": "yes", "not visible": "not visible", "contradicted": "no, it falls"}
+    rows = [line for line in lines if line.endswith(tuple(f"| {word} |" for word in gains.values()))]
+    outcomes = []
+    for line in rows:
+        name = line.split("`")[1]
+        cells = [change(whole[name], metric).text(signed=True).replace("\u00a0", " ") for metric in ("w_2", "clean")]
+        outcomes.append(outcome_of_change(1, whole[name], "w_2"))
+        assert line.endswith(f"| {len(whole[name])} | {cells[0]} | {cells[1]} | {gains[outcomes[-1]]} |")
+    assert {line.split("`")[1] for line in rows} == whole.keys() and len(rows) == len(whole)
+    count = ["none", "one", "two", "three", "four", "five"]
+    text = " ".join(lines)
+    assert f"on {count[len(rows)]} small networks" in text and f"network and {count[len(rows)]} small ones]" in text
+    assert f"**The gain is there on {count[outcomes.count('holds')]} of them.**" in text
+    diverged = [r for r in read_records(kind="diverged") if evidence.is_full(r)]
+    missing = 8 * len(whole) - sum(map(len, full.values())) - len(diverged)
+    assert (missing > 0) == ("A column without a point is not yet measured" in text)
+    assert {(r.network.name, r.config.perturb, r.config.tau) for r in diverged} == {("cnn_a_adv4", "whole", 0.1)}
+    assert "Training the whole network `cnn_a_adv4` at τ = 0.1 diverges in the first epoch." in text
 
 
 def test_readme_quotes_the_strongest_attacks_from_the_records():

@@ -290,8 +290,8 @@ def test_a_training_that_diverges_is_recorded_as_that(tmp_path, monkeypatch):
     full = altered(record, data={"train": 40_000, "val": 10_000, "test": 10_000, "source": "CIFAR-10"})
     full = altered(full, config={"steps": 20, "epochs": 20, "batch_size": 512})
     (said,) = tables.diverged("whole", [full])
-    words = "training diverged: `demo` with τ = 1e+30, η = 1, seed 0 (epoch 1, minibatch 2)."
-    assert said.data == f"No accuracies, because {words}"
+    words = "training diverged for `demo` with τ = 1e+30, η = 1, seed 0 (epoch 1, minibatch 2)."
+    assert said.data == f"No accuracies for the whole network: {words}"
     assert tables.diverged("last_layer", [full]) == []
 
 
