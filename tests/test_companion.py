@@ -614,7 +614,11 @@ def test_readme_quotes_the_whole_protocol_from_the_records():
     count = ["none", "one", "two", "three", "four", "five"]
     text = " ".join(lines)
     assert f"on {count[len(rows)]} small networks" in text and f"network and {count[len(rows)]} small ones]" in text
-    assert f"**The gain is there on {count[outcomes.count('holds')]} of them.**" in text
+    first = change(whole["small_trades"], "w_2").text(signed=True).replace("\u00a0", " ")
+    gaining = count[outcomes.count("holds")]
+    assert f"W₂ accuracy rises on {gaining} of them, most on `small_trades`, by {first} points" in text
+    assert max(whole, key=lambda name: change(whole[name], "w_2").value) == "small_trades"
+    assert "and falls on `small_pgd`" in text and change(whole["small_pgd"], "w_2").high < 0
     diverged = [r for r in read_records(kind="diverged") if evidence.is_full(r)]
     missing = 8 * len(whole) - sum(map(len, full.values())) - len(diverged)
     assert (missing > 0) == ("A column without a point is not yet measured" in text)
