@@ -2,11 +2,13 @@
 
 python benchmarks/scale.py [--rounds 40] [--images 1000000] [--distances 1000000000] [--folder FOLDER] [--out runs]
 
-Weak scaling: two processes with as many images each, that share them as a group, against one process alone; and against
-two that work side by side and share nothing, which is what the machine itself costs. Laps come in random order, see
-races.py, and the wall clock counts. What of a lap the processes spend in messages to each other, and in waiting for
-them, is measured beside it. Then a stream of made images through `boundary` (worst.py), W-PGD on as many in a file
-(mapped.py) and A_p of made distances in a file (histogram.py), each in a process of its own.
+First, each in a process of its own, W-PGD on made images in a file (mapped.py) and A_p of made distances in a file
+(histogram.py); then a stream of as many images through `boundary` (worst.py).
+
+Last, weak scaling: two processes with as many images each as one has, that share them as a group, against that one; and
+against two that work side by side and share nothing, which is what the machine itself costs. Laps come in random order,
+see races.py, and the wall clock counts. What of a lap the processes spend in messages to each other, and in waiting for
+them, is measured beside it.
 """
 
 from __future__ import annotations

@@ -623,7 +623,8 @@ def test_readme_quotes_the_whole_protocol_from_the_records():
     missing = 8 * len(whole) - sum(map(len, full.values())) - len(diverged)
     assert (missing > 0) == ("A column without a point is not yet measured" in text)
     assert {(r.network.name, r.config.perturb, r.config.tau) for r in diverged} == {("cnn_a_adv4", "whole", 0.1)}
-    assert "Training the whole network `cnn_a_adv4` at τ = 0.1 diverges in the first epoch." in text
+    assert "but for the whole network `cnn_a_adv4` at τ = 0.1: its training diverges in the first epoch." in text
+    assert all("in epoch 1, " in r.message for r in diverged)
 
 
 def test_readme_quotes_the_strongest_attacks_from_the_records():

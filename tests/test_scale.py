@@ -6,7 +6,6 @@ import sys
 import pytest
 
 from benchmarks import scale
-from benchmarks.scale import answered
 from companion import files
 from companion.records import read_records
 from companion.scale import ALONE, APART, scale_answer, scale_table
@@ -94,7 +93,8 @@ def test_what_cannot_be_is_named_before_anything_runs(words, problem, capsys, mo
 def test_a_part_that_fails_leaves_no_record(tmp_path, monkeypatch):
     """It comes before what takes long: no laps are lost."""
     monkeypatch.setattr(scale, "scaling", lambda *_: pytest.fail("it ran"))
-    monkeypatch.setattr(scale, "answered", lambda _, *words: answered("mapped.py", *words, "--nonsense"))
+    answered = scale.answered
+    monkeypatch.setattr(scale, "answered", lambda script, *words: answered(script, *words, "--nonsense"))
     with pytest.raises(SystemExit, match=r"mapped\.py: error: unrecognized arguments: --nonsense"):
         scale.main(["--images", "10", "--out", str(tmp_path)])
     assert not list(tmp_path.iterdir())
