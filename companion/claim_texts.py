@@ -8,8 +8,9 @@ from typing import Any
 from companion.bases import Record
 from companion.claims import CLAIMS, RADII, Claim, counted, on_claimed_side, outcome, outcomes, verdict
 from companion.effects import Effect
-from companion.intervals import Estimate, span
-from companion.words import NOTHING, OUTCOMES, VERDICTS, count, listed, markdown, name_of, plural
+from companion.intervals import Estimate, accuracy, span
+from companion.words import OUTCOMES, VERDICTS, count, listed, markdown, name_of, plural
+from companion.worst import measured
 
 
 def rule(claim: Claim) -> str:
@@ -94,20 +95,23 @@ def _at_each_radius(claim: Claim, records: Sequence[Record]) -> list[tuple[Effec
     return list(zip(*at, strict=True))
 
 
-def worst_case_answer(records: Sequence[Record]) -> str:
-    """What fine-tuning the whole network changes in the worst case found, in one sentence of Markdown."""
+def by_both(records: Sequence[Record]) -> str:
+    """A row for each network, as Markdown: W_2 accuracy and what fine-tuning changes, by W-PGD and cheapest first."""
     (claim,) = [claim for claim in CLAIMS if claim.key == "whole-w2"]
-    studies = _at_each_radius(claim, records)
-    if not studies:
-        return f"By the worst case found: {NOTHING[:1].lower()}{NOTHING[1:]}"
-    radii = f"δ = {listed([str(delta) for delta in RADII])}/255"
-    parts = []
-    for effects in studies:
-        values = listed([_with_interval(effect) for effect in effects])
-        one = " (one seed)" * all(len(effect.seeds) == 1 for effect in effects)
-        parts.append(f"{values} points on {name_of(effects[0].records[0])}{one}")
-    what = "By the worst case found, fine-tuning the whole network changes W₂ accuracy"
-    return f"{what} at {radii} by {'; by '.join(parts)}."
+    assert claim.found is not None
+    radii, lines = RADII[1:], []
+    columns = [claim.effects(records), *(claim.found(records, delta) for delta in radii)]
+    of = [{e.records[0].network.name: e for e in effects if e.full} for effects in columns]
+    for record in measured(records):
+        left = [accuracy([record], "test", metric).text() for metric in ("w_2", "w_2_found")]
+        lines.append([name_of(record), *left, *(_with_seeds(effects.get(record.network.name)) for effects in of)])
+    heads = ["network", "W₂ accuracy, W-PGD", "W₂ accuracy, cheapest first", "change, W-PGD"]
+    return markdown([*heads, *(f"change, cheapest first, δ = {delta}/255" for delta in radii)], lines).data
+
+
+def _with_seeds(effect: Effect | None) -> str:
+    """A change with its interval, and a star where it is of one seed."""
+    return "–" if effect is None else _with_interval(effect) + "\\*" * (len(effect.seeds) == 1)
 
 
 def _with_interval(effect: Effect) -> str:

@@ -351,7 +351,7 @@ def plot_parts() -> Figure:
     axis.invert_yaxis()
     axis.set_xlabel("passes, millions")
     sns.despine(figure)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
     plt.close(figure)
     return figure
 

@@ -180,7 +180,7 @@ def plot_first_order(records: Sequence[Record]) -> Figure:
             axis.set_ylim(0, None)
         figure.supylabel("(V(δ) − V(0)) / (δ Υ)", fontsize="medium")
         if those:
-            figure.legend(loc="outside lower center", ncols=3, frameon=False)
+            figure.legend(loc="outside upper center", ncols=3, frameon=False)
     return figure
 
 

@@ -53,7 +53,7 @@ def plot_gains(records: Sequence[Record]) -> Figure:
         for label, colour, marker, size, fill in marks:
             look: Any = {"color": colour, "marker": marker, "markersize": size, "fillstyle": fill}
             shown.append(Line2D([], [], linestyle="", label=label, **look))
-        figure.legend(handles=shown, loc="outside lower center", ncols=2, frameon=False)
+        figure.legend(handles=shown, loc="outside upper center", ncols=2, frameon=False)
     return figure
 
 

@@ -298,7 +298,7 @@ def plot_ratios(record: BenchmarkRecord) -> Figure:
         axis.set_yticks(range(len(rows)), reversed(labels), fontsize=9)
         axis.set_ylim(-0.6, max(1, len(rows)) - 0.4)
         axis.set_xlabel(f"{unit}, with 95 % interval (a tick is the target)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
     plt.close(figure)
     return figure
 
@@ -387,7 +387,7 @@ def plot_upsilon(records: Sequence[UpsilonRecord]) -> Figure:
             axis.plot(record.points["minibatch"], record.points[name], style, color=colour, label=label)
         axis.set(title=f"τ = {record.config.tau:g}", xlabel="minibatch", yscale="log")
     axes[0, 0].set_ylabel("Υ")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
     plt.close(figure)
     return figure
 

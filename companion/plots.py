@@ -53,11 +53,11 @@ def plot_changes(table: int, records: Sequence[FinetuneRecord], recorded: Sequen
             values = (EVERY[row["metric"]], column_words(*column), name, moved.value)
             _append(data, *values, moved.value - half, moved.value + half)
     rows, shown = len(set(data["column"])) * len(styles), [t for t in EVERY.values() if t in data["accuracy"]]
-    figure = sized(1.1 + 0.25 * len(styles) + len(shown) * (0.45 + 0.16 * rows))
+    figure = sized(0.9 + 0.25 * len(styles) + math.ceil(len(shown) / 2) * (0.5 + 0.13 * rows), width=6.2)
     plot = so.Plot(data, x="change", y="column", color="evidence", marker="evidence")
-    plot = plot.facet(row="accuracy", order=shown)
+    plot = plot.facet(col="accuracy", order=shown, wrap=2)
     plot = plot.add(so.Range(linewidth=1.8), so.Dodge(), xmin="low", xmax="high").add(so.Dot(pointsize=7), so.Dodge())
-    plot = plot.label(x="change, percentage points", y="")
+    plot = plot.label(x="change, points", y="")
     return _drawn(plot, figure, styles, zero=True)
 
 
@@ -198,7 +198,7 @@ def plot_frontiers(records: Sequence[Record]) -> Figure:
             )
         axis.set_xlabel("clean accuracy, per cent")
         title = "numbers at points: the weight β"
-        figure.legend(handles=[*shown.values()], title=title, loc="outside lower center", frameon=False)
+        figure.legend(handles=[*shown.values()], title=title, loc="outside upper center", frameon=False)
     return figure
 
 
@@ -257,7 +257,7 @@ def plot_joint(records: Sequence[Record]) -> Figure:
             axis.set(xlabel=f"{joint.BALLS[ball]}, per cent", ylabel="A∞, 8/255, per cent")
         if any(line.before for line in every):
             shown.append(Line2D([], [], color="black", marker="*", linestyle="", label="the network as it is"))
-        figure.legend(handles=shown, title="numbers at points: γ", loc="outside lower center", frameon=False)
+        figure.legend(handles=shown, title="numbers at points: γ", loc="outside upper center", frameon=False)
     return figure
 
 
@@ -291,7 +291,7 @@ def plot_scratch(records: Sequence[Record]) -> Figure:
             axis.margins(0.2)
             title = frontiers.label(study, every) if ball == balls[0] else ""
             axis.set(title=title, xlabel="clean accuracy, per cent", ylabel=f"{joint.BALLS[ball]}, per cent")
-        figure.legend(handles=[*shown.values()], loc="outside lower center", frameon=False)
+        figure.legend(handles=[*shown.values()], loc="outside upper center", frameon=False)
     return figure
 
 
@@ -326,7 +326,7 @@ def saying(figure: Figure, words: str) -> Figure:
 def _drawn(
     plot: Any, figure: Figure, styles: Mapping[str, tuple[str, str]], lines: Sequence[str] = (), zero: bool = False
 ) -> Figure:
-    """Draw a plot on a figure, evidence in its colours and markers, and say below it which is which.
+    """Draw a plot on a figure, evidence in its colours and markers, and say above it which is which.
 
     Args:
         lines: what a solid line is, and what a dashed one.
@@ -346,6 +346,7 @@ def _drawn(
     plot.theme(sns.axes_style("whitegrid") | sns.plotting_context("notebook", font_scale=0.9)).on(figure).plot()
     figure.legends.clear()
     for axis in figure.axes:
+        axis.tick_params(labelbottom=True)
         if zero:
             axis.axvline(0, color="black", linewidth=1)
             axis.grid(False, axis="y")
@@ -358,5 +359,5 @@ def _drawn(
     ]
     kinds: tuple[Any, ...] = ("-", "--")
     shown += [Line2D([], [], color="black", linestyle=kind, label=n) for n, kind in zip(lines, kinds, strict=False)]
-    figure.legend(handles=shown, loc="outside lower center", ncols=2 if lines else 1, frameon=False)
+    figure.legend(handles=shown, loc="outside upper center", ncols=2 if lines else 1, frameon=False)
     return figure

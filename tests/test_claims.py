@@ -465,12 +465,17 @@ def test_claims_about_the_attacks_have_no_worst_case():
     assert about == ["budget-strong", "budget-slight", "upsilon-close", "upsilon-robust", "upsilon-volatile"]
 
 
-def test_the_worst_case_s_sentence_and_table_are_those_of_the_effects():
-    assert claim_texts.worst_case_answer([]) == "By the worst case found: nothing is recorded here yet."
-    records = [r for r in read_records() if evidence.is_full(r)]
-    text, table = claim_texts.worst_case_answer(records), claim_texts.by_worst_case(records).data
+def test_the_first_page_s_table_and_that_of_the_claims_are_those_of_the_effects():
+    records = [r for r in read_records() if evidence.is_full(r)] + read_records(kind="evaluate")
+    first, table = claim_texts.by_both(records), claim_texts.by_worst_case(records).data
     (claim,) = [claim for claim in CLAIMS if claim.key == "whole-w2"]
-    for effect in claim.found(records, 4):
-        assert f"{effect.value:+z.2f}\u00a0± {effect.value - effect.low:.2f}".replace("± ", "±\u00a0") in text
-        assert f"{effect.value:+z.2f}" in table
-    assert text.count("(one seed)") == 3
+    rows = {cells[1].strip(" `"): cells for cells in (line.split("|") for line in first.splitlines()[2:])}
+    columns = [claim.effects(records), claim.found(records, 4), claim.found(records, 8)]
+    for place, those in enumerate(columns, 4):
+        for effect in (e for e in those if e.full):
+            cell = rows[effect.records[0].network.name][place].replace("\u00a0", " ").strip()
+            star = "\\*" * (len(effect.seeds) == 1)
+            assert cell == f"{effect.value:+z.2f} ± {effect.value - effect.low:.2f}{star}"
+            assert place == 4 or f"{effect.value:+z.2f}" in table
+    assert first.count("\\*") == 7 and rows["cnn_a_mix4"][4:] == [" – "] * 3 + [""]
+    assert claim_texts.by_both([]).count("\n") == 1
