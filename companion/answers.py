@@ -361,8 +361,8 @@ def _intro(records: Sequence[Record]) -> str:
         words = "With the same budget an attacker who buys the cheapest images first leaves fewer of them right."
         parts += [f"{headline} {words} {NO_CERTIFICATE}", by_both(records)]
         parts.append(
-            "Test images, in per cent, at δ = 8/255 where no other is named. A change is what fine-tuning the whole"
-            " network by the paper's whole protocol adds, in points; \\* is of one seed. ± is half of a 95 % interval."
+            "Accuracy on test images in per cent, at δ = 8/255 where no other is named. A change is what fine-tuning"
+            " the whole network by the paper's whole protocol adds, in points, with a 95 % interval; \\* is of one seed."
         )
     if any(claim.effects(records) for claim in CLAIMS):
         parts.append(_claims(records))
