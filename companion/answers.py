@@ -362,7 +362,7 @@ def _intro(records: Sequence[Record]) -> str:
         parts += [f"{headline} {words} {NO_CERTIFICATE}", by_both(records)]
         parts.append(
             "Accuracy on test images in per cent, at δ = 8/255 where no other is named. A change is what fine-tuning"
-            " the whole network by the paper's whole protocol adds, in points, with a 95 % interval; \\* is of one seed."
+            " the whole network by the whole protocol adds, in points, with a 95 % interval; \\* is of one seed."
         )
     if any(claim.effects(records) for claim in CLAIMS):
         parts.append(_claims(records))
