@@ -1,4 +1,4 @@
-"""Figures, drawn from records alone: narrow enough for a phone, and one panel below the other."""
+"""Figures, drawn from records alone: narrow enough for a phone, at most two panels a row."""
 
 from __future__ import annotations
 
