@@ -152,7 +152,7 @@ def test_made_up_records_have_the_accuracies_they_are_made_for():
 def test_a_record_two_points_above_is_found_two_points_above():
     (one,) = judged(*algorithm1(), made(75, 22)).values()
     assert one.test.value == pytest.approx(2, abs=1e-3) and one.setting == Setting("slope", 3.0, 8.0)
-    assert one.val.value == pytest.approx(2, abs=1e-3) and one.range == ""
+    assert one.val.value == pytest.approx(2, abs=1e-3) and one.range == "; one seed"
 
 
 def test_the_weight_is_chosen_on_validation_images_alone():
@@ -186,7 +186,7 @@ def test_seeds_enter_by_their_mean_and_their_range_is_told():
     assert one.test.value == pytest.approx(3, abs=1e-3)
     assert [round(v) for v in one.seeds] == [1, 2, 6] and one.range.startswith("; seeds +")
     (alone,) = judged(*algorithm1(), seeds[0]).values()
-    assert alone.range == ""
+    assert alone.range == "; one seed"
 
 
 def test_the_interval_is_of_differences_on_the_same_images():
@@ -264,7 +264,7 @@ def test_the_sentence_says_who_wins_and_that_the_goal_is_reached():
         text.startswith("**The winner is “exact slope”") and "1.5 points above Algorithm 1 on 2 of 3 networks" in text
     )
     assert "reached.**" in text and "not reached" not in text and text.endswith(".")
-    assert all(f"on `{name}` (β = 3, δ = 8/255)" in text for name in ("demo", "small_pgd", "mine"))
+    assert all(f"on `{name}` (β = 3, δ = 8/255; one seed)" in text for name in ("demo", "small_pgd", "mine"))
 
 
 @pytest.mark.parametrize("differences", [(2, 1, 1), (-1, -2, -3), (2, None, None), (7, None, None), (2,)])
@@ -286,6 +286,15 @@ def test_most_networks_come_first_then_the_mean_and_others_who_reach_the_goal_ar
     assert text.startswith("**The winner is “MMA, equal weights”")
     seen, higher = of_networks(7, -3, -3), of_networks(4, None, None, objective="mma")  # each above the goal on one
     assert "“exact slope” comes nearest: with every seed" in frontiers.frontier_answer([*seen, *higher[-3:]])
+
+
+def test_who_is_visibly_above_on_more_networks_than_the_first_is_named_too():
+    first = of_networks(3, 3, None, objective="mma")  # above the goal on two, and by less than these few images show
+    text = frontiers.frontier_answer([*of_networks(7, -3, -3), *first[-3:]])
+    assert text.startswith("**The winner is “MMA, equal weights”")
+    assert "“exact slope” is above it with every seed on more networks, 1. A₂ at 4/255 of “exact slope” minus" in text
+    text = frontiers.frontier_answer([*of_networks(4, -3, -3), *first[-3:]])
+    assert "on more networks" not in text and "exact slope" not in text
 
 
 def test_of_two_trainings_of_a_network_the_longer_one_decides():
@@ -431,6 +440,9 @@ def test_the_readme_says_what_the_records_say():
         j for j in frontiers.judged(third.study, known) if j.setting.objective == "trades" and j.study == third.study
     )
     assert trades.where == "above" and trades.test.value > third.test.value
+    (cheapest,) = (j for j in frontiers.judged(third.study, known) if j.setting.objective == "cheapest")
+    assert "does reach it, with the one seed" in readme and len(cheapest.seeds) == 1
+    assert cheapest.where == "above" and cheapest.test.value >= frontiers.GOAL
     lost = []
     for one in slopes:
         start, those = frontiers.as_it_is(one.study, "test", known), frontiers.settings_of(one.study)[one.setting]
