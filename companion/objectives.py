@@ -153,6 +153,8 @@ def main(arguments: list[str]) -> None:
     given = parser.parse_args(arguments)
     if os.environ.get("WORLD_SIZE", "1") != "1":
         sys.exit("objectives: it runs in one process; start several of it for several runs")
+    if small := [delta for delta in given.delta if 0 < delta < 0.1]:
+        sys.exit(f"objectives: --delta is in 255ths: 4 means 4/255, and {small[0]:g} is next to nothing")
     if given.found_steps < 1:
         sys.exit("objectives: --found-steps must be at least 1: every record has the distances of its images")
     sizes = {name: getattr(given, name) for name in SIZES}

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 ORDERS = {1.0: "#8a5a00", 2.0: "#0072b2", 4.0: "#007a5a", math.inf: "#a6467f"}  # of the curves, each with its colour
 WHITE = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # behind words on a curve
 NORMS = {"Linf": math.inf, "L2": 2.0}
-NO_CERTIFICATE = "Neither number is a certificate: the true worst case may be lower still."
 MOST = 16  # radius at which the curves end, in 255ths
 
 
@@ -66,7 +65,8 @@ def worst_answer(records: Sequence[Record]) -> str:
     proofs = f" At δ = {RADII[0]}/255 the truth lies between what is proved and what was found: {listed(known)}."
     return (
         f"{overstated(records)} At δ = {radius} it leaves more images right than an attacker who buys the cheapest ones"
-        f" first, with the same budget: {listed(parts)}. {NO_CERTIFICATE}" + weak * bool(short) + proofs * bool(known)
+        f" first, with the same budget: {listed(parts)}. Neither number is a certificate: the"
+        " true worst case may be lower still." + weak * bool(short) + proofs * bool(known)
     )
 
 

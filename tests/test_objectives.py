@@ -269,6 +269,7 @@ def test_weights_drawn_anew_are_those_of_the_seed_and_leave_the_global_generator
         (["small_trades", "--objective", "none", "--scratch"], "takes no gamma and no scratch"),
         (["small_trades", "--objective", "slop"], "objective must be one of algorithm1, slope"),
         (["small_trades", "--delta", "-1"], "delta must be at least 1e-06"),
+        (["small_trades", "--delta", "0.0157"], "--delta is in 255ths: 4 means 4/255, and 0.0157 is"),
         (["small_trades", "--beta", "-1"], "beta must be at least 0"),
         (["small_trades", "--data", "nowhere"], "nowhere"),
         (["small_trades", "--found-steps", "0"], "--found-steps must be at least 1"),
