@@ -46,6 +46,8 @@ Conventions, everywhere in this file:
   parameters, which is what they are for;
 - randomness comes from one `torch.Generator` made from a seed; the global generator is left as it was found, but by a
   model that draws from it in eval mode;
+- nothing here is to be called inside a `torch.autocast` of your own, which keeps old weights while `finetune` changes
+  them and rounds what `boundary` has found: `precision` is for that. Threads that share a model are not supported;
 - what a caller can get wrong raises `WdatError` with one sentence that says what was wrong and what to do. An error
   inside the caller's own model or function is shown as it is.
 """
