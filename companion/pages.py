@@ -40,7 +40,7 @@ def substitutions(results: Path) -> dict[str, str]:
 
     `found` is the answer of the first page; `matter_POINT` and `matter_table2` are the last column of the ledger.
     """
-    of = {kind: read_records(results, kind) for kind in (*KINDS, "stronger", "certified")}
+    of = {kind: read_records(results, kind) for kind in KINDS}
     points = {f"matter_{point}": how_much(of["finetune"], point) for point in OPEN_POINTS}
     table2 = budget_below_pointwise(of["evaluate"])
     found = answer("intro", [record for those in of.values() for record in those])

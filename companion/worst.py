@@ -65,8 +65,8 @@ def worst_answer(records: Sequence[Record]) -> str:
     proofs = f" At δ = {RADII[0]}/255 the truth lies between what is proved and what was found: {listed(known)}."
     return (
         f"{overstated(records)} At δ = {radius} it leaves more images right than an attacker who buys the cheapest ones"
-        f" first, with the same budget: {listed(parts)}. Neither number is a certificate: the"
-        " true worst case may be lower still." + weak * bool(short) + proofs * bool(known)
+        f" first, with the same budget: {listed(parts)}. Neither number is a certificate: the true"
+        " worst case may be lower still." + weak * bool(short) + proofs * bool(known)
     )
 
 
