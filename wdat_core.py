@@ -45,9 +45,9 @@ Conventions, everywhere in this file:
 - the caller's model keeps its mode, `requires_grad` flags and gradients; only `perturb_` and `finetune` change
   parameters, which is what they are for;
 - randomness comes from one `torch.Generator` made from a seed; the global generator is left as it was found, but by a
-  model that draws from it in eval mode;
-- nothing here is to be called inside a `torch.autocast` of your own, which keeps old weights while `finetune` changes
-  them and rounds what `boundary` has found: `precision` is for that. Threads that share a model are not supported;
+  model that draws from it in eval mode and by a DataLoader that does;
+- a `torch.autocast` of the caller's own has no effect in here: `precision` is for that. Threads that share a model are
+  not supported;
 - what a caller can get wrong raises `WdatError` with one sentence that says what was wrong and what to do. An error
   inside the caller's own model or function is shown as it is.
 """
@@ -63,6 +63,7 @@ import glob
 import hashlib
 import io
 import math
+import numbers
 import os
 import pickle
 import re
@@ -72,7 +73,7 @@ import tempfile
 import time
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -422,8 +423,9 @@ def wpgd(
     """
 
     def ahead() -> None:
-        _check_number("random_start", random_start, at_least=0, at_most=1)
-        _check_number("seed", seed, at_least=0, below=2**63, whole=True)
+        nonlocal random_start, seed
+        random_start = _check_number("random_start", random_start, at_least=0, at_most=1)
+        seed = _check_number("seed", seed, at_least=0, below=2**63, whole=True)
         _check_function("progress", progress)
         _check_folder(folder, x)
 
@@ -582,9 +584,9 @@ def wpgd_budget(
     """
     on = _attacker(model, x, y, threat, loss, batch_size, precision, compiled, steps, step_ratio)
     _check_fine(x, on)
-    _check_number("upsilon", upsilon, above=0)
+    upsilon = _check_number("upsilon", upsilon, above=0)
     _check_function("progress", progress)
-    size, attacks = min(batch_size, len(x)), []
+    size, attacks = min(on.passes.batch_size, len(x)), []
     with _prepared(model):
         batches = list(zip(_plain(x).split(size), _plain(y).split(size), strict=True))
         for xb, yb in _shown(progress, batches, "batches"):
@@ -636,6 +638,7 @@ def _upsilon(norm: Tensor, q: float, among: _Among) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 PRECISIONS = ("float32", "bfloat16")
+BATCH_NORM = nn.modules.batchnorm._BatchNorm
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 CHOICES = {  # of the fields of FinetuneConfig that have some
     "perturb": ("whole", "last_layer", "none"),
@@ -680,7 +683,7 @@ def perturb_(
     """
     _check_choice("how", how, CHOICES["perturb"])
     _check_choice("reinit", reinit, CHOICES["reinit"])
-    _check_number("noise", noise, at_least=0)
+    noise = _check_number("noise", noise, at_least=0)
     _check_model(model)
     if generator is None:
         generator = torch.Generator().manual_seed(0)
@@ -725,7 +728,10 @@ def _last_layer(model: nn.Module, head: str | None, x: Tensor | None) -> Any:
             )
         return layers[head]
     if not layers:
-        raise WdatError('perturb "last_layer" needs a linear or convolutional layer, and the model has none')
+        why = "the model has none"
+        if _is_scripted(model):
+            why = "TorchScript does not say what its layers are: give the model before torch.jit.script"
+        raise WdatError(f'perturb "last_layer" needs a linear or convolutional layer, and {why}')
     if not isinstance(x, Tensor) or x.dtype not in FLOATS or x.ndim < 2 or not x.numel():
         raise WdatError(f"which layer gives the logits? Give head, its name, or x, images to find it: {_few(layers)}")
     _check_dense("x", x)
@@ -752,6 +758,10 @@ def _last_layer(model: nn.Module, head: str | None, x: Tensor | None) -> Any:
         if len(found) == 1:
             return layers[found[0]]
     raise WdatError(f"no layer is plainly the one that gives the logits: give head, its name; {_few(layers)}")
+
+
+def _is_scripted(model: nn.Module) -> bool:
+    return any(isinstance(module, torch.jit.ScriptModule) for module in model.modules())
 
 
 def _few(names: Any) -> str:
@@ -832,11 +842,15 @@ class FinetuneConfig:
         if self.nesterov and not self.momentum:
             raise WdatError("nesterov needs a momentum above 0")
         _as_plain_numbers(self)
-        if self.objective in ("trades", "pgd", trades, pgd) and self.threat.p != math.inf:
-            name = self.objective if isinstance(self.objective, str) else self.objective.__name__
+        objective = _function_of("objective", self.objective, OBJECTIVES)
+        name = next((name for name, function in OBJECTIVES.items() if function is objective), "")
+        if name in ("trades", "pgd") and self.threat.p != math.inf:
             raise WdatError(f'objective="{name}" is pointwise: give threat=Threat(p=math.inf)')
-        if self.objective in ("worst_case", worst_case) and self.threat.p == math.inf:
+        if name == "worst_case" and self.threat.p == math.inf:
             raise WdatError("the worst case over a pointwise ball has no slope in the distances: give a finite p")
+        defaults = {f.name: f.default for f in fields(self)}
+        if given := [f for f in UNREAD.get(name, ()) if getattr(self, f) != defaults[f]]:
+            raise WdatError(f'objective="{name}" does not read {", ".join(given)}: leave that out')
 
 
 @dataclass(frozen=True)
@@ -1075,6 +1089,14 @@ OBJECTIVES: dict[str, Callable[[Minibatch], Tensor]] = {
 }
 
 
+OF_WDAT = ("gamma", "consistency", "attack_label", "random_start", "sample", "upsilon_from", "first_upsilon")
+UNREAD = {  # fields of FinetuneConfig that an objective does not read
+    "worst_case": (*OF_WDAT, "attack_mode"),
+    "trades": (*OF_WDAT, "eta"),
+    "pgd": (*OF_WDAT, "eta", "beta"),
+}
+
+
 def _consistency(reading: str, logits: Tensor, logits_adv: Tensor) -> Tensor:
     """CE(f(x), f(x')) in one of its three readings, mean over the minibatch."""
     if reading == "kl":
@@ -1132,17 +1154,20 @@ def finetune(
     as it is, so that `objective="trades"` or "pgd" pre-trains a new one.
 
     Args:
-        model: changed in place, frozen parameters too. After an exception, Ctrl-C among them, it is as it was before
-            the first step, or with `resume` at any time, so that the same call goes on. Mode, `requires_grad` flags and
-            gradients are given back as they were. With `config.average` it ends with the averaged weights and buffers.
+        model: changed in place, frozen parameters too. After an exception, Ctrl-C among them, it is as it was given,
+            where there is a `resume` or was no step yet, so that the same call goes on; else it keeps what it has
+            learned. Mode, `requires_grad` flags and gradients are given back as they were. With `config.average` it
+            ends with the averaged weights and buffers.
         train, val: pairs (x, y) as `wpgd` takes them; val None keeps the last epoch.
         config: see `FinetuneConfig`.
         eval_batch_size: how many images the network sees at once, at most, wherever that changes nothing but the speed
             (in eval mode: the attack, Upsilon, validation).
-        resume: file of the run's checkpoint. Where it exists the run goes on from it, and ends with the weights and the
-            history of one that was never stopped, bit for bit on the same machine; a checkpoint of another run is
-            refused. An objective belongs to the run with the values that it reads, as they were when it was entered
-            or at its last checkpoint. The file is whole whatever stops the process, a kill too, and stays at the end.
+        resume: file of the run's checkpoint; its folder is made where there is none. Where the file exists the run goes
+            on from it, and ends with the weights and the history of one that was never stopped, bit for bit on the same
+            machine; a checkpoint of another run is refused. The network belongs to the run with its layers, their code
+            and their settings but for whole numbers, which may count passes; an objective with its code and the values
+            that it reads, as they were when it was entered or at its last checkpoint. The file is whole whatever stops
+            the process, a kill too, and stays at the end.
         save_every: seconds between two checkpoints, >= 0, which is the most that a stop loses of the training; one
             more is written after every epoch. A validation that was stopped begins anew.
         stop_after: seconds after which the run writes its checkpoint and returns, at the end of a minibatch.
@@ -1183,6 +1208,7 @@ def finetune(
         _untouched(model),
         torch.inference_mode(False),
         torch.enable_grad(),
+        _autocast(on.passes.device, enabled=False),
         _taken_back(model, learned),
     ):
         run = _Run(model, _plain(x), _plain(y), config, on, generator)
@@ -1215,7 +1241,7 @@ def finetune(
                 _set_state(part, saved[name]) if isinstance(part, nn.Module) else part.load_state_dict(saved[name])
             memory = {
                 name: [v.to(on.passes.device) if isinstance(v, Tensor) else v for v in values]
-                for name, values in saved["memory"].items()
+                for name, values in saved["memory"].items()  # lists, or what `_packed` made of them
             }
             order, losses, rows, best, best_state, spent = (
                 saved[name] for name in ("order", "losses", "rows", "best", "best_state", "spent")
@@ -1228,7 +1254,8 @@ def finetune(
             state = {n: _state_of(p) if isinstance(p, nn.Module) else p.state_dict() for n, p in parts.items()}
             state |= {"order": order, "losses": losses, "rows": rows, "best": best, "best_state": best_state}
             random, seconds = _random_state(model, generator), time.perf_counter() - begin
-            checkpoint.save(state | {"memory": memory, "random": random, "spent": seconds})
+            packed = {name: _packed(values) for name, values in memory.items()}
+            checkpoint.save(state | {"memory": packed, "random": random, "spent": seconds})
 
         def save() -> None:
             if checkpoint.path is not None:  # the first process writes, and the file is there before any goes on
@@ -1376,6 +1403,7 @@ class _Run:
         if threat is not None or loss is not None:
             _check_order(threat)
         on = replace(self.on, threat=threat or self.on.threat, loss=_function_of("loss", loss or self.on.loss, LOSSES))
+        _check_loss(on.loss, on.classes)
         in_train_mode = self.config.attack_mode == "train" and self.config.perturb != "last_layer" and not in_eval_mode
         if in_train_mode:  # batch statistics are those of the whole minibatch
             on = replace(on, passes=replace(on.passes, batch_size=self.config.batch_size, whole=True))
@@ -1474,6 +1502,8 @@ def evaluate(
     among = _among(options.get("group"), model, x)
 
     def check() -> None:
+        if unknown := options.keys() - (wpgd.__kwdefaults__ or {}).keys():
+            raise WdatError(f"evaluate has no {', '.join(sorted(unknown))}: it takes what wpgd takes")
         _check_number("found_steps", found_steps, at_least=0, whole=True)
         if found_steps and isinstance(x, Tensor):
             _check_precise(x)  # now, and not after both attacks
@@ -1525,9 +1555,13 @@ class Boundary:
 
     def __post_init__(self) -> None:
         far = self.distance
-        if not isinstance(far, Tensor) or far.ndim != 1 or not far.is_floating_point() or not (far >= 0).all():
+        if not isinstance(far, Tensor) or far.ndim != 1 or not far.is_floating_point():
             raise WdatError(f"distance must be a floating-point tensor (n,) of numbers >= 0, not {_kind(far)}")
+        if not (far >= 0).all():
+            what = "NaN" if far.isnan().any() else f"{far.min().item():g}"
+            raise WdatError(f"distance must hold numbers >= 0, inf where nothing was found, and it holds {what}")
         _check_number("r", self.r, above=1, at_most=math.inf)
+        _as_plain_numbers(self)
 
     def __repr__(self) -> str:
         some = int((self.distance < math.inf).sum())
@@ -1562,7 +1596,7 @@ class Boundary:
         Right at one of these radii `accuracy` may be the one before, for the radius itself is rounded.
         """
         self._check_some()
-        _check_number("p", p, at_least=1, at_most=math.inf)
+        p = _check_number("p", p, at_least=1, at_most=math.inf)
         n, prices = len(self.distance), self.distance.double().sort().values
         first, last = int((prices == 0).sum()), int((prices < math.inf).sum())
         prices = prices[first:last]  # in logarithms: powers of high order would underflow
@@ -1615,7 +1649,7 @@ class Boundary:
             raise WdatError("the accuracy under a pointwise threat has no slope in the distances: give a finite p")
         if price is not None:
             price = price.item() if isinstance(price, Tensor) and price.numel() == 1 else price
-            _check_number("price", price, above=0)
+            price = _check_number("price", price, above=0)
             relative = torch.where(distance <= price, distance / price, 0.0)
             return torch.where(relative > 0, relative ** (p - 1), 0.0) * (p / n / price)
         bought = self.bought(threat)
@@ -1737,7 +1771,7 @@ def boundary(
     known = None
     if isinstance(x, Tensor) or y is not None:
         known = attacker(x, y)  # all of it, before the first is attacked
-        size = min(batch_size, len(x))  # type: ignore[arg-type]
+        size = min(int(batch_size), len(x))  # type: ignore[arg-type]
         batches = list(zip(x.split(size), y.split(size), strict=True))  # type: ignore[union-attr]
     if not isinstance(batches, Iterable):
         raise WdatError(f"x must be images, or an iterable of pairs (images, labels), not {type(batches).__name__}")
@@ -1747,7 +1781,7 @@ def boundary(
             for on, xb, yb in _checked(_shown(progress, batches, "batches"), attacker, known):
                 if keep and known is None:
                     xb = xb.clone()  # the next batch may come in the same memory
-                size = min(batch_size, len(xb))
+                size = min(int(batch_size), len(xb))
                 for part in zip(_plain(xb).split(size), _plain(yb).split(size), strict=True):
                     search.take(on, *part)
                     search.attack(on, batch_size, least=batch_size)
@@ -1988,8 +2022,7 @@ def _among(group: Any, model: nn.Module, x: Any) -> _Among:
             "group must be a process group, such as torch.distributed.group.WORLD after init_process_group,"
             f" not {group!r}"
         )
-    tensors = [*model.parameters(), *model.buffers(), *([x] if isinstance(x, Tensor) else []), torch.empty(0)]
-    return _Among(group, tensors[0].device)
+    return _Among(group, _device_of(model, x if isinstance(x, Tensor) else None))
 
 
 def _agreed(among: _Among, check: Callable[[], Any], settings: Callable[[], dict[str, str]]) -> Any:
@@ -2181,8 +2214,10 @@ def _free(ascent: Tensor, x: Tensor) -> Tensor:
 
 def _shown(progress: Progress | None, things: Iterable[Any], called: str) -> Iterator[Any]:
     """All of the things, wrapped in what shows how far they are."""
-    count = 0
-    for thing in progress(things) if progress else things:
+    count, shown = 0, progress(things) if progress else things
+    if not isinstance(shown, Iterable):
+        raise WdatError(f"progress must return what it is given, as tqdm does; it returned {type(shown).__name__}")
+    for thing in shown:
         yield thing
         count += 1
     promised = count
@@ -2304,10 +2339,14 @@ class _Checkpoint:
                 known = [*there, _digest_of(saved["model"]), _digest_of(saved["best_state"])]
             if value not in known:
                 why = f": there it was {there[0]}, here it is {value}" if len(value) < 60 else ""
+                code = f"the code of {name}"
                 if name == "the network":
                     why = ", which must be as it was before the run began"
-                elif name in ("objective", "loss") and value.split()[:-1] == there[0].split()[:-1] != []:
-                    why = ", in a value that it reads, such as a list that it fills"
+                elif name == "the layers of the network":
+                    why = ": their kinds, settings or code"
+                elif code in self.identity and value.split()[0] == there[0].split()[0]:
+                    same = self.identity[code] == saved["identity"].get(code)
+                    why = ", in a value that it reads, such as a list that it fills" if same else ", in its code"
                 raise WdatError(
                     f"the checkpoint {self.path} belongs to another run, it differs in {name}{why}:"
                     " give resume another file, or remove this one"
@@ -2343,9 +2382,11 @@ class _Checkpoint:
         """Before a run starts; what kills left behind goes."""
         with self._part() as part:
             part.touch()
-        for old in part.parent.glob(f"{glob.escape(part.name.rsplit('.', 2)[0])}.*.tmp"):
+        name = part.name.rsplit(".", 2)[0]
+        for old in part.parent.glob(f"{glob.escape(name)}.*.tmp"):
             with suppress(OSError):
-                if time.time() - old.stat().st_mtime > 3600:  # nobody writes for so long
+                ours = old.name[len(name) + 1 : -4].isdigit()
+                if ours and time.time() - old.stat().st_mtime > 3600:  # nobody writes for so long
                     old.unlink()
 
     @contextmanager
@@ -2377,25 +2418,31 @@ def _checkpoint(
     writes: bool,
 ) -> tuple[_Checkpoint, dict[str, Any] | None]:
     """Checks the three arguments about checkpoints; must be called before the model is changed."""
-    _check_number("save_every", save_every, at_least=0)
+    save_every = _check_number("save_every", save_every, at_least=0, at_most=math.inf)
     if stop_after is not None:
-        _check_number("stop_after", stop_after, at_least=0)
+        stop_after = _check_number("stop_after", stop_after, at_least=0)
     if resume is None:
         if stop_after is not None:
             raise WdatError("stop_after needs resume, the file from which the next run goes on")
         return _Checkpoint(None, {}, save_every, math.inf), None
     if not isinstance(resume, (str, os.PathLike)) or str(resume) in ("", ".") or "\0" in str(resume):
         raise WdatError(f"resume must be the path of a file, not {resume!r}")
-    path = Path(os.path.realpath(resume) if os.path.islink(resume) else resume)  # noqa: PTH114
+    path = _path(resume)
     if _is_folder(path):
         raise WdatError(f"resume must be the path of a file, and {path} is a folder")
     stop_at = math.inf if stop_after is None else time.monotonic() + stop_after
     identity = {name: [value] for name, value in _identity(model, train, val, config).items()}
-    checkpoint = _Checkpoint(path, identity, save_every, stop_at, lambda: _fields_named(config))
+    checkpoint = _Checkpoint(path, identity, save_every, stop_at, lambda: _fields_named(model, config))
     saved = checkpoint.load()
     if writes:  # of many processes the first
         checkpoint.try_to_write()
     return checkpoint, saved
+
+
+def _path(given: str | os.PathLike[str]) -> Path:
+    """The file itself, whatever becomes of the working directory."""
+    path = os.path.expanduser(given)  # noqa: PTH111
+    return Path(os.path.realpath(path) if os.path.islink(path) else os.path.abspath(path))  # noqa: PTH100, PTH114
 
 
 def _is_folder(path: Path) -> bool:
@@ -2408,7 +2455,7 @@ def _mark(resume: Any) -> str:
     """Which checkpoint there is: what tells a file from others."""
     if resume is None:
         return "none"
-    with suppress(OSError, ValueError, TypeError), Path(resume).open("rb") as file:
+    with suppress(OSError, ValueError, TypeError), _path(resume).open("rb") as file:
         return hashlib.sha256(file.read(len(CHECKPOINT) + 32)).hexdigest()[:16]
     return "not there"
 
@@ -2416,85 +2463,161 @@ def _mark(resume: Any) -> str:
 def _identity(model: nn.Module, train: Images, val: Images | None, config: FinetuneConfig) -> dict[str, str]:
     """What decides a run, by name."""
     return {
-        **_fields_named(config),
+        "the code of wdat_core.py": code_digest(),
+        **_fields_named(model, config),
+        **{f"the code of {name}": _named(getattr(config, name), code_only=True) for name in ("objective", "loss")},
         "the network": _digest_of(_state_of(model)),
+        "the layers of the network": _layers(model),
         "the training images": _digest(*train),
         "the validation images": "none" if val is None else _digest(*val),
-        "the code of wdat_core.py": code_digest(),
     }
 
 
-def _fields_named(config: FinetuneConfig) -> dict[str, str]:
-    return {f.name: _named(getattr(config, f.name)) for f in fields(config)}
+def _fields_named(model: nn.Module, config: FinetuneConfig) -> dict[str, str]:
+    own = {"the model": model, **dict(model.named_modules()), **dict(model.named_parameters())}  # the run has them
+    own |= dict(model.named_buffers())
+    known = {id(part): f"its {name}" for name, part in own.items()}
+    return {f.name: _named(getattr(config, f.name), known={**known}) for f in fields(config)}
 
 
-def _named(value: Any, inside: tuple[int, ...] = (), known: dict[int, str] | None = None) -> str:
+def _layers(model: nn.Module) -> str:
+    """A digest of what decides the logits beside the tensors: layers, the code of their classes, plain settings."""
+
+    def settings(part: nn.Module) -> dict[str, Any]:
+        plain = bool | float | str | types.FunctionType | types.BuiltinFunctionType  # whole numbers may count passes
+        return {name: held for name, held in _fields_of(part).items() if isinstance(held, plain)}
+
+    parts = [(name, settings(part), *_scripted(part)) for name, part in model.named_modules()]
+    words = [re.sub(ADDRESS, "", repr(model)), _named(parts), _named(_kinds_in(model), code_only=True)]
+    return hashlib.sha256("\n".join(words).encode()).hexdigest()
+
+
+def _scripted(part: nn.Module) -> list[str]:
+    """The code of a module of TorchScript or of torch.fx, whose class has none."""
+    with suppress(AttributeError, RuntimeError):  # not every part of a scripted module has some
+        return [str(part.code)] if isinstance(part, torch.jit.ScriptModule | torch.fx.GraphModule) else []
+    return []
+
+
+def _kinds_in(model: nn.Module) -> list[Any]:
+    """The code of the classes of a model's parts."""
+    return [_code_of(kind) for kind in dict.fromkeys(type(part) for part in model.modules())]
+
+
+def _code_of(kind: type) -> dict[str, Any]:
+    """The functions of a class by name, but for those of torch and of Python, and but for its construction."""
+    classes = [c for c in kind.__mro__ if c.__module__.split(".")[0] not in {"torch", *sys.stdlib_module_names}]
+    found: dict[str, Any] = {}
+    for name, part in (pair for c in classes for pair in vars(c).items() if pair[0] != "__init__"):
+        function = getattr(part, "fget", getattr(part, "__func__", part))  # of a property, or a static method
+        if isinstance(function, types.FunctionType):
+            found.setdefault(name, function)
+    return found
+
+
+ADDRESS = r" at 0x[0-9a-fA-F]+"
+
+
+def _named(
+    value: Any, code_only: bool = False, inside: tuple[int, ...] = (), known: dict[int, str] | None = None
+) -> str:
     """A field of a configuration in words that are the same in another process, and others for another value.
 
-    What it is `inside` of is not named again, and a function that is `known` not twice: of functions that call each
-    other there would be no end.
+    What it is `inside` of is not named again, and what is `known` not twice: of functions that call each other there
+    would be no end. With `code_only` it is the code of the functions in it, without the values that they read.
     """
     if id(value) in inside:
         return "itself"
-    functions = {} if known is None else known
-    if id(value) in functions:
-        return functions[id(value)]
+    seen = {} if known is None else known
+    if id(value) in seen:
+        return seen[id(value)]
 
     def named(*parts: Any) -> str:
-        return ", ".join(_named(part, (*inside, id(value)), functions) for part in parts)
+        words = [_named(part, code_only, (*inside, id(value)), seen) for part in parts]
+        return ", ".join(filter(None, words) if code_only else words)
 
-    if isinstance(value, Tensor):
-        return f"tensor {_digest(value)[:8]}"
-    if isinstance(value, nn.Module):
-        parts = [(type(part).__qualname__, _fields_of(part)) for part in value.modules()]
-        return f"{type(value).__qualname__} {_digest_of(_state_of(value))[:8]} {named(*parts)}"
-    if hasattr(value, "dtype") and hasattr(value, "tobytes"):  # an array of numpy, whose words leave out the middle
-        if value.dtype.hasobject:
-            return f"array {named(value.tolist())}"
-        return f"array {hashlib.sha256(value.tobytes()).hexdigest()[:8]} {value.dtype} {value.shape}"
-    if isinstance(value, (list, tuple)):
-        return f"[{named(*value)}]"
-    if isinstance(value, dict):
-        return f"{{{named(*(part for pair in value.items() for part in pair))}}}"
-    if isinstance(value, (set, frozenset)):
-        return f"{{{', '.join(sorted(map(named, value)))}}}"
-    if isinstance(value, types.CodeType):
-        return f"code {hashlib.sha256(value.co_code).hexdigest()[:8]} {named(value.co_names, value.co_consts)}"
+    if isinstance(value, types.CodeType):  # constants belong to it, and a docstring is none that it reads
+        return f"code {_short(_named([(i.opname, i.argval) for i in dis.get_instructions(value)]))}"
     if isinstance(value, functools.partial):
         return f"partial({named(value.func, value.args, value.keywords)})"
     if isinstance(value, types.MethodType):
         return f"method({named(value.__func__, value.__self__)})"
     if isinstance(value, types.FunctionType):
-        closed = [cell.cell_contents for cell in value.__closure__ or ()]
-        inner = named(value.__code__, value.__defaults__, value.__kwdefaults__, closed, _globals_of(value))
-        functions[id(value)] = (
-            f"{value.__module__}.{value.__qualname__} {hashlib.sha256(inner.encode()).hexdigest()[:8]}"
-        )
-        return functions[id(value)]
+        inner = named(value.__code__, value.__defaults__, value.__kwdefaults__, _closed(value), _globals_of(value))
+        seen[id(value)] = f"{value.__module__}.{value.__qualname__} {_short(inner)}"
+        return seen[id(value)]
+    if isinstance(value, nn.Module):
+        parts: list[Any] = [(type(part).__qualname__, _fields_of(part), *_scripted(part)) for part in value.modules()]
+        state = "" if code_only else _digest_of(_state_of(value))[:8]
+        return f"{type(value).__qualname__} {state} {_short(named(_kinds_in(value)))} {named(*parts)}"
+    if isinstance(value, (list, tuple)):
+        return named(*value) if code_only else f"[{named(*value)}]"
+    if isinstance(value, dict):
+        inner = named(*(part for pair in value.items() for part in pair))
+        return inner if code_only else f"{{{inner}}}"
+    if isinstance(value, (set, frozenset)):
+        inner = ", ".join(sorted(filter(None, map(named, value))))
+        return inner if code_only else f"{{{inner}}}"
+    if isinstance(value, Tensor):
+        return "" if code_only else f"tensor {_digest(value)[:8]}"
+    if hasattr(value, "dtype") and hasattr(value, "tobytes"):  # an array of numpy, whose words leave out the middle
+        if value.dtype.hasobject:
+            return f"array {named(value.tolist())}"
+        return "" if code_only else f"array {_short(value.tobytes())} {value.dtype} {value.shape}"
     plain = type(value).__repr__ is object.__repr__  # words that say no more than the class
-    if (callable(value) or plain) and not isinstance(value, type | types.BuiltinFunctionType):
+    if (callable(value) or (plain and not code_only)) and not isinstance(value, type | types.BuiltinFunctionType):
         held = _fields_of(value)
         if not callable(value):  # nothing that a logger has, such as the name of its file: each start has another
             held = {name: part for name, part in held.items() if isinstance(part, bool | int | float | Tensor)}
         if held or hasattr(value, "__dict__"):  # a function of numpy has neither, and its own words
-            return f"{type(value).__module__}.{type(value).__qualname__}({named(held)})"
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
+            code = _code_of(type(value)) if callable(value) else {}
+            return f"{type(value).__module__}.{type(value).__qualname__}({named(held, code)})"
+    return "" if code_only else re.sub(ADDRESS, "", repr(value))
+
+
+def _short(content: str | bytes) -> str:
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()[:8]
+
+
+def _closed(function: types.FunctionType) -> list[Any]:
+    """What a function has closed over; of a name without a value yet there is none."""
+    found = []
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):
+            found.append(cell.cell_contents)
+    return found
 
 
 def _globals_of(function: types.FunctionType) -> dict[str, Any]:
-    """What a function takes from its module by name: values, and functions of that module."""
+    """What a function takes from its module by name, also through a class: values, and functions of that module.
 
-    def names(code: types.CodeType) -> set[str]:
-        inner = [names(part) for part in code.co_consts if isinstance(part, types.CodeType)]
-        return {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}.union(*inner)
+    Of other modules it is numbers, words and tensors that it reads there: little else is alike in another process.
+    """
+    held: dict[str, Any] = {}
 
-    def counts(value: Any) -> bool:
-        if isinstance(value, types.FunctionType):
-            return value.__module__ == function.__module__
-        return not isinstance(value, types.ModuleType | type | types.BuiltinFunctionType)
+    def read(code: types.CodeType) -> None:
+        name, value = "", None
+        for i in dis.get_instructions(code):
+            if i.opname == "LOAD_GLOBAL":
+                name, value = i.argval, function.__globals__.get(i.argval)
+                counts = not isinstance(value, types.BuiltinFunctionType)
+            elif i.opname in ("LOAD_ATTR", "LOAD_METHOD") and isinstance(value, types.ModuleType | type):
+                plain = bool | int | float | str | Tensor | type | types.ModuleType | types.FunctionType
+                there, name, value = value, f"{name}.{i.argval}", getattr(value, i.argval, None)
+                counts = isinstance(there, type) or isinstance(value, plain)
+            else:
+                value = None
+                continue
+            if isinstance(value, types.FunctionType):
+                counts = value.__module__ == function.__module__
+            if counts and not isinstance(value, types.ModuleType | type):
+                held[name] = value
+        for part in code.co_consts:
+            if isinstance(part, types.CodeType):
+                read(part)
 
-    held = {name: function.__globals__.get(name) for name in sorted(names(function.__code__))}
-    return {name: value for name, value in held.items() if counts(value)}
+    read(function.__code__)
+    return dict(sorted(held.items()))
 
 
 def _fields_of(value: Any) -> dict[str, Any]:
@@ -2544,8 +2667,14 @@ def _code_digest(path: str | os.PathLike[str]) -> str:
 
 
 def _state_of(model: nn.Module) -> dict[str, Any]:
-    """Parameters and buffers by name, also buffers that are not to be saved with a model but change with it."""
-    return model.state_dict() | dict(model.named_buffers())
+    """Parameters and buffers by name, also those that are not saved with a model but change with it."""
+    return model.state_dict() | dict(model.named_buffers()) | _unsaved(model)
+
+
+def _unsaved(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that the model leaves out of its `state_dict`, as adapters do with what they adapt."""
+    saved = {value.data_ptr() for value in model.state_dict().values() if isinstance(value, Tensor)}
+    return {name: p.detach() for name, p in model.named_parameters() if p.numel() and p.data_ptr() not in saved}
 
 
 def _set_state(model: nn.Module, state: dict[str, Any]) -> None:
@@ -2554,9 +2683,9 @@ def _set_state(model: nn.Module, state: dict[str, Any]) -> None:
         known[name] = state[name]
     model.load_state_dict(known)
     with torch.no_grad():
-        for name, buffer in model.named_buffers():
+        for name, tensor in [*model.named_buffers(), *_unsaved(model).items()]:
             if name not in known:
-                buffer.copy_(state[name])
+                tensor.copy_(state[name])
 
 
 def _digest_of(state: dict[str, Any]) -> str:
@@ -2574,6 +2703,13 @@ def _digest(*tensors: Tensor, names: Sequence[str] = ()) -> str:
             if part.numel():
                 total.update((ctypes.c_char * part.nbytes).from_address(part.data_ptr()))
     return total.hexdigest()
+
+
+def _packed(values: list[Any]) -> list[Any] | Tensor:
+    """Many tensors that are alike as one, which is saved a hundred times as fast."""
+    if len({(v.shape, v.dtype, v.device) if isinstance(v, Tensor) else None for v in values} - {None}) != 1:
+        return values
+    return torch.stack(values) if all(isinstance(v, Tensor) for v in values) else values
 
 
 def _random_state(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
@@ -2710,7 +2846,7 @@ class _Passes:
 def _passes(
     model: nn.Module, x: Tensor, batch_size: int, precision: str, compiled: bool, classes: int | None = None
 ) -> _Passes:
-    device = next((t.device for t in [*model.parameters(), *model.buffers()]), x.device)
+    device = _device_of(model, x)
     run: Callable[[Tensor], Tensor] = model
     if compiled:
         fast = torch.compile(model, dynamic=False, mode="reduce-overhead")
@@ -2723,7 +2859,8 @@ def _passes(
                 raise WdatError(f"torch.compile fails on this model, use compiled=False ({reason})") from error
 
     def call(x: Tensor) -> Tensor:
-        logits = run(x.clone())  # a model may write into what it is given
+        with _autocast(device, enabled=precision == "bfloat16"):
+            logits = run(x.clone())  # a model may write into what it is given
         if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape != (len(x), classes or logits.shape[1]):
             shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise WdatError(
@@ -2731,14 +2868,7 @@ def _passes(
             )
         return logits
 
-    if precision == "float32":
-        return _Passes(call, device, batch_size, compiled)
-
-    def lower(x: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16):
-            return call(x)
-
-    return _Passes(lower, device, batch_size, compiled)
+    return _Passes(call, device, batch_size, compiled)
 
 
 @contextmanager
@@ -2760,9 +2890,22 @@ def _untouched(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _prepared(model: nn.Module, training: bool = False) -> Iterator[None]:
     """The model as the attacker sees it: in eval mode unless told otherwise, no gradients for its parameters."""
-    with _untouched(model), torch.inference_mode(False):
+    with _untouched(model), torch.inference_mode(False), _autocast(_device_of(model), enabled=False):
         _set_mode(model, training)
         yield
+
+
+def _device_of(model: nn.Module, other: Tensor | None = None) -> torch.device:
+    """The model's, or that of another tensor where it has none."""
+    tensors = [*model.parameters(), *model.buffers(), torch.empty(0, device="cpu") if other is None else other]
+    return tensors[0].device
+
+
+def _autocast(device: torch.device, enabled: bool) -> AbstractContextManager[Any]:
+    """To bfloat16, or not at all whatever the caller does; weights in it are never older than the model's."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
 
 
 def _set_mode(model: nn.Module, training: bool) -> None:
@@ -2848,14 +2991,14 @@ def _attacker(
             "step_ratio": step_ratio,
         }
         same |= {"rule": rule, "compiled": compiled, **(also or {})}
-        alike = {"images": f"{x.dtype} {tuple(x.shape[1:])}", "the network": _digest_of(model.state_dict())[:16]}
+        alike = {"images": f"{x.dtype} {tuple(x.shape[1:])}", "the network": _digest_of(_state_of(model))[:16]}
         return {name: _named(value) for name, value in same.items()} | alike
 
     def check() -> _Attacker:
         ahead()
         _check_order(threat)
         _check_images(x, y, some=among.group is None)
-        _check_number("batch_size", batch_size, at_least=1, whole=True)
+        size = _check_number("batch_size", batch_size, at_least=1, whole=True)
         _check_choice("precision", precision, PRECISIONS)
         _check_flag("compiled", compiled)
         _check_steps(steps, step_ratio)
@@ -2874,7 +3017,15 @@ def _attacker(
             raise WdatError(f"the model is {kinds.pop()}, the images are {x.dtype}: convert one to the other")
         with _prepared(model), torch.enable_grad():
             one = _plain(x[:1]) if len(x) else x.new_zeros(1, *x.shape[1:])
-            logits = model(one.to(device).requires_grad_().clone())
+            try:
+                logits = model(one.to(device).requires_grad_().clone())
+            except ValueError as error:
+                if not any(m.running_mean is None for m in model.modules() if isinstance(m, BATCH_NORM)):
+                    raise
+                raise WdatError(
+                    "the model normalises by the statistics of the batch in eval mode too, and one image has none: give"
+                    f" its BatchNorm track_running_stats=True ({error})"
+                ) from error
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 1 or not logits.is_floating_point():
             raise WdatError(
                 f"the model must return logits of shape (b, classes); for one image it returned {_kind(logits)}"
@@ -2885,16 +3036,10 @@ def _attacker(
                 "the model returns probabilities, not logits, and would seem more robust: leave out its softmax, or"
                 " return their logarithm"
             )
-        if function in (dlr, redlr) and classes < 3:
-            raise WdatError(
-                f"DLR and ReDLR need 3 classes or more, the model has {classes}: take loss='margin', or your own"
-            )
-        if function in (_lead, margin):
-            _check_two_classes(classes)
+        _check_loss(function, classes)
         _check_labels(y, classes)
-        passes = _passes(model, x, batch_size, precision, compiled, classes)
-        short = x.dtype == torch.float32 and device.type == "cuda" and torch.backends.cudnn.allow_tf32
-        rounding = 0.03 if precision == "bfloat16" else 0.004 if short else 16 * torch.finfo(x.dtype).eps
+        passes = _passes(model, x, size, precision, compiled, classes)
+        rounding = 0.03 if precision == "bfloat16" else _rounding(x.dtype, logits.dtype, device)
         return _Attacker(passes, threat, function, int(steps), float(step_ratio), rule, classes, rounding, among)
 
     on: _Attacker = _agreed(among, check, settings)
@@ -2903,10 +3048,31 @@ def _attacker(
     return on
 
 
+def _rounding(images: torch.dtype, logits: torch.dtype, device: torch.device) -> float:
+    """By how much logits may differ from batch to batch, relative to the greatest."""
+    fine = 16 * torch.finfo(images).eps
+    if logits != images and logits.itemsize == 2:  # of a model that casts by itself
+        return 0.03 if logits == torch.bfloat16 else max(fine, 0.004)
+    if images != torch.float32:
+        return fine
+    backends: Any = torch.backends
+    if not hasattr(backends.cudnn, "conv"):  # before PyTorch 2.9, from which on reading this may raise
+        return 0.004 if device.type == "cuda" and backends.cudnn.allow_tf32 else fine
+    parts = {"cuda": (backends.cudnn.conv, backends.cuda.matmul), "cpu": (backends.mkldnn.conv, backends.mkldnn.matmul)}
+    used = {part.fp32_precision for part in parts.get(device.type, ())}
+    return 0.03 if "bf16" in used else 0.004 if "tf32" in used else fine
+
+
 def _check_images(x: Tensor, y: Tensor, some: bool = True) -> None:
     if not isinstance(x, Tensor) or x.dtype not in FLOATS:
         kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        how = ": divide bytes by 255" if isinstance(x, Tensor) else ": torch.from_numpy makes one of an array"
+        how = ""
+        if isinstance(x, Tensor):
+            how = ": divide bytes by 255"
+        elif hasattr(x, "__array__"):
+            how = ": torch.from_numpy makes one of an array"
+        elif isinstance(x, Iterable):
+            how = ": put the images into one tensor; only boundary takes batches, such as those of a DataLoader"
         raise WdatError(f"images must be a floating-point tensor in [0, 1], not {kind}{how}")
     _check_dense("images", x)
     if x.ndim < 2 or (x[:1].numel() == 0 and (some or 0 in x.shape[1:])):
@@ -2923,7 +3089,8 @@ def _check_images(x: Tensor, y: Tensor, some: bool = True) -> None:
         raise WdatError(f"images are on {x.device} and labels on {y.device}: put both on one device")
     _check_dense("labels", y)
     if y.shape != x.shape[:1]:
-        raise WdatError(f"labels must have shape ({len(x)},), one for each image, not {tuple(y.shape)}")
+        alone = ": images are (n, c, h, w), and one alone is x[None]" if x.ndim < 4 and y.numel() == 1 else ""
+        raise WdatError(f"labels must have shape ({len(x)},), one for each image, not {tuple(y.shape)}{alone}")
 
 
 def _check_labels(y: Tensor, classes: int) -> None:
@@ -2940,6 +3107,15 @@ def _check_fine(x: Tensor, on: _Attacker) -> None:
             f"images of {x.dtype} are too coarse for {on.steps} steps of delta {on.threat.delta:g}: give float32 images"
             ' and model, and precision="bfloat16" for speed'
         )
+
+
+def _check_loss(loss: Loss, classes: int) -> None:
+    if loss in (dlr, redlr) and classes < 3:
+        raise WdatError(
+            f"DLR and ReDLR need 3 classes or more, the model has {classes}: take loss='margin', or your own"
+        )
+    if loss in (_lead, margin):
+        _check_two_classes(classes)
 
 
 def _check_two_classes(classes: int) -> None:
@@ -2992,6 +3168,11 @@ def _checked_training(
     if config.objective in ("worst_case", worst_case):
         _check_precise(train[0])
         _check_two_classes(on.classes)
+    if config.average and _is_scripted(model):
+        raise WdatError(
+            "average needs a copy of the model, and TorchScript gives none: leave it 0, or give the model"
+            " before torch.jit.script"
+        )
     _check_minibatches(model, train[0], config, among.size)
     return replace(on, among=among), *_checkpoint(*kept, model, train, val, config, among.rank == 0)
 
@@ -3026,7 +3207,7 @@ def _check_minibatches(model: nn.Module, x: Tensor, config: FinetuneConfig, proc
     sizes = {size for n in counts for size in (n, config.batch_size, n % config.batch_size)}
     parts = {part for n in sizes for part in (n // processes, -(-n // processes))}
     if 1 in parts | {part % config.batch_size for part in parts}:
-        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        norms = [m for m in model.modules() if isinstance(m, BATCH_NORM)]
         single: list[bool] = []
         hooks = [m.register_forward_pre_hook(lambda _, z: single.append(z[0].numel() == z[0].shape[1])) for m in norms]
         try:
@@ -3097,10 +3278,11 @@ def _check_steps(steps: int, step_ratio: float) -> None:
 
 
 def _as_plain_numbers(value: Any) -> None:
-    """Whole or numpy's numbers in fields for real ones become floats: equal configurations are stored alike."""
+    """Numbers of any kind become those of the field: equal configurations are stored alike."""
     for f in fields(value):
-        if f.type == "float":
-            object.__setattr__(value, f.name, float(getattr(value, f.name)))
+        if f.type in ("int", "float"):
+            kind = int if f.type == "int" else float
+            object.__setattr__(value, f.name, kind(getattr(value, f.name)))
 
 
 def _check_flag(name: str, value: Any) -> None:
@@ -3122,14 +3304,16 @@ def _check_number(
     below: float = math.inf,
     at_most: float | None = None,
     whole: bool = False,
-) -> None:
-    """`value` is a number (whole if asked) in the range; infinite only where `at_most` is."""
+) -> Any:
+    """`value`, numpy's too, as an int or a float, if it is in the range; infinite only where `at_most` is."""
     kind = "a whole number" if whole else "a number"
-    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral if whole else numbers.Real):
         raise WdatError(f"{name} must be {kind}, not {value!r}")
-    inside = value > above and value >= at_least and (value < below if at_most is None else value <= at_most)
-    inside &= whole or value == math.inf or abs(value) <= sys.float_info.max  # not an integer that no float holds
+    number: Any = value
+    inside = number > above and number >= at_least and (number < below if at_most is None else number <= at_most)
+    inside &= whole or number == math.inf or abs(number) <= sys.float_info.max  # not an integer that no float holds
     if not inside:
         low = f"above {above:g}" if above > -math.inf else f"at least {at_least:g}"
         high = "" if at_most == math.inf else f" and at most {at_most:g}" if at_most else f" and below {below:g}"
         raise WdatError(f"{name} must be {kind} {low}{high if below < math.inf or at_most else ''}, not {value!r}")
+    return int(number) if whole else float(number)

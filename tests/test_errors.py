@@ -3,7 +3,9 @@
 import copy
 import math
 import re
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from tiny import FROM_SCRATCH, INF, Centre, configuration, images, network, predict
@@ -21,6 +23,7 @@ from wdat_core import (
     perturb_,
     project,
     sensitivity,
+    worst_case,
     wpgd,
     wpgd_budget,
 )
@@ -931,3 +934,142 @@ def test_no_hook_stays_where_a_check_is_interrupted():
         finetune(model, (x, y), None, configuration("wdat", epochs=1, steps=1, batch_size=6))
     handle.remove()
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What used to end deep inside, or was refused though it is right
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def scripted():
+    """A network whose layers TorchScript has made its own."""
+    model = network("conv")
+    return torch.jit.script(nn.Sequential(nn.Flatten(1, 3), nn.Unflatten(1, (2, 3, 3)), *[*model][1:]))
+
+
+def test_a_scripted_network_has_no_average_and_no_last_layer():
+    train = (X, Y)
+    with raises("average needs a copy of the model, and TorchScript gives none", "torch.jit.script"):
+        finetune(scripted(), train, None, FinetuneConfig(threat=THREAT, steps=1, epochs=1, average=0.5))
+    for error in (
+        lambda: perturb_(scripted(), "last_layer", x=X),
+        lambda: finetune(scripted(), train, None, FinetuneConfig(perturb="last_layer", threat=THREAT, epochs=1)),
+    ):
+        with raises("TorchScript does not say what its layers are: give the model before torch.jit.script"):
+            error()
+    history = finetune(scripted(), train, None, FinetuneConfig(threat=THREAT, steps=1, epochs=1, augment=False))
+    assert history.finished
+
+
+@pytest.mark.parametrize("use", ["attack", "look"])
+def test_two_classes_under_redlr_are_named_in_an_objective_of_one_s_own_too(use):
+    model = network("mlp", classes=2)
+    data = images(6, model, classes=2)
+
+    def objective(batch):
+        if use == "attack":
+            batch.attack(THREAT, "redlr")
+        batch.look(batch.x, batch.y, THREAT, "redlr")
+
+    with raises("DLR and ReDLR need 3 classes or more, the model has 2: take loss='margin'"):
+        finetune(model, data, None, FinetuneConfig(objective=objective, loss="ce", augment=False, threat=THREAT))
+
+
+def test_numbers_of_numpy_and_fractions_are_numbers():
+    one = {"steps": np.int64(3), "batch_size": np.int32(4), "step_ratio": np.float32(1.5)}
+    threat = Threat(p=np.float32(2), r=np.float64(INF), delta=Fraction(1, 20))
+    plain = {"steps": 3, "batch_size": 4, "step_ratio": 1.5}
+    assert [type(value) for value in (threat.p, threat.r, threat.delta)] == [float] * 3
+
+    def same(a, b):
+        assert torch.equal(a.x_adv, b.x_adv)
+
+    start = {"random_start": np.float32(0.5), "seed": np.int64(3)}
+    same(wpgd(MODEL, X, Y, threat, **one, **start), wpgd(MODEL, X, Y, THREAT, **plain, random_start=0.5, seed=3))
+    same(
+        wpgd_budget(MODEL, X, Y, threat, upsilon=np.float64(0.7), **one),
+        wpgd_budget(MODEL, X, Y, THREAT, upsilon=0.7, **plain),
+    )
+    found = boundary(MODEL, X, Y, r=np.float64(2), steps=np.int64(5), batch_size=np.int64(4))
+    same(found, boundary(MODEL, X, Y, r=2, steps=5, batch_size=4))
+    same(found, boundary(MODEL, [(X, Y)], r=np.float32(2), steps=np.uint8(5), batch_size=np.int64(4)))
+    assert found.curve(np.float64(2))[1].equal(found.curve(2)[1])
+    assert type(Boundary(found.distance, np.float64(2)).r) is float
+    found = evaluate(MODEL, X, Y, delta=np.float64(0.05), steps=np.int64(2), found_steps=np.int64(2))
+    assert found.w_2_found == evaluate(MODEL, X, Y, delta=0.05, steps=2, found_steps=2).w_2_found
+    config = FinetuneConfig(threat=threat, seed=np.int64(7), tau=np.float32(0.5), epochs=np.int16(1), steps=np.int64(1))
+    assert [type(value) for value in (config.seed, config.tau, config.epochs)] == [int, float, int]
+    assert repr(config) == repr(FinetuneConfig(threat=threat, seed=7, tau=0.5, epochs=1, steps=1))
+    assert finetune(network("conv"), (X, Y), None, config, eval_batch_size=np.int64(4)).finished
+    perturb_(network("conv"), "whole", noise=np.float32(0.1))
+
+
+@pytest.mark.parametrize("value", [np.bool_(True), np.float64(2.0), np.array(2), torch.tensor(2), "2", 2 + 0j])
+def test_what_is_no_whole_number_is_none(value):
+    with raises("steps must be a whole number"):
+        wpgd(MODEL, X, Y, THREAT, steps=value)
+
+
+def test_a_checkpoint_after_every_epoch_alone_is_asked_for_by_infinite_seconds(tmp_path):
+    config = configuration("wdat", threat=THREAT, steps=1, epochs=2, augment=False)
+    assert finetune(network("conv"), (X, Y), None, config, resume=tmp_path / "run", save_every=INF).finished
+    assert (tmp_path / "run").is_file()
+    with raises("save_every must be a number at least 0"):
+        finetune(network("conv"), (X, Y), None, config, resume=tmp_path / "other", save_every=math.nan)
+
+
+@pytest.mark.parametrize("call", [wpgd, wpgd_budget, boundary])
+def test_progress_that_returns_nothing_is_named(call):
+    more = {wpgd: (THREAT,), wpgd_budget: (THREAT,), boundary: ()}[call]
+    options = {"upsilon": 1.0} if call is wpgd_budget else {}
+    with raises("progress must return what it is given, as tqdm does; it returned NoneType"):
+        call(MODEL, X, Y, *more, progress=lambda things: None, **options)
+
+
+def test_evaluate_names_an_option_that_it_has_not():
+    with raises("evaluate has no step, stps: it takes what wpgd takes"):
+        evaluate(MODEL, X, Y, step=3, stps=3)
+
+
+def test_a_batch_norm_without_statistics_of_its_own_is_named():
+    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(18, track_running_stats=False), nn.Linear(18, 4)).double()
+    with raises("normalises by the statistics of the batch in eval mode too", "track_running_stats=True"):
+        wpgd(model, X, Y, THREAT)
+
+    class Own(nn.Module):
+        def forward(self, x):
+            raise ValueError("mine")
+
+    with pytest.raises(ValueError, match=r"^mine$"):
+        wpgd(nn.Sequential(Own(), nn.Linear(1, 1).double()), X, Y, THREAT)
+
+
+def test_batches_where_images_belong_are_named_as_such():
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, Y), batch_size=3)
+    with raises("images must be a floating-point tensor", "DataLoader: put the images into one tensor; only boundary"):
+        evaluate(MODEL, loader, Y)
+    with raises("from_numpy makes one of an array"):
+        evaluate(MODEL, X.numpy(), Y)
+
+
+def test_an_image_alone_is_told_how_to_be_a_batch():
+    with raises(r"labels must have shape \(2,\), one for each image, not \(1,\): .* one alone is x\[None\]"):
+        wpgd(MODEL, X[0], Y[:1], THREAT)
+
+
+@pytest.mark.parametrize(
+    "objective, field, value",
+    [
+        ("worst_case", "gamma", 1.0),
+        (worst_case, "consistency", "kl"),
+        ("worst_case", "attack_mode", "train"),
+        ("trades", "eta", 0.5),
+        ("trades", "gamma", 1.0),
+        ("pgd", "beta", 3.0),
+        ("pgd", "first_upsilon", "full"),
+    ],
+)
+def test_a_field_that_the_objective_does_not_read_is_named(objective, field, value):
+    threat = THREAT if objective in ("worst_case", worst_case) else Threat(p=INF)
+    with raises(f"does not read {field}: leave that out"):
+        FinetuneConfig(objective=objective, threat=threat, **{field: value})
