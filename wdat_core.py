@@ -773,6 +773,8 @@ def _few(names: Any) -> str:
 class FinetuneConfig:
     """Everything that decides a run of `finetune`. Defaults are the paper's; where it is silent, the comment says so.
 
+    What estimates Upsilon and what reads the consistency term is for "wdat" alone: other objectives do not look at it.
+
     Raises:
         WdatError: when made with a value of the wrong type or outside its range.
     """
@@ -848,9 +850,8 @@ class FinetuneConfig:
             raise WdatError(f'objective="{name}" is pointwise: give threat=Threat(p=math.inf)')
         if name == "worst_case" and self.threat.p == math.inf:
             raise WdatError("the worst case over a pointwise ball has no slope in the distances: give a finite p")
-        defaults = {f.name: f.default for f in fields(self)}
-        if given := [f for f in UNREAD.get(name, ()) if getattr(self, f) != defaults[f]]:
-            raise WdatError(f'objective="{name}" does not read {", ".join(given)}: leave that out')
+        if self.gamma and name in ("worst_case", "trades", "pgd"):
+            raise WdatError(f'objective="{name}" has no pointwise term beside its own: leave gamma out')
 
 
 @dataclass(frozen=True)
@@ -1086,14 +1087,6 @@ OBJECTIVES: dict[str, Callable[[Minibatch], Tensor]] = {
     "worst_case": worst_case,
     "trades": trades,
     "pgd": pgd,
-}
-
-
-OF_WDAT = ("gamma", "consistency", "attack_label", "random_start", "sample", "upsilon_from", "first_upsilon")
-UNREAD = {  # fields of FinetuneConfig that an objective does not read
-    "worst_case": (*OF_WDAT, "attack_mode"),
-    "trades": (*OF_WDAT, "eta"),
-    "pgd": (*OF_WDAT, "eta", "beta"),
 }
 
 
