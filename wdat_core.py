@@ -2476,12 +2476,18 @@ def _fields_named(model: nn.Module, config: FinetuneConfig) -> dict[str, str]:
 def _layers(model: nn.Module) -> str:
     """A digest of what decides the logits beside the tensors: layers, the code of their classes, plain settings."""
 
-    def settings(part: nn.Module) -> dict[str, Any]:
-        plain = bool | float | str | types.FunctionType | types.BuiltinFunctionType  # whole numbers may count passes
-        return {name: held for name, held in _fields_of(part).items() if isinstance(held, plain)}
+    def settings(held: Any) -> Any:
+        if isinstance(held, types.FunctionType):  # such as an activation; it may be one that torch.compile has wrapped
+            return held.__qualname__, held.__code__, [v for v in _closed(held) if isinstance(v, bool | float | str)]
+        plain = isinstance(held, bool | float | str | types.BuiltinFunctionType)  # whole numbers may count passes
+        return held if plain else None
 
-    parts = [(name, settings(part), *_scripted(part)) for name, part in model.named_modules()]
-    words = [re.sub(ADDRESS, "", repr(model)), _named(parts), _named(_kinds_in(model), code_only=True)]
+    with _prepared(model):  # some settings go with the mode
+        parts = {name: (part, _fields_of(part)) for name, part in model.named_modules()}
+        own = [
+            (name, {k: settings(v) for k, v in held.items()}, *_scripted(part)) for name, (part, held) in parts.items()
+        ]
+        words = [re.sub(ADDRESS, "", repr(model)), _named(own), _named(_kinds_in(model), code_only=True)]
     return hashlib.sha256("\n".join(words).encode()).hexdigest()
 
 

@@ -12,6 +12,7 @@ import torch
 from tiny import Centre, images, network
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.nn.utils import parametrizations
 
 import wdat_core
 from wdat_core import FinetuneConfig, Threat, WdatError, finetune
@@ -28,6 +29,10 @@ def begun(path, model, **fields):
 
 
 # ----------------------------------------------------------------------------------------------------------- networks
+
+
+def steep(slope):
+    return lambda x: x * slope
 
 
 class Setting(nn.Module):
@@ -71,7 +76,7 @@ def test_a_checkpoint_of_other_layers_with_the_same_tensors_is_refused(other, tm
     begun(tmp_path / "run", network("full"))
 
 
-@pytest.mark.parametrize("other", [{"scale": 2.0}, {"act": torch.tanh}, {"act": lambda x: x}])
+@pytest.mark.parametrize("other", [{"scale": 2.0}, {"act": torch.tanh}, {"act": lambda x: x}, {"act": steep(0.5)}])
 def test_settings_that_a_network_does_not_print_belong_to_it(other, tmp_path):
     begun(tmp_path / "run", Setting())
     with pytest.raises(WdatError, match="differs in the layers of the network"):
@@ -84,6 +89,37 @@ def test_a_network_that_counts_its_passes_goes_on(tmp_path):
     assert model.passes
     begun(tmp_path / "run", model)
     begun(tmp_path / "run", Setting(passes=7))
+
+
+def normed(change):
+    torch.manual_seed(0)
+    model = network("full")
+    change(model[1])
+    return model
+
+
+KINDS = {
+    "compiled": lambda: torch.compile(network("full"), backend="eager"),
+    "of torch.fx": lambda: torch.fx.symbolic_trace(network("full")),
+    "with weight_norm": lambda: normed(parametrizations.weight_norm),
+    "with spectral_norm": lambda: normed(parametrizations.spectral_norm),
+    "with functions for settings": lambda: Setting(act=lambda x: x.relu()),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_networks_of_every_kind_go_on(kind, tmp_path):
+    """Used before, or made anew."""
+    make, data = KINDS[kind], images(10, network("full"))
+    whole, first, second = make(), make(), make()
+    with torch.no_grad():
+        first(data[0])
+    finetune(whole, data, data, small())
+    finetune(first, data, data, small(), resume=tmp_path / "run", stop_after=0)
+    finetune(second, data, data, small(), resume=tmp_path / "run", stop_after=0)
+    for model in (second, make()):
+        finetune(model, data, data, small(), resume=tmp_path / "run")
+        assert all(torch.equal(a, b) for a, b in zip(parameters(model), parameters(whole), strict=True))
 
 
 NET = '''
