@@ -2540,7 +2540,9 @@ def _named(
     if isinstance(value, functools.partial):
         return f"partial({named(value.func, value.args, value.keywords)})"
     if isinstance(value, types.MethodType):
-        return f"method({named(value.__func__, value.__self__)})"
+        owner = value.__self__
+        code = _code_of(owner if isinstance(owner, type) else type(owner))
+        return f"method({named(value.__func__, code, owner)})"
     if isinstance(value, types.FunctionType):
         inner = named(value.__code__, value.__defaults__, value.__kwdefaults__, _closed(value), _globals_of(value))
         seen[id(value)] = f"{value.__module__}.{value.__qualname__} {_short(inner)}"
@@ -2569,8 +2571,8 @@ def _named(
         if not callable(value):  # nothing that a logger has, such as the name of its file: each start has another
             held = {name: part for name, part in held.items() if isinstance(part, bool | int | float | Tensor)}
         if held or hasattr(value, "__dict__"):  # a function of numpy has neither, and its own words
-            code = _code_of(type(value)) if callable(value) else {}
-            return f"{type(value).__module__}.{type(value).__qualname__}({named(held, code)})"
+            call = _code_of(type(value)) if callable(value) else {}
+            return f"{type(value).__module__}.{type(value).__qualname__}({named(held, call)})"
     return "" if code_only else re.sub(ADDRESS, "", repr(value))
 
 

@@ -103,8 +103,8 @@ def first_order_answer(records: Sequence[Record]) -> str:
     said = f"{low:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} to {high:.2f}"
     return (
         f"**At the paper's radius, 8/255, the mean loss rises by {said} times what first order says,** for ReDLR and"
-        f" (W₂, l∞), under W-PGD with {those[0].config.steps} steps. First order holds within a tenth"
-        f" {_held(those, 'redlr')}; for cross-entropy {_held(those, 'ce')}."
+        f" (W₂, l∞), under W-PGD with {those[0].config.steps} steps. There first order holds within a"
+        f" tenth {_held(those, 'redlr')}; for cross-entropy {_held(those, 'ce')}."
     )
 
 

@@ -182,8 +182,8 @@ def _still_open(open_: Sequence[Line]) -> str:
     parts = []
     for line in open_:
         lost = moved(line.points[0], [line.before], POINTWISE)[0].text(signed=True)
-        parts.append(f"{name_of(line.study[0])} ({lost} without it)")
-    return f" Where there is a loss, the term has not run yet on {listed(parts)}." if parts else ""
+        parts.append(f"{name_of(line.study[0])} ({lost})")
+    return f" Without the term there is a loss on {listed(parts)}; the term has not run there yet." if parts else ""
 
 
 def joint_table(records: Sequence[Record]) -> Any:

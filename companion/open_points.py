@@ -112,7 +112,7 @@ def by_worst_case(found: Sequence[Matter]) -> str:
         return ""
     moved = [m for m in those if m.side(WORST)]
     against = [f"`{m.point}={m.value}`" for m in moved if m.side("w_2") and m.side("w_2") != m.side(WORST)]
-    none = ", none of them against W₂" * bool(moved)
+    none = ", none of them in the other direction than W₂" * bool(moved)
     others = f", {listed(against)} in the other direction than W₂" if against else none
     return f" By the worst case found, at half the radius, {len(moved)} of the {len(those)} measured do{others}."
 

@@ -29,6 +29,8 @@ def describe(records: Sequence[FinetuneRecord], title: str) -> Any:
     columns = columns_of(records)
     column = "" if len(columns) > 1 else f" {column_words(config.tau, config.eta)},"
     devices, cores = {x.device for x in records}, {x.core for x in records}
+    searches = [str(steps) for steps in sorted({x.boundary.steps for x in records if x.boundary})]
+    search = f" {listed(searches)} gradients an image for the worst case." if searches else ""
     stand_in, norm = r.network.name in STAND_INS, "" if config.threat.r == math.inf else f" in l_{config.threat.r:g}"
     others = "".join(f", `{k}={getattr(config, k)}`" for k, usual in LATER.items() if getattr(config, k) != usual)
     return Markdown(
@@ -38,7 +40,7 @@ def describe(records: Sequence[FinetuneRecord], title: str) -> Any:
         f" batch size {config.batch_size},{column} `perturb={config.perturb}`,"
         f" `consistency={config.consistency}`{others},"
         f" β = {config.beta:g}, δ = {255 * config.threat.delta:.4g}/255{norm}, {config.steps} steps,"
-        f" {seeds_words(records)}. On {' and '.join(sorted(devices))}:"
+        f" {seeds_words(records)}.{search} On {' and '.join(sorted(devices))}:"
         f" {sum(s['finetune'] for s in seconds) / len(seconds):.0f} s of fine-tuning and"
         f" {sum(s['evaluate'] for s in seconds) / len(seconds):.0f} s of evaluation a column on average;"
         f" {seconds[0]['baseline']:.0f} s for the baseline. torch {r.versions['torch']}, Python"

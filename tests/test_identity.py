@@ -281,7 +281,16 @@ class Loss(nn.Module):
     def forward(self, logits, y):
         return 1.0 * cross_entropy(logits, y, reduction="none")
 
-held, loss = Held(), Loss()
+class Owner:
+    """Has a method that is an objective."""
+
+    def objective(self, batch):
+        return 1 * self.scaled(cross_entropy(batch.net(batch.x), batch.y))
+
+    def scaled(self, value):
+        return value + 0.0
+
+held, loss, method = Held(), Loss(), Owner().objective
 '''
 VALUE, CODE = ", in a value that it reads, such as a list that it fills: give", ", in its code: give"
 EDITS = {
@@ -292,6 +301,7 @@ EDITS = {
     "the code of a function that it calls": ("z * 1.0", "z + 1.0", "objective", CODE),
     "a call": ("return self.scaled(cross", "return 2 * self.scaled(cross", "held", CODE),
     "a method that the call takes": ("value * 1.0", "value * 2.0", "held", CODE),
+    "a method that a method takes": ("value + 0.0", "value + 1.0", "method", CODE),
     "the forward of a module": ("1.0 * cross", "2.0 * cross", "loss", CODE),
 }
 

@@ -104,7 +104,7 @@ def test_a_network_that_loses_and_waits_for_the_term_is_named():
     assert text.startswith(
         "**Not known yet: the term was tried on 1 network only, where without it no accuracy is visibly lost"
     )
-    assert text.endswith(" Where there is a loss, the term has not run yet on `demo` (-3.00 ± 1.06 without it).")
+    assert text.endswith(" Without the term there is a loss on `demo` (-3.00 ± 1.06); the term has not run there yet.")
     text = joint.joint_answer([*waits, *without, run(6, pointwise=36, name="small_pgd"), run(1, pointwise=36)])
     assert text.startswith("**The pointwise term stops") and "yet" not in text
     text = joint.joint_answer([start(), run(6), *without, run(6, pointwise=36, name="small_pgd")])
