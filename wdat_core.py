@@ -69,12 +69,13 @@ import pickle
 import re
 import shutil
 import sys
+import sysconfig
 import tempfile
 import time
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -237,11 +238,30 @@ def sensitivity(
     """
     on = _attacker(model, x, y, threat, loss, batch_size, precision, compiled, group=group)
     with _prepared(model):
-        return float(_sensitivity(on, _plain(x), _plain(y)))
+        x, y = _plain(x), _plain(y)
+        look = _look(on, x, y, _blank(on, x, directions=False))
+        upsilon = _whole_upsilon(on, look)
+        _check_slope(on, x, not upsilon and not on.among.all(~look.correct.any()))
+        return float(upsilon)
 
 
-def _sensitivity(on: _Attacker, x: Tensor, y: Tensor) -> Tensor:
-    look = _look(on, x, y, _blank(on, x, directions=False))
+def _check_slope(on: _Attacker, x: Tensor, flat: bool) -> None:
+    """A network that tells images apart, with gradient 0 at each of them, would seem robust.
+
+    Args:
+        flat: no image has a gradient, and some are classified correctly; alike in all processes.
+    """
+    if not flat:
+        return
+    few = _logits(on, torch.cat([x[:32], 1 - x[:32]]))
+    if not on.among.all((few == few[:1]).all()):
+        raise WdatError(
+            "the gradient of the loss is 0 at every image, though the model tells images apart: remove the rounding or"
+            " the quantisation in it, or take another loss where this one is saturated"
+        )
+
+
+def _whole_upsilon(on: _Attacker, look: _Look) -> Tensor:
     upsilon = _mean(look.norm, on.threat.q, on.among)
     _check_finite(on.among.all(look.finite) & upsilon.isfinite())
     return upsilon
@@ -443,7 +463,9 @@ def wpgd(
                 rows = slice(i, i + batch_size)
                 random = torch.rand(x[rows].shape, generator=own, device="cpu")
                 start[rows] = _moved(x[rows], threat, random_start, random.to(x))
-        return _attack(on, x, y, start=start, progress=progress)
+        attack = _attack(on, x, y, start=start, progress=progress)
+        _check_slope(on, x, not any(attack.history["upsilon"]) and attack.history["accuracy"][0] > 0)
+        return attack
 
 
 def _attack(
@@ -701,6 +723,7 @@ def perturb_(
                 raise WdatError(f"noise of {noise!r} makes the parameters infinite or NaN: use less")
             for parameter, value in zip(parameters, moved, strict=True):
                 parameter.copy_(value)
+        torch.clear_autocast_cache()
     if how != "last_layer":
         return parameters
     layer = _last_layer(model, head, x)
@@ -715,6 +738,7 @@ def perturb_(
             nn.init.xavier_normal_(layer.weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+    torch.clear_autocast_cache()
     return list(layer.parameters())
 
 
@@ -995,7 +1019,7 @@ class Minibatch:
         if config.attack_label == "predicted":
             y = self.logits(x).argmax(1)
         with run.attacked() as on:
-            return _sensitivity(on, x, y).to(upsilon_b)
+            return _whole_upsilon(on, _look(on, x, y, _blank(on, x, directions=False))).to(upsilon_b)
 
 
 def wdat(batch: Minibatch) -> Tensor:
@@ -1159,8 +1183,9 @@ def finetune(
             on from it, and ends with the weights and the history of one that was never stopped, bit for bit on the same
             machine; a checkpoint of another run is refused. The network belongs to the run with its layers, their code
             and their settings but for whole numbers, which may count passes; an objective with its code and the values
-            that it reads, as they were when it was entered or at its last checkpoint. The file is whole whatever stops
-            the process, a kill too, and stays at the end.
+            that it reads, as they were when it was entered or at its last checkpoint. What a model keeps outside of its
+            parameters and buffers, such as a number in a field, is in no checkpoint: make it a buffer. The file is
+            whole whatever stops the process, a kill too, and stays at the end.
         save_every: seconds between two checkpoints, >= 0, which is the most that a stop loses of the training; one
             more is written after every epoch. A validation that was stopped begins anew.
         stop_after: seconds after which the run writes its checkpoint and returns, at the end of a minibatch.
@@ -1201,7 +1226,6 @@ def finetune(
         _untouched(model),
         torch.inference_mode(False),
         torch.enable_grad(),
-        _autocast(on.passes.device, enabled=False),
         _taken_back(model, learned),
     ):
         run = _Run(model, _plain(x), _plain(y), config, on, generator)
@@ -1217,7 +1241,7 @@ def finetune(
             with _prepared(model), torch.no_grad():
                 model(run.x[:1].to(on.passes.device).clone())  # what it keeps of a pass has no graph: it is copied
             averaged = torch.optim.swa_utils.AveragedModel(
-                model, multi_avg_fn=_moving(config.average), use_buffers=True
+                model, on.passes.device, multi_avg_fn=_moving(config.average), use_buffers=True
             )
         shown = model if averaged is None else averaged.module
         on_shown = on if averaged is None else replace(on, passes=_passes(shown, x, *how))
@@ -1232,10 +1256,7 @@ def finetune(
         if saved:
             for name, part in parts.items():
                 _set_state(part, saved[name]) if isinstance(part, nn.Module) else part.load_state_dict(saved[name])
-            memory = {
-                name: [v.to(on.passes.device) if isinstance(v, Tensor) else v for v in values]
-                for name, values in saved["memory"].items()  # lists, or what `_packed` made of them
-            }
+            memory = {name: _unpacked(values, on.passes.device) for name, values in saved["memory"].items()}
             order, losses, rows, best, best_state, spent = (
                 saved[name] for name in ("order", "losses", "rows", "best", "best_state", "spent")
             )
@@ -1274,7 +1295,8 @@ def finetune(
                     buffers = [b.clone() for b in model.buffers() if b.is_floating_point()]
                     # Parts of unequal size would draw unequally often, and a checkpoint has the state of the first.
                     _seed(_accelerators(model), config.seed + 1_000_003 * epoch + len(losses))
-                with _blamed(optimiser, epoch, len(losses) + 1, len(indices)):
+                work = _blamed(optimiser, epoch, len(losses) + 1, len(indices))
+                with work, _autocast(on.passes.device, enabled=False):
                     batch = run.minibatch(indices, memory)
                     total = objective(batch)  # (5.4), (5.5), (5.3), (5.1),
                     _check_objective(total, memory)
@@ -1287,6 +1309,7 @@ def finetune(
                     if config.clip < math.inf:
                         _check_finite(nn.utils.clip_grad_norm_(trained, config.clip).isfinite())
                 optimiser.step()  # theta <- theta - tau grad,
+                torch.clear_autocast_cache()  # an autocast of the model's own may have kept the weights before
                 _average_buffers(among, model, buffers)
                 schedule.step()
                 if averaged is not None:
@@ -1443,7 +1466,7 @@ def _checked_row(more: Any, taken: set[str]) -> dict[str, float]:
         raise WdatError(f"on_epoch must not return {', '.join(map(repr, both))}: the history has its own; rename yours")
     try:
         return {name: float(value) for name, value in (more or {}).items()}
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise WdatError(f"on_epoch must return a dict of numbers or None, not {more!r}") from error
 
 
@@ -1731,7 +1754,7 @@ def boundary(
 
     Every image found was seen misclassified by a margin that rounding does not bridge, lies in [0, 1], and is looked at
     once more at the end: what fails then counts as not found. In bfloat16 that margin is 3 % of a logit, so distances
-    are larger.
+    are larger. A model that computes in 16 bits by itself and returns more asks for precision="bfloat16" too.
 
     Args:
         model: as `wpgd` takes it.
@@ -1780,10 +1803,13 @@ def boundary(
                     search.attack(on, batch_size, least=batch_size)
             search.attack(on, batch_size)
             found = search.found(r)
+            assert found is not None
+            if found.distance.isinf().any() and not found.distance.nan_to_num(posinf=0.0).any():
+                plainly = replace(on, loss=margin, boxed=False)
+                _check_slope(on, xb, not _look(plainly, xb, yb, _blank(plainly, xb, directions=False)).norm.any())
     except BaseException as error:
         error.found = search.found(r)  # type: ignore[attr-defined]
         raise
-    assert found is not None
     return found
 
 
@@ -2140,7 +2166,8 @@ def _in_parts(passes: _Passes, x: Tensor, batches: Sequence[Rows], work: Callabl
     while todo:
         rows = todo.pop()
         try:
-            work(rows)
+            with _autocast(passes.device, enabled=False):  # of whoever gave the images, for the way back
+                work(rows)
             continue
         except RuntimeError as error:
             if not _out_of_memory(error):
@@ -2328,14 +2355,14 @@ class _Checkpoint:
             ) from error
         for name, (value,) in self.identity.items():
             there = known = saved["identity"].get(name, ["not there"])
-            if name == "the network":  # also as a stop or the end left it
+            if name == NETWORK:  # also as a stop or the end left it
                 known = [*there, _digest_of(saved["model"]), _digest_of(saved["best_state"])]
             if value not in known:
                 why = f": there it was {there[0]}, here it is {value}" if len(value) < 60 else ""
                 code = f"the code of {name}"
-                if name == "the network":
+                if name == NETWORK:
                     why = ", which must be as it was before the run began"
-                elif name == "the layers of the network":
+                elif name == LAYERS:
                     why = ": their kinds, settings or code"
                 elif code in self.identity and value.split()[0] == there[0].split()[0]:
                     same = self.identity[code] == saved["identity"].get(code)
@@ -2375,18 +2402,16 @@ class _Checkpoint:
         """Before a run starts; what kills left behind goes."""
         with self._part() as part:
             part.touch()
-        name = part.name.rsplit(".", 2)[0]
-        for old in part.parent.glob(f"{glob.escape(name)}.*.tmp"):
+        for old in part.parent.glob(f"{glob.escape(part.name.rsplit('-', 1)[0])}-*.tmp"):
             with suppress(OSError):
-                ours = old.name[len(name) + 1 : -4].isdigit()
-                if ours and time.time() - old.stat().st_mtime > 3600:  # nobody writes for so long
+                if time.time() - old.stat().st_mtime > 3600:  # nobody writes for so long
                     old.unlink()
 
     @contextmanager
     def _part(self) -> Iterator[Path]:
         """The name of a file beside this one, which is gone in the end."""
         assert self.path is not None
-        part = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")  # another process may keep the same run
+        part = self.path.with_name(f"{self.path.name}.wdat-{os.getpid()}.tmp")  # another process may keep the same run
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -2409,6 +2434,7 @@ def _checkpoint(
     val: Images | None,
     config: FinetuneConfig,
     writes: bool,
+    before: dict[str, str],
 ) -> tuple[_Checkpoint, dict[str, Any] | None]:
     """Checks the three arguments about checkpoints; must be called before the model is changed."""
     save_every = _check_number("save_every", save_every, at_least=0, at_most=math.inf)
@@ -2420,12 +2446,15 @@ def _checkpoint(
         return _Checkpoint(None, {}, save_every, math.inf), None
     if not isinstance(resume, (str, os.PathLike)) or str(resume) in ("", ".") or "\0" in str(resume):
         raise WdatError(f"resume must be the path of a file, not {resume!r}")
-    path = _path(resume)
+    try:
+        path = _path(resume)
+    except (OSError, ValueError, TypeError) as error:
+        raise WdatError(f"resume must be the path of a file, not {resume!r} ({error})") from error
     if _is_folder(path):
         raise WdatError(f"resume must be the path of a file, and {path} is a folder")
     stop_at = math.inf if stop_after is None else time.monotonic() + stop_after
-    identity = {name: [value] for name, value in _identity(model, train, val, config).items()}
-    checkpoint = _Checkpoint(path, identity, save_every, stop_at, lambda: _fields_named(model, config))
+    identity = {name: [value] for name, value in (_identity(model, train, val, config) | before).items()}
+    checkpoint = _Checkpoint(path, identity, save_every, stop_at, lambda: _named_now(model, config))
     saved = checkpoint.load()
     if writes:  # of many processes the first
         checkpoint.try_to_write()
@@ -2435,6 +2464,7 @@ def _checkpoint(
 def _path(given: str | os.PathLike[str]) -> Path:
     """The file itself, whatever becomes of the working directory."""
     path = os.path.expanduser(given)  # noqa: PTH111
+    os.fsencode(path)  # which raises where no file can have that name
     return Path(os.path.realpath(path) if os.path.islink(path) else os.path.abspath(path))  # noqa: PTH100, PTH114
 
 
@@ -2453,41 +2483,57 @@ def _mark(resume: Any) -> str:
     return "not there"
 
 
+NETWORK, LAYERS = "the network", "the layers of the network"
+
+
 def _identity(model: nn.Module, train: Images, val: Images | None, config: FinetuneConfig) -> dict[str, str]:
     """What decides a run, by name."""
+    now = _named_now(model, config)
     return {
         "the code of wdat_core.py": code_digest(),
-        **_fields_named(model, config),
+        **{name: words for name, words in now.items() if name != LAYERS},
         **{f"the code of {name}": _named(getattr(config, name), code_only=True) for name in ("objective", "loss")},
-        "the network": _digest_of(_state_of(model)),
-        "the layers of the network": _layers(model),
+        NETWORK: _digest_of(_state_of(model)),
+        LAYERS: now[LAYERS],
         "the training images": _digest(*train),
         "the validation images": "none" if val is None else _digest(*val),
     }
 
 
-def _fields_named(model: nn.Module, config: FinetuneConfig) -> dict[str, str]:
-    own = {"the model": model, **dict(model.named_modules()), **dict(model.named_parameters())}  # the run has them
-    own |= dict(model.named_buffers())
-    known = {id(part): f"its {name}" for name, part in own.items()}
-    return {f.name: _named(getattr(config, f.name), known={**known}) for f in fields(config)}
+def _named_now(model: nn.Module, config: FinetuneConfig) -> dict[str, str]:
+    """What a training may change by its work, such as a list that an objective fills, as it is now."""
+    known = _parts_of(model)
+    named = {f.name: _named(getattr(config, f.name), known={**known}) for f in fields(config)}
+    return named | {LAYERS: _layers(model)}
+
+
+def _parts_of(model: nn.Module) -> dict[int, str]:
+    """What a run has anyhow, by name: whoever refers to the model reads no value of his own there."""
+    parts = {**dict(model.named_modules()), **dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {id(part): f"its {name}" for name, part in parts.items()}
 
 
 def _layers(model: nn.Module) -> str:
-    """A digest of what decides the logits beside the tensors: layers, the code of their classes, plain settings."""
+    """A digest of what decides the logits beside the tensors: layers, hooks, the code of their classes, settings."""
 
     def settings(held: Any) -> Any:
+        if isinstance(held, types.MethodType):
+            return settings(held.__func__)
         if isinstance(held, types.FunctionType):  # such as an activation; it may be one that torch.compile has wrapped
             return held.__qualname__, held.__code__, [v for v in _closed(held) if isinstance(v, bool | float | str)]
-        plain = isinstance(held, bool | float | str | types.BuiltinFunctionType)  # whole numbers may count passes
-        return held if plain else None
+        if isinstance(held, tuple):
+            return [settings(part) for part in held]
+        plain = bool | float | str | types.BuiltinFunctionType | functools.partial  # whole numbers may count passes
+        return held if isinstance(held, plain) else None
 
+    known, parts = _parts_of(model), []
     with _prepared(model):  # some settings go with the mode
-        parts = {name: (part, _fields_of(part)) for name, part in model.named_modules()}
-        own = [
-            (name, {k: settings(v) for k, v in held.items()}, *_scripted(part)) for name, (part, held) in parts.items()
-        ]
-        words = [re.sub(ADDRESS, "", repr(model)), _named(own), _named(_kinds_in(model), code_only=True)]
+        for name, part in model.named_modules():
+            hooks = [*part._forward_pre_hooks.values(), *part._forward_hooks.values()]
+            held = {key: settings(value) for key, value in _fields_of(part).items()}
+            parts.append((name, held, _named(hooks, code_only=True, known={**known}), *_scripted(part)))
+        kinds = _named(_kinds_in(model), known={**known})
+        words = [re.sub(ADDRESS, "", repr(model)), _named(parts, known={**known}), kinds]
     return hashlib.sha256("\n".join(words).encode()).hexdigest()
 
 
@@ -2504,14 +2550,31 @@ def _kinds_in(model: nn.Module) -> list[Any]:
 
 
 def _code_of(kind: type) -> dict[str, Any]:
-    """The functions of a class by name, but for those of torch and of Python, and but for its construction."""
-    classes = [c for c in kind.__mro__ if c.__module__.split(".")[0] not in {"torch", *sys.stdlib_module_names}]
+    """The functions and the numbers of a class by name, but for those of installed packages, and its construction."""
     found: dict[str, Any] = {}
-    for name, part in (pair for c in classes for pair in vars(c).items() if pair[0] != "__init__"):
-        function = getattr(part, "fget", getattr(part, "__func__", part))  # of a property, or a static method
-        if isinstance(function, types.FunctionType):
-            found.setdefault(name, function)
+    for owner in filter(_is_own, kind.__mro__):
+        for name, part in vars(owner).items():
+            if isinstance(part, bool | int | float | tuple) and not name.startswith("__"):
+                found.setdefault(name, part)
+            for inner in ("fget", "__func__", "func", "__wrapped__"):  # of a property, a static method and others
+                if not isinstance(part, types.FunctionType | type):
+                    part = getattr(part, inner, part)
+            if isinstance(part, types.FunctionType) and name != "__init__":
+                found.setdefault(name, part)
     return found
+
+
+def _is_own(thing: Any) -> bool:
+    """Whether a function or a class is the user's, and not of Python or of an installed package."""
+    name = getattr(thing, "__module__", None) or ""
+    file = getattr(sys.modules.get(name), "__file__", None)
+    return name == "__main__" or (name != "builtins" and not str(file).startswith(_installed()))
+
+
+@functools.cache
+def _installed() -> tuple[str, ...]:
+    paths = sysconfig.get_paths()
+    return *(paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")), str(Path(torch.__file__).parent)
 
 
 ADDRESS = r" at 0x[0-9a-fA-F]+"
@@ -2547,7 +2610,14 @@ def _named(
         inner = named(value.__code__, value.__defaults__, value.__kwdefaults__, _closed(value), _globals_of(value))
         seen[id(value)] = f"{value.__module__}.{value.__qualname__} {_short(inner)}"
         return seen[id(value)]
+    if isinstance(value, type) and _is_own(value):
+        seen[id(value)] = f"{value.__module__}.{value.__qualname__} {_short(named(_code_of(value)))}"
+        return seen[id(value)]
+    if is_dataclass(value) and not isinstance(value, Threat | type | nn.Module):
+        inner = named({f.name: getattr(value, f.name) for f in fields(value)})
+        return inner if code_only else f"{type(value).__qualname__}({inner})"
     if isinstance(value, nn.Module):
+        value = getattr(value, "_orig_mod", value)  # of torch.compile
         parts: list[Any] = [(type(part).__qualname__, _fields_of(part), *_scripted(part)) for part in value.modules()]
         state = "" if code_only else _digest_of(_state_of(value))[:8]
         return f"{type(value).__qualname__} {state} {_short(named(_kinds_in(value)))} {named(*parts)}"
@@ -2569,10 +2639,10 @@ def _named(
     if (callable(value) or (plain and not code_only)) and not isinstance(value, type | types.BuiltinFunctionType):
         held = _fields_of(value)
         if not callable(value):  # nothing that a logger has, such as the name of its file: each start has another
-            held = {name: part for name, part in held.items() if isinstance(part, bool | int | float | Tensor)}
+            kept = bool | int | float | Tensor | (list | tuple | dict | set if _is_own(type(value)) else bool)
+            held = {name: part for name, part in held.items() if isinstance(part, kept)}
         if held or hasattr(value, "__dict__"):  # a function of numpy has neither, and its own words
-            call = _code_of(type(value)) if callable(value) else {}
-            return f"{type(value).__module__}.{type(value).__qualname__}({named(held, call)})"
+            return f"{type(value).__module__}.{type(value).__qualname__}({named(held, _code_of(type(value)))})"
     return "" if code_only else re.sub(ADDRESS, "", repr(value))
 
 
@@ -2590,7 +2660,7 @@ def _closed(function: types.FunctionType) -> list[Any]:
 
 
 def _globals_of(function: types.FunctionType) -> dict[str, Any]:
-    """What a function takes from its module by name, also through a class: values, and functions of that module.
+    """What a function takes by name, also through a module or a class: values, functions and classes of the user's own.
 
     Of other modules it is numbers, words and tensors that it reads there: little else is alike in another process.
     """
@@ -2610,8 +2680,10 @@ def _globals_of(function: types.FunctionType) -> dict[str, Any]:
                 value = None
                 continue
             if isinstance(value, types.FunctionType):
+                counts = _is_own(value)
+            elif isinstance(value, type):
                 counts = value.__module__ == function.__module__
-            if counts and not isinstance(value, types.ModuleType | type):
+            if counts and not isinstance(value, types.ModuleType):
                 held[name] = value
         for part in code.co_consts:
             if isinstance(part, types.CodeType):
@@ -2623,6 +2695,8 @@ def _globals_of(function: types.FunctionType) -> dict[str, Any]:
 
 def _fields_of(value: Any) -> dict[str, Any]:
     """The attributes of an object by name; of a module those that it has beside its state, its mode excepted."""
+    if type(value).__module__.startswith("torch._dynamo"):  # what torch.compile keeps
+        return {}
     slots = (getattr(kind, "__slots__", ()) for kind in type(value).__mro__)
     names = sorted(name for those in slots for name in ((those,) if isinstance(those, str) else those))
     held = {name: getattr(value, name) for name in names if hasattr(value, name) and not name.startswith("__")}
@@ -2647,10 +2721,13 @@ def _own_digest() -> str:
     return _code_digest(__file__)
 
 
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
 def _code_digest(path: str | os.PathLike[str]) -> str:
     try:
         tree = ast.parse(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
+    except (OSError, SyntaxError, ValueError, TypeError) as error:
         raise WdatError(f"the code cannot be read, so that nothing can say which one it is ({error})") from error
 
     def plain(node: Any) -> Any:
@@ -2659,7 +2736,7 @@ def _code_digest(path: str | os.PathLike[str]) -> str:
         if not isinstance(node, ast.AST):
             return node
         parts = dict(ast.iter_fields(node))
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+        if isinstance(node, DOCUMENTED) and ast.get_docstring(node) is not None:
             parts["body"] = parts["body"][1:]
         # Versions of Python have fields of their own, empty here.
         return type(node).__name__, [(k, plain(v)) for k, v in parts.items() if v is not None and v != []]
@@ -2669,16 +2746,19 @@ def _code_digest(path: str | os.PathLike[str]) -> str:
 
 def _state_of(model: nn.Module) -> dict[str, Any]:
     """Parameters and buffers by name, also those that are not saved with a model but change with it."""
-    return model.state_dict() | dict(model.named_buffers()) | _unsaved(model)
+    buffers = {name: b.detach() for name, b in model.named_buffers(remove_duplicate=False)}
+    return model.state_dict() | buffers | _unsaved(model)
 
 
 def _unsaved(model: nn.Module) -> dict[str, Tensor]:
     """The parameters that the model leaves out of its `state_dict`, as adapters do with what they adapt."""
-    saved = {value.data_ptr() for value in model.state_dict().values() if isinstance(value, Tensor)}
+    dense = [v for v in model.state_dict().values() if isinstance(v, Tensor) and v.layout == torch.strided]
+    saved = {value.data_ptr() for value in dense}
     return {name: p.detach() for name, p in model.named_parameters() if p.numel() and p.data_ptr() not in saved}
 
 
 def _set_state(model: nn.Module, state: dict[str, Any]) -> None:
+    _set_places(model, state)
     known = model.state_dict()  # it knows the versions of its modules, which some ask for
     for name in known:
         known[name] = state[name]
@@ -2687,6 +2767,18 @@ def _set_state(model: nn.Module, state: dict[str, Any]) -> None:
         for name, tensor in [*model.named_buffers(), *_unsaved(model).items()]:
             if name not in known:
                 tensor.copy_(state[name])
+    torch.clear_autocast_cache()
+
+
+def _set_places(model: nn.Module, state: dict[str, Any]) -> None:
+    """Buffers that come or grow with use, as `register_buffer(name, None)` allows, are as large as in the state."""
+    for prefix, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            value = state.get(f"{prefix}.{name}".removeprefix("."))
+            if isinstance(value, Tensor) and (buffer is None or buffer.shape != value.shape):
+                module._buffers[name] = value.to(_device_of(model), copy=True)
+            elif buffer is not None and value is None:
+                module._buffers[name] = None
 
 
 def _digest_of(state: dict[str, Any]) -> str:
@@ -2699,7 +2791,8 @@ def _digest(*tensors: Tensor, names: Sequence[str] = ()) -> str:
     total = hashlib.sha256(repr([*names]).encode())
     for tensor in tensors:
         total.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-        for part in tensor.detach().split(1000) if tensor.ndim else [tensor.detach()]:
+        tensor = tensor.detach() if tensor.layout == torch.strided else tensor.detach().to_dense()
+        for part in tensor.split(1000) if tensor.ndim else [tensor]:
             part = part.cpu().contiguous()
             if part.numel():
                 total.update((ctypes.c_char * part.nbytes).from_address(part.data_ptr()))
@@ -2707,10 +2800,17 @@ def _digest(*tensors: Tensor, names: Sequence[str] = ()) -> str:
 
 
 def _packed(values: list[Any]) -> list[Any] | Tensor:
-    """Many tensors that are alike as one, which is saved a hundred times as fast."""
-    if len({(v.shape, v.dtype, v.device) if isinstance(v, Tensor) else None for v in values} - {None}) != 1:
+    """Many numbers, as Upsilon has them, as one tensor, which is saved a hundred times as fast; other lists as such."""
+    alike = {(v.shape, v.dtype, v.device, v.requires_grad) if isinstance(v, Tensor) else () for v in values}
+    if len(alike) != 1 or not isinstance(values[0], Tensor) or values[0].ndim or values[0].requires_grad:
         return values
-    return torch.stack(values) if all(isinstance(v, Tensor) for v in values) else values
+    return torch.stack(values) if len({v.data_ptr() for v in values}) == len(values) else values
+
+
+def _unpacked(values: list[Any] | Tensor, device: torch.device) -> list[Any]:
+    if isinstance(values, Tensor):  # each with memory of its own, as it was
+        return [v.clone() for v in values.to(device)]
+    return [v.detach().to(device).requires_grad_(v.requires_grad) if isinstance(v, Tensor) else v for v in values]
 
 
 def _random_state(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
@@ -3052,16 +3152,16 @@ def _attacker(
 def _rounding(images: torch.dtype, logits: torch.dtype, device: torch.device) -> float:
     """By how much logits may differ from batch to batch, relative to the greatest."""
     fine = 16 * torch.finfo(images).eps
-    if logits != images and logits.itemsize == 2:  # of a model that casts by itself
-        return 0.03 if logits == torch.bfloat16 else max(fine, 0.004)
-    if images != torch.float32:
+    if logits != images:  # of a model that casts by itself
+        fine = max(fine, 0.03 if logits == torch.bfloat16 else min(0.004, 16 * torch.finfo(logits).eps))
+    if torch.float32 not in (images, logits):
         return fine
     backends: Any = torch.backends
     if not hasattr(backends.cudnn, "conv"):  # before PyTorch 2.9, from which on reading this may raise
         return 0.004 if device.type == "cuda" and backends.cudnn.allow_tf32 else fine
     parts = {"cuda": (backends.cudnn.conv, backends.cuda.matmul), "cpu": (backends.mkldnn.conv, backends.mkldnn.matmul)}
     used = {part.fp32_precision for part in parts.get(device.type, ())}
-    return 0.03 if "bf16" in used else 0.004 if "tf32" in used else fine
+    return max(fine, 0.03 if "bf16" in used else 0.004 if "tf32" in used else 0.0)
 
 
 def _check_images(x: Tensor, y: Tensor, some: bool = True) -> None:
@@ -3080,9 +3180,9 @@ def _check_images(x: Tensor, y: Tensor, some: bool = True) -> None:
         raise WdatError(f"images must have shape (n, c, h, w) with at least one image, not {tuple(x.shape)}")
     # A part at a time, since of one that is not contiguous there is a copy; NaN stays NaN.
     spans = torch.stack([torch.stack(part.aminmax()) for part in x.split(4096)]) if len(x) else x.new_zeros(1, 2)
-    least, most = spans.amin(), spans.amax()
+    least, most = spans.amin().item(), spans.amax().item()
     if not (least >= 0 and most <= 1):
-        why = "some pixels are NaN" if least.isnan() else "normalisation belongs in the model"
+        why = "some pixels are NaN" if math.isnan(least) else "normalisation belongs in the model"
         raise WdatError(f"images must lie in [0, 1], these span [{least:.4g}, {most:.4g}]: {why}")
     if not isinstance(y, Tensor) or y.dtype != torch.int64:
         raise WdatError(f"labels must be an int64 tensor, not {y.dtype if isinstance(y, Tensor) else type(y).__name__}")
@@ -3135,14 +3235,14 @@ def _check_model(model: nn.Module) -> None:
         raise WdatError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     if not all(hasattr(module, "training") for module in model.modules()):
         raise WdatError("the model is frozen TorchScript, without a mode: give the one before torch.jit.freeze")
+    if not all(nn.parameter.is_lazy(p) or p.is_leaf for p in model.parameters()):
+        raise WdatError(
+            "a parameter of the model was computed from another, as copy.deepcopy does with TorchScript: load the"
+            " model again in place of a copy"
+        )
     for tensor in [*model.parameters(), *model.buffers()]:
         if nn.parameter.is_lazy(tensor):
             raise WdatError("the model has lazy layers that do not know their size yet: run it once on images")
-        if not tensor.is_leaf:
-            raise WdatError(
-                "a parameter of the model was computed from another, as copy.deepcopy does with TorchScript: load the"
-                " model again in place of a copy"
-            )
         if tensor.is_inference():
             raise WdatError("the model was made in inference mode: make it, or load it, outside of that")
 
@@ -3161,6 +3261,9 @@ def _checked_training(
     """Names the first fault of what `finetune` is given; before anything is changed."""
     _check_training(train, val, config, on_epoch, progress)
     _check_number("eval_batch_size", eval_batch_size, at_least=1, whole=True)
+    before = {}
+    if kept[0] is not None:  # a pass may change it, so before any
+        before = {NETWORK: _digest_of(_state_of(model)), LAYERS: _layers(model)}
     attacker: Any = (eval_batch_size, config.precision, config.compiled, config.steps, config.step_ratio)
     on = _attacker(model, *train, config.threat, config.loss, *attacker)
     _check_fine(train[0], on)
@@ -3175,7 +3278,7 @@ def _checked_training(
             " before torch.jit.script"
         )
     _check_minibatches(model, train[0], config, among.size)
-    return replace(on, among=among), *_checkpoint(*kept, model, train, val, config, among.rank == 0)
+    return replace(on, among=among), *_checkpoint(*kept, model, train, val, config, among.rank == 0, before)
 
 
 def _check_training(train: Images, val: Images | None, config: Any, on_epoch: Any, progress: Any) -> None:
@@ -3210,7 +3313,10 @@ def _check_minibatches(model: nn.Module, x: Tensor, config: FinetuneConfig, proc
     if 1 in parts | {part % config.batch_size for part in parts}:
         norms = [m for m in model.modules() if isinstance(m, BATCH_NORM)]
         single: list[bool] = []
-        hooks = [m.register_forward_pre_hook(lambda _, z: single.append(z[0].numel() == z[0].shape[1])) for m in norms]
+        hooks = [
+            m.register_forward_pre_hook(lambda _, z: single.append(bool(z) and z[0].numel() == z[0].shape[1]))
+            for m in norms
+        ]
         try:
             with _prepared(model), torch.no_grad():
                 model(_plain(x[:1]).to(next(model.parameters(), x).device).clone())
@@ -3282,8 +3388,8 @@ def _as_plain_numbers(value: Any) -> None:
     """Numbers of any kind become those of the field: equal configurations are stored alike."""
     for f in fields(value):
         if f.type in ("int", "float"):
-            kind = int if f.type == "int" else float
-            object.__setattr__(value, f.name, kind(getattr(value, f.name)))
+            number = getattr(value, f.name)
+            object.__setattr__(value, f.name, min(int(number), sys.maxsize) if f.type == "int" else float(number))
 
 
 def _check_flag(name: str, value: Any) -> None:
@@ -3310,11 +3416,14 @@ def _check_number(
     kind = "a whole number" if whole else "a number"
     if isinstance(value, bool) or not isinstance(value, numbers.Integral if whole else numbers.Real):
         raise WdatError(f"{name} must be {kind}, not {value!r}")
-    number: Any = value
-    inside = number > above and number >= at_least and (number < below if at_most is None else number <= at_most)
-    inside &= whole or number == math.inf or abs(number) <= sys.float_info.max  # not an integer that no float holds
-    if not inside:
+    given: Any = value
+    try:
+        number = int(given) if whole else float(given)
+    except OverflowError:  # an integer that no float holds
+        number = math.nan
+    if not (number > above and number >= at_least and (number < below if at_most is None else number <= at_most)):
         low = f"above {above:g}" if above > -math.inf else f"at least {at_least:g}"
         high = "" if at_most == math.inf else f" and at most {at_most:g}" if at_most else f" and below {below:g}"
-        raise WdatError(f"{name} must be {kind} {low}{high if below < math.inf or at_most else ''}, not {value!r}")
-    return int(number) if whole else float(number)
+        said = "one with so many digits" if isinstance(value, int) and abs(value) > 10**4000 else repr(value)
+        raise WdatError(f"{name} must be {kind} {low}{high if below < math.inf or at_most else ''}, not {said}")
+    return min(number, sys.maxsize) if whole else number  # no size is larger

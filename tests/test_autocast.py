@@ -149,3 +149,39 @@ def test_the_rounding_of_a_gpu_is_that_of_its_settings(setting, precision):
     assert wdat_core._rounding(*float32, torch.device("cuda")) == pytest.approx(expected)
     assert wdat_core._rounding(*float32, torch.device("cpu")) == pytest.approx(0.03 if values[2] == "bf16" else FINE)
     assert wdat_core._rounding(torch.float64, torch.float64, torch.device("cuda")) < 1e-14
+
+
+class Decorated(nn.Module):
+    """Its autocast is older than any call, and keeps the weights that it has cast."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    @torch.autocast("cpu", torch.bfloat16)
+    def forward(self, x):
+        return self.inner(x)
+
+
+def test_a_network_that_keeps_its_weights_in_an_autocast_learns():
+    def trained_as(kind):
+        model, data = small()
+        fields = {"perturb": "none", "augment": False, "steps": 1, "epochs": 3, "tau": 0.3}
+        history = finetune(kind(model), data, None, FinetuneConfig(threat=THREAT, **fields))
+        return [row["loss"] for row in history.epochs]
+
+    losses, same = trained_as(Casting), trained_as(Decorated)
+    assert same == pytest.approx(losses, rel=0.01) and len({round(loss, 2) for loss in same}) == 3
+
+
+def test_the_caller_s_autocast_has_the_new_weights_after_a_training():
+    model, data = small()
+    with cast(), torch.no_grad():
+        model.requires_grad_()
+        with torch.enable_grad():
+            before = model(data[0])
+            finetune(model, data, None, FinetuneConfig(threat=THREAT, steps=1, epochs=1, tau=0.3, augment=False))
+            after = model(data[0])
+    with torch.enable_grad(), cast():
+        expected = model(data[0])
+    assert not torch.equal(before, after) and torch.equal(after, expected)

@@ -334,13 +334,15 @@ def test_a_checkpoint_that_is_not_written_to_its_end_leaves_the_last_one(
 
 
 def test_two_processes_that_keep_the_same_run_do_not_touch_each_other_s_file(tmp_path):
-    theirs, left_behind, other = (tmp_path / name for name in ("run.1.tmp", "run.2.tmp", "another run.2.tmp"))
+    theirs, left_behind, other = (
+        tmp_path / name for name in ("run.wdat-1.tmp", "run.wdat-2.tmp", "another run.wdat-2.tmp")
+    )
     for file in (theirs, left_behind, other):
         file.write_text("half")
     for file in (left_behind, other):
         os.utime(file, (time.time() - 7200,) * 2)
     train("whole", resume=tmp_path / "run")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["another run.2.tmp", "run", "run.1.tmp"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [other.name, "run", theirs.name]
 
 
 def test_a_folder_that_cannot_be_written_is_named_before_training(tmp_path):

@@ -18,6 +18,7 @@ from wdat_core import (
     WdatError,
     boundary,
     ce,
+    code_digest,
     evaluate,
     finetune,
     perturb_,
@@ -1062,3 +1063,83 @@ def test_a_pointwise_term_where_the_objective_has_none_is_named(objective):
     threat = THREAT if objective in ("worst_case", worst_case) else Threat(p=INF)
     with raises('objective="(worst_case|trades|pgd)" has no pointwise term beside its own: leave gamma out'):
         FinetuneConfig(objective=objective, threat=threat, gamma=1.0)
+
+
+class Rounded(nn.Module):
+    def forward(self, x):
+        return (255 * x).round() / 255
+
+
+@pytest.mark.parametrize("loss", ["redlr", "margin", "ce", "dlr"])
+def test_a_network_that_rounds_its_images_is_named_and_does_not_seem_robust(loss):
+    model = nn.Sequential(Rounded(), network("conv"))
+    y = predict(model, X)
+    for use in (
+        lambda: wpgd(model, X, y, THREAT, loss=loss),
+        lambda: sensitivity(model, X, y, THREAT, loss=loss),
+        lambda: evaluate(model, X, y, loss=loss),
+        lambda: boundary(model, X, y, steps=5),
+        lambda: boundary(model, [(X, y)], steps=5, keep=False),
+    ):
+        with raises("the gradient of the loss is 0 at every image, though the model tells images apart"):
+            use()
+
+
+def test_a_saturated_loss_is_named_where_no_image_has_a_gradient():
+    class Steep(nn.Module):
+        def forward(self, x):
+            return 1e6 * x
+
+    model = nn.Sequential(network("conv"), Steep())
+    y = predict(model, X)
+    with raises("or take another loss where this one is saturated"):
+        wpgd(model, X, y, THREAT, loss="ce")
+    assert wpgd(model, X, y, THREAT, loss="dlr").distance > 0
+
+
+def test_a_network_that_says_the_same_of_all_images_is_robust():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(18, 4).double())
+    with torch.no_grad():
+        model[1].weight.zero_()
+        model[1].bias.copy_(torch.arange(4.0).flip(0))
+    zeros = torch.zeros_like(Y)
+    assert wpgd(model, X, zeros, THREAT).accuracy == 1 == evaluate(model, X, zeros).w_2
+    assert sensitivity(model, X, zeros, THREAT) == 0
+    assert boundary(model, X, zeros, steps=3).accuracy(THREAT) == 1
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Threat(delta=Fraction(1, 10**400)),
+        lambda: Threat(r=1 + Fraction(1, 10**30)),
+        lambda: Threat(p=10**5000),
+        lambda: Threat(delta=-(10**5000)),
+        lambda: FinetuneConfig(momentum=1 - Fraction(1, 10**30)),
+        lambda: FinetuneConfig(seed=10**5000),
+        lambda: FinetuneConfig(steps=-(10**5000)),
+    ],
+)
+def test_numbers_that_no_float_holds_are_out_of_range(make):
+    with raises("must be a (whole )?number"):
+        make()
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_float32_of_numpy_overflows_nothing():
+    assert Threat(delta=np.float32(0.03)).delta == pytest.approx(0.03)
+
+
+def test_a_path_that_no_file_can_have_is_named(tmp_path):
+    config = configuration("wdat", threat=THREAT, steps=1, epochs=1, augment=False)
+    for path in ("\udcff\ud800", tmp_path / ("x" * 300)):
+        with raises("resume must be the path of a file|could not be written|cannot be read"):
+            finetune(network("conv"), (X, Y), None, config, resume=path)
+
+
+def test_code_that_is_none_has_no_digest(tmp_path):
+    (tmp_path / "words").write_text("These are words.")
+    (tmp_path / "bytes").write_bytes(bytes(range(256)))
+    for path in (tmp_path / "words", tmp_path / "bytes", 3.5):
+        with raises("the code cannot be read"):
+            code_digest(path)

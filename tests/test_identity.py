@@ -1,6 +1,7 @@
 """Which run a checkpoint belongs to: the network with its layers, and functions with their code and their values."""
 
 import ast
+import importlib
 import os
 import runpy
 import sys
@@ -130,14 +131,15 @@ SHIFT = 1.0
 
 class Net(nn.Module):
     """A network."""
+    scale = 1.0
 
     def __init__(self, inner):
         super().__init__()
         self.inner = inner
 
-    def forward(self, x):
+    def forward(self, x, power=1):
         """Logits."""
-        return torch.relu(self.inner(x))
+        return self.scale * torch.relu(self.inner(x) + SHIFT) ** power
 '''
 
 
@@ -150,8 +152,67 @@ def module(tmp_path, source, name):
 def test_an_edited_forward_is_another_network_and_an_edited_docstring_is_not(tmp_path):
     begun(tmp_path / "run", module(tmp_path, NET, "Net")(network("full")))
     begun(tmp_path / "run", module(tmp_path, NET.replace("Logits.", "The logits."), "Net")(network("full")))
-    with pytest.raises(WdatError, match="differs in the layers of the network: their kinds, settings or code"):
-        begun(tmp_path / "run", module(tmp_path, NET.replace("torch.relu", "torch.tanh"), "Net")(network("full")))
+    for old, new in (("torch.relu", "torch.tanh"), ("SHIFT = 1.0", "SHIFT = 2.0"), ("power=1", "power=2")):
+        with pytest.raises(WdatError, match="differs in the layers of the network: their kinds, settings or code"):
+            begun(tmp_path / "run", module(tmp_path, NET.replace(old, new), "Net")(network("full")))
+    with pytest.raises(WdatError, match="differs in the layers of the network"):
+        begun(tmp_path / "run", module(tmp_path, NET.replace("scale = 1.0", "scale = 2.0"), "Net")(network("full")))
+
+
+def test_a_hook_belongs_to_the_network(tmp_path):
+    begun(tmp_path / "run", network("full"))
+    model = network("full")
+    model[1].register_forward_pre_hook(lambda _, inputs: (2 * inputs[0],))
+    with pytest.raises(WdatError, match="differs in the layers of the network"):
+        begun(tmp_path / "run", model)
+
+
+class Noting(nn.Module):
+    """A network that notes what it saw, in a number, in a buffer that comes with use, and in one with a graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.last = network("full"), 0.0
+        self.act = lambda z: z * self.inner[1].weight.mean()  # closes over the network
+        self.register_buffer("mean", None)
+        self.register_buffer("seen", torch.zeros(1, 4, dtype=torch.float64), persistent=False)
+
+    def forward(self, x):
+        z = self.inner(x)
+        self.last = z.mean().item()
+        if self.training:
+            self.mean = z.detach().mean(0) if self.mean is None else 0.9 * self.mean + 0.1 * z.detach().mean(0)
+        self.seen = z
+        return z + 0.1 * self.act(z) + (0 if self.mean is None else self.mean)
+
+
+def test_a_network_that_notes_what_it_saw_goes_on(tmp_path):
+    data = images(10, network("full"))
+    whole, first, second = Noting(), Noting(), Noting()
+    finetune(whole, data, data, small())
+    finetune(first, data, data, small(), resume=tmp_path / "run", stop_after=0)
+    finetune(first, data, data, small(), resume=tmp_path / "run", stop_after=0)
+    finetune(second, data, data, small(), resume=tmp_path / "run")
+    assert torch.equal(whole.mean, second.mean)
+    assert all(torch.equal(a, b) for a, b in zip(parameters(second), parameters(whole), strict=True))
+
+
+def test_what_comes_with_use_goes_again_after_an_exception():
+    model = Noting()
+    with pytest.raises(WdatError, match="training diverged"):
+        finetune(model, images(10, network("full")), None, small(objective=lambda b: b.net(b.x).sum() * torch.inf))
+    assert model.mean is None
+
+
+def test_a_network_with_a_sparse_buffer_is_trained_and_goes_on(tmp_path):
+    def make():
+        model = network("full")
+        model[5].register_buffer("mask", torch.eye(4, dtype=torch.float64).to_sparse())
+        return model
+
+    data = images(10, network("full"))
+    finetune(make(), data, data, small(), resume=tmp_path / "run", stop_after=0)
+    assert finetune(make(), data, data, small(), resume=tmp_path / "run").finished
 
 
 def test_the_code_of_a_scripted_network_belongs_to_it(tmp_path):
@@ -290,7 +351,30 @@ class Owner:
     def scaled(self, value):
         return value + 0.0
 
-held, loss, method = Held(), Loss(), Owner().objective
+class Asked:
+    """Is asked by an objective."""
+    factor = 1.0
+
+    def __init__(self):
+        self.steps = [1, 2]
+
+    def shifted(self, value):
+        return self.factor * value - 0.0
+
+class Made:
+    def scaled(self, value):
+        return value / 1.0
+
+def asking(batch):
+    return asked.shifted(cross_entropy(batch.net(batch.x), batch.y)) * asked.steps[0]
+
+def making(batch):
+    return Made().scaled(cross_entropy(batch.net(batch.x), batch.y))
+
+def elsewhere(batch):
+    return settings.doubled(cross_entropy(batch.net(batch.x), batch.y))
+
+held, loss, method, asked = Held(), Loss(), Owner().objective, Asked()
 '''
 VALUE, CODE = ", in a value that it reads, such as a list that it fills: give", ", in its code: give"
 EDITS = {
@@ -301,6 +385,11 @@ EDITS = {
     "the code of a function that it calls": ("z * 1.0", "z + 1.0", "objective", CODE),
     "a call": ("return self.scaled(cross", "return 2 * self.scaled(cross", "held", CODE),
     "a method that the call takes": ("value * 1.0", "value * 2.0", "held", CODE),
+    "the code of another file": ("", "", "elsewhere", CODE),
+    "a method of an object that it asks": ("value - 0.0", "value - 1.0", "asking", VALUE),
+    "a method of an object that it makes": ("value / 1.0", "value / 2.0", "making", CODE),
+    "a list that an object holds": ("steps = [1, 2]", "steps = [1, 3]", "asking", VALUE),
+    "a number of an object's class": ("factor = 1.0", "factor = 2.0", "asking", VALUE),
     "a method that a method takes": ("value + 0.0", "value + 1.0", "method", CODE),
     "the forward of a module": ("1.0 * cross", "2.0 * cross", "loss", CODE),
 }
@@ -309,7 +398,7 @@ EDITS = {
 @pytest.fixture
 def settings(tmp_path, monkeypatch):
     """A module that an objective reads."""
-    (tmp_path / "settings.py").write_text("WEIGHT = 1.0\n", encoding="utf-8")
+    (tmp_path / "settings.py").write_text("WEIGHT = 1.0\ndef doubled(x):\n    return 2 * x\n", encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
     import settings
 
@@ -320,7 +409,7 @@ def settings(tmp_path, monkeypatch):
 @pytest.mark.parametrize("edit", EDITS)
 def test_an_edited_function_is_refused_and_the_message_says_what_was_edited(edit, tmp_path, settings):
     old, new, name, words = EDITS[edit]
-    assert OBJECTIVE.count(old) == 1
+    assert OBJECTIVE.count(old) == 1 or not old
 
     def go_on(source):
         field = "loss" if name == "loss" else "objective"
@@ -332,8 +421,11 @@ def test_an_edited_function_is_refused_and_the_message_says_what_was_edited(edit
         if isinstance(node, ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
             node.body[0].value.value = "Other words."
     go_on(ast.unparse(tree))
+    if not old:
+        (tmp_path / "settings.py").write_text("WEIGHT = 1.0\ndef doubled(x):\n    return 30 * x\n", encoding="utf-8")
+        importlib.reload(settings)
     with pytest.raises(WdatError, match=f"belongs to another run, it differs in (objective|loss){words}"):
-        go_on(OBJECTIVE.replace(old, new))
+        go_on(OBJECTIVE.replace(old, new) if old else OBJECTIVE)
 
 
 def test_a_number_that_an_objective_reads_from_a_module_belongs_to_the_run(tmp_path, settings):
@@ -410,6 +502,38 @@ def test_what_an_objective_keeps_comes_back_as_lists(tmp_path):
         assert all(torch.as_tensor(a).equal(torch.as_tensor(b)) for a, b in zip(second[name], values, strict=True))
 
 
+@pytest.mark.parametrize("learned", [False, True])
+def test_what_an_objective_keeps_is_changed_in_place_alike_after_a_stop(learned, tmp_path):
+    """Each tensor has memory of its own, as it had, and one that learns goes on learning."""
+
+    def objective(batch):
+        mean, spread = batch.memory.setdefault("both", [torch.zeros(()), torch.ones((), requires_grad=learned)])
+        z = batch.net(batch.x)
+        if not learned:
+            spread.mul_(0.9).add_(0.1 * z.detach().var())
+        scale = mean.clone() * spread
+        mean.add_(0.1)
+        return cross_entropy(z, batch.y) + 0.1 * (z * scale).mean()
+
+    data, losses = images(20, network("full")), []
+    for stops in (0, 3):
+        for _ in range(stops):
+            finetune(network("full"), data, None, small(objective=objective), resume=tmp_path / "run", stop_after=0)
+        where = tmp_path / "run" if stops else None
+        history = finetune(network("full"), data, None, small(objective=objective), resume=where)
+        losses.append([row["loss"] for row in history.epochs])
+    assert losses[0] == losses[1]
+
+
+def test_a_compiled_teacher_has_one_name(tmp_path):
+    def make():
+        teacher = torch.compile(network("mlp"), backend="eager")
+        teacher(torch.zeros(1, 2, 3, 3, dtype=torch.float64))
+        return lambda batch: (batch.net(batch.x) - teacher(batch.x).detach()).square().mean()
+
+    assert wdat_core._named(make()) == wdat_core._named(make())
+
+
 def test_a_checkpoint_in_the_home_folder_is_there(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
@@ -432,7 +556,7 @@ def test_a_checkpoint_stays_where_it_was_when_the_working_folder_changes(tmp_pat
 
 
 def test_files_of_others_beside_a_checkpoint_stay(tmp_path):
-    theirs = [tmp_path / name for name in ("run.notes.tmp", "run.old.2.tmp", "run.2.tmp.tmp")]
+    theirs = [tmp_path / name for name in ("run.notes.tmp", "run.2023.tmp", "run.2.tmp.tmp")]
     for file in theirs:
         file.write_text("mine")
         os.utime(file, (time.time() - 7200,) * 2)
