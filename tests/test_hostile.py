@@ -557,7 +557,7 @@ def names_one_of(message, words):
 
 
 def is_too_coarse(message, things):
-    """An error about images in 16 bits and a step, or a gradient, that they round away: neither is strange by itself."""
+    """An error about images in 16 bits and a step, or a gradient, that they round away; neither is strange."""
     kinds = "|".join(str(t.dtype) for t in things if getattr(t, "dtype", None) in (torch.float16, torch.bfloat16))
     words = rf"images of ({kinds}) are too coarse for \d+ steps of delta \S+: give float32 images and model"
     words += ', and precision="bfloat16" for speed'
