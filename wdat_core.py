@@ -2527,13 +2527,12 @@ def _layers(model: nn.Module) -> str:
         return held if isinstance(held, plain) else None
 
     known, parts = _parts_of(model), []
-    with _prepared(model):  # some settings go with the mode
-        for name, part in model.named_modules():
-            hooks = [*part._forward_pre_hooks.values(), *part._forward_hooks.values()]
-            held = {key: settings(value) for key, value in _fields_of(part).items()}
-            parts.append((name, held, _named(hooks, code_only=True, known={**known}), *_scripted(part)))
-        kinds = _named(_kinds_in(model), known={**known})
-        words = [re.sub(ADDRESS, "", repr(model)), _named(parts, known={**known}), kinds]
+    for name, part in model.named_modules():
+        hooks = [*part._forward_pre_hooks.values(), *part._forward_hooks.values()]
+        held = {key: settings(value) for key, value in _fields_of(part).items()}
+        parts.append((name, held, _named(hooks, code_only=True, known={**known}), *_scripted(part)))
+    kinds = _named(_kinds_in(model), known={**known})
+    words = [re.sub(ADDRESS, "", repr(model)), _named(parts, known={**known}), kinds]
     return hashlib.sha256("\n".join(words).encode()).hexdigest()
 
 
