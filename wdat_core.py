@@ -1806,7 +1806,8 @@ def boundary(
             assert found is not None
             if found.distance.isinf().any() and not found.distance.nan_to_num(posinf=0.0).any():
                 plainly = replace(on, loss=margin, boxed=False)
-                _check_slope(on, xb, not _look(plainly, xb, yb, _blank(plainly, xb, directions=False)).norm.any())
+                look = _look(plainly, xb, yb, _blank(plainly, xb, directions=False))
+                _check_slope(on, xb, bool(look.correct.any() and not look.norm.any()))
     except BaseException as error:
         error.found = search.found(r)  # type: ignore[attr-defined]
         raise
@@ -2678,10 +2679,8 @@ def _globals_of(function: types.FunctionType) -> dict[str, Any]:
             else:
                 value = None
                 continue
-            if isinstance(value, types.FunctionType):
+            if isinstance(value, types.FunctionType | type):
                 counts = _is_own(value)
-            elif isinstance(value, type):
-                counts = value.__module__ == function.__module__
             if counts and not isinstance(value, types.ModuleType):
                 held[name] = value
         for part in code.co_consts:
@@ -3005,7 +3004,7 @@ def _autocast(device: torch.device, enabled: bool) -> AbstractContextManager[Any
     """To bfloat16, or not at all whatever the caller does; weights in it are never older than the model's."""
     if not torch.amp.is_autocast_available(device.type):
         return nullcontext()
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
+    return torch.autocast(device.type, torch.bfloat16 if enabled else None, enabled, cache_enabled=False)
 
 
 def _set_mode(model: nn.Module, training: bool) -> None:

@@ -668,3 +668,14 @@ def test_a_progress_that_passes_on_too_little_is_named():
     config = FinetuneConfig(epochs=1, steps=1, batch_size=8, augment=False)
     with pytest.raises(WdatError, match=r"minibatches ended after 1 of 3.*pass on all"):
         finetune(network("mlp"), (x, y), None, config, progress=first)
+
+
+def test_where_nothing_is_found_and_the_last_batch_is_all_wrong_nothing_is_blamed():
+    """Nothing near was found, which is no reason to say that there is no gradient."""
+    flat = torch.zeros(1, *X.shape[1:], dtype=X.dtype)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(18, 4, dtype=torch.float64))
+    with torch.no_grad():
+        model[1].weight.mul_(1e-3)
+        model[1].bias.copy_(torch.tensor([9.0, 0, 0, 0]))
+    found = boundary(model, [(flat, torch.zeros(1).long()), (X[:2], torch.ones(2).long())], steps=2)
+    assert found.distance.tolist() == [INF, 0, 0]
