@@ -1181,11 +1181,13 @@ def finetune(
             (in eval mode: the attack, Upsilon, validation).
         resume: file of the run's checkpoint; its folder is made where there is none. Where the file exists the run goes
             on from it, and ends with the weights and the history of one that was never stopped, bit for bit on the same
-            machine; a checkpoint of another run is refused. The network belongs to the run with its layers, their code
-            and their settings but for whole numbers, which may count passes; an objective with its code and the values
-            that it reads, as they were when it was entered or at its last checkpoint. What a model keeps outside of its
-            parameters and buffers, such as a number in a field, is in no checkpoint: make it a buffer. The file is
-            whole whatever stops the process, a kill too, and stays at the end.
+            machine; a checkpoint of another run is refused. The file is whole whatever stops the process, a kill too,
+            and stays at the end. The network belongs to the run with its tensors, its layers, the code of its classes
+            and its settings that are numbers with a point, words or functions (whole numbers may count passes); an
+            objective with its code, that of the user's own functions and classes that it calls, and the numbers,
+            tensors and containers that it reads, as they were when it was entered or at its last checkpoint. After an
+            exception one that counts or logs is to be given as it was at the start. What it or the model keeps for its
+            own work goes on only in `Minibatch.memory`, in parameters and in buffers.
         save_every: seconds between two checkpoints, >= 0, which is the most that a stop loses of the training; one
             more is written after every epoch. A validation that was stopped begins anew.
         stop_after: seconds after which the run writes its checkpoint and returns, at the end of a minibatch.
