@@ -257,7 +257,8 @@ def _check_slope(on: _Attacker, x: Tensor, flat: bool) -> None:
     if not on.among.all((few == few[:1]).all()):
         raise WdatError(
             "the gradient of the loss is 0 at every image, though the model tells images apart: remove the rounding or"
-            " the quantisation in it, or take another loss where this one is saturated"
+            " the quantisation in it, or take another loss where this one is saturated (cross-entropy is, where logits"
+            " are large: divide them in the model), or other images where no ReLU is on"
         )
 
 
@@ -464,7 +465,8 @@ def wpgd(
                 random = torch.rand(x[rows].shape, generator=own, device="cpu")
                 start[rows] = _moved(x[rows], threat, random_start, random.to(x))
         attack = _attack(on, x, y, start=start, progress=progress)
-        _check_slope(on, x, not any(attack.history["upsilon"]) and attack.history["accuracy"][0] > 0)
+        flat = rule is None and not any(attack.history["upsilon"])
+        _check_slope(on, x, flat and attack.history["accuracy"][0] > 0)
         return attack
 
 
@@ -2368,7 +2370,7 @@ class _Checkpoint:
                 elif name == LAYERS:
                     why = ": their kinds, settings or code"
                 elif code in self.identity and value.split()[0] == there[0].split()[0]:
-                    same = self.identity[code] == saved["identity"].get(code)
+                    same = self.identity[code][0] in saved["identity"].get(code, [])
                     why = ", in a value that it reads, such as a list that it fills" if same else ", in its code"
                 raise WdatError(
                     f"the checkpoint {self.path} belongs to another run, it differs in {name}{why}:"
@@ -2495,7 +2497,6 @@ def _identity(model: nn.Module, train: Images, val: Images | None, config: Finet
     return {
         "the code of wdat_core.py": code_digest(),
         **{name: words for name, words in now.items() if name != LAYERS},
-        **{f"the code of {name}": _named(getattr(config, name), code_only=True) for name in ("objective", "loss")},
         NETWORK: _digest_of(_state_of(model)),
         LAYERS: now[LAYERS],
         "the training images": _digest(*train),
@@ -2507,7 +2508,8 @@ def _named_now(model: nn.Module, config: FinetuneConfig) -> dict[str, str]:
     """What a training may change by its work, such as a list that an objective fills, as it is now."""
     known = _parts_of(model)
     named = {f.name: _named(getattr(config, f.name), known={**known}) for f in fields(config)}
-    return named | {LAYERS: _layers(model)}
+    code = {f"the code of {name}": _named(getattr(config, name), code_only=True) for name in ("objective", "loss")}
+    return named | code | {LAYERS: _layers(model)}
 
 
 def _parts_of(model: nn.Module) -> dict[int, str]:

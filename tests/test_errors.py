@@ -1143,3 +1143,8 @@ def test_code_that_is_none_has_no_digest(tmp_path):
     for path in (tmp_path / "words", tmp_path / "bytes", 3.5):
         with raises("the code cannot be read"):
             code_digest(path)
+
+
+def test_a_rule_that_stays_where_it_is_is_its_author_s():
+    attack = wpgd(MODEL, X, Y, THREAT, rule=lambda gradient, before: torch.zeros_like(gradient))
+    assert attack.distance == 0 and torch.equal(attack.x_adv, X)

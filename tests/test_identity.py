@@ -562,3 +562,19 @@ def test_files_of_others_beside_a_checkpoint_stay(tmp_path):
         os.utime(file, (time.time() - 7200,) * 2)
     begun(tmp_path / "run", network("full"))
     assert all(file.exists() for file in theirs)
+
+
+def test_an_objective_that_makes_its_teacher_at_first_use_goes_on(tmp_path):
+    class Distilled:
+        teacher = None
+
+        def __call__(self, batch):
+            if self.teacher is None:
+                self.teacher = network("mlp")
+            return (batch.net(batch.x) - self.teacher(batch.x).detach()).square().mean()
+
+    objective = Distilled()
+    begun(tmp_path / "run", network("full"), objective=objective)
+    assert objective.teacher is not None
+    begun(tmp_path / "run", network("full"), objective=objective)
+    begun(tmp_path / "run", network("full"), objective=Distilled())
