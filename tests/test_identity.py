@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import Centre, images, network
+from tiny import Centre, images, network, seeded
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parametrizations
@@ -93,9 +93,9 @@ def test_a_network_that_counts_its_passes_goes_on(tmp_path):
 
 
 def normed(change):
-    torch.manual_seed(0)
     model = network("full")
-    change(model[1])
+    with seeded(0):
+        change(model[1])
     return model
 
 
@@ -263,8 +263,8 @@ def parameters(model):
 
 
 def test_a_network_that_saves_a_part_of_itself_goes_on_and_ends_whole(tmp_path):
-    torch.manual_seed(0)
-    start = Adapted()
+    with seeded(0):
+        start = Adapted()
     bias = start.adapter.bias.detach().clone()
 
     def model():
