@@ -76,6 +76,7 @@ import types
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from inspect import getattr_static
 from pathlib import Path
 from typing import Any
 
@@ -239,8 +240,7 @@ def sensitivity(
     on = _attacker(model, x, y, threat, loss, batch_size, precision, compiled, group=group)
     with _prepared(model):
         x, y = _plain(x), _plain(y)
-        look = _look(on, x, y, _blank(on, x, directions=False))
-        upsilon = _whole_upsilon(on, look)
+        look, upsilon = _whole_upsilon(on, x, y)
         _check_slope(on, x, not upsilon and not on.among.all(~look.correct.any()))
         return float(upsilon)
 
@@ -253,19 +253,42 @@ def _check_slope(on: _Attacker, x: Tensor, flat: bool) -> None:
     """
     if not flat:
         return
-    few = _logits(on, torch.cat([x[:32], 1 - x[:32]]))
-    if not on.among.all((few == few[:1]).all()):
-        raise WdatError(
-            "the gradient of the loss is 0 at every image, though the model tells images apart: remove the rounding or"
-            " the quantisation in it, or take another loss where this one is saturated (cross-entropy is, where logits"
-            " are large: divide them in the model), or other images where no ReLU is on"
-        )
+    few = x[:32]
+    logits = _logits(on, torch.cat([few, 1 - few]))
+    if on.among.all((logits == logits[:1]).all()):
+        return
+    if _moves(on, few):
+        why = "the loss is saturated, since the logits move: take another, or divide the logits in the model"
+    elif _moves(on, torch.cat([1 - few, few / 2])):
+        why = "all of the model is off or saturated at these images, as it is not elsewhere: give other images"
+    else:
+        why = "remove the rounding or the quantisation in the model"
+    name = getattr(on.loss, "__name__", type(on.loss).__name__)
+    raise WdatError(f"the gradient of the loss {name} is 0 at every image, though the model tells images apart: {why}")
 
 
-def _whole_upsilon(on: _Attacker, look: _Look) -> Tensor:
+def _moves(on: _Attacker, images: Tensor) -> bool:
+    """Whether the logits have a gradient other than 0 at any of a few images, in any process."""
+    found = [torch.zeros((), dtype=torch.bool, device=on.passes.device)]
+
+    def work(rows: Rows) -> None:
+        x = images[rows].detach().to(on.passes.device).requires_grad_()
+        logits = on.passes.call(x)
+        total = (logits * torch.arange(1, 1 + on.classes).to(logits)).sum()  # a plain sum may be constant
+        slope = torch.autograd.grad(total, x, allow_unused=True)[0] if total.requires_grad else None
+        found.append(torch.ones_like(found[0]) if slope is None else slope.any())  # None is named by the attack
+
+    with torch.enable_grad():
+        _in_parts(on.passes, images, on.passes.batches(images), work)
+    return not on.among.all(~torch.stack(found).any())
+
+
+def _whole_upsilon(on: _Attacker, x: Tensor, y: Tensor) -> tuple[_Look, Tensor]:
+    """A look at all images, and their Upsilon."""
+    look = _look(on, x, y, _blank(on, x, directions=False))
     upsilon = _mean(look.norm, on.threat.q, on.among)
     _check_finite(on.among.all(look.finite) & upsilon.isfinite())
-    return upsilon
+    return look, upsilon
 
 
 def _steepest(gradient: Tensor, norm: Tensor, s: float) -> Tensor:
@@ -627,6 +650,9 @@ def wpgd_budget(
         return float(sizes @ torch.tensor(values, **cpu))
 
     by_iterate = {key: list(zip(*(a.history[key] for a in attacks), strict=True)) for key in attacks[0].history}
+    with _prepared(model):
+        flat = not any(map(any, by_iterate["upsilon"]))
+        _check_slope(on, _plain(x), flat and any(a.was_correct.any() for a in attacks))
     correct = torch.cat([a.correct for a in attacks])
     return Attack(
         x_adv=torch.cat([a.x_adv for a in attacks]),
@@ -1021,7 +1047,7 @@ class Minibatch:
         if config.attack_label == "predicted":
             y = self.logits(x).argmax(1)
         with run.attacked() as on:
-            return _whole_upsilon(on, _look(on, x, y, _blank(on, x, directions=False))).to(upsilon_b)
+            return _whole_upsilon(on, x, y)[1].to(upsilon_b)
 
 
 def wdat(batch: Minibatch) -> Tensor:
@@ -1183,13 +1209,15 @@ def finetune(
             (in eval mode: the attack, Upsilon, validation).
         resume: file of the run's checkpoint; its folder is made where there is none. Where the file exists the run goes
             on from it, and ends with the weights and the history of one that was never stopped, bit for bit on the same
-            machine; a checkpoint of another run is refused. The file is whole whatever stops the process, a kill too,
-            and stays at the end. The network belongs to the run with its tensors, its layers, the code of its classes
-            and its settings that are numbers with a point, words or functions (whole numbers may count passes); an
-            objective with its code, that of the user's own functions and classes that it calls, and the numbers,
-            tensors and containers that it reads, as they were when it was entered or at its last checkpoint. After an
-            exception one that counts or logs is to be given as it was at the start. What it or the model keeps for its
-            own work goes on only in `Minibatch.memory`, in parameters and in buffers.
+            machine. The file is whole whatever stops the process, a kill too, and stays at the end. A checkpoint of
+            another run is refused with the name of what differs. To the run belong the configuration, the images, the
+            network with its tensors, and of the network, the objective and the loss their code and what that code
+            reads by name: numbers, text, tensors, networks, functions and classes of the user's own, also in lists,
+            dicts and objects; of Python's own objects and those of installed packages no more than their class. Each
+            is to be as it was when the run was entered or at its last checkpoint: keep out of them what is other at
+            every start, such as a folder with the time in its name. What such code visibly changes, such as a counter
+            or a list that it fills, is its own work and is not compared; it goes on only in `Minibatch.memory`, in
+            parameters and in buffers.
         save_every: seconds between two checkpoints, >= 0, which is the most that a stop loses of the training; one
             more is written after every epoch. A validation that was stopped begins anew.
         stop_after: seconds after which the run writes its checkpoint and returns, at the end of a minibatch.
@@ -1211,7 +1239,7 @@ def finetune(
     check = functools.partial(_checked_training, model, train, val, config, eval_batch_size, kept, on_epoch, progress)
 
     def settings() -> dict[str, str]:
-        return {"the checkpoint": _mark(resume), **_identity(model, train, val, config)}
+        return {"the checkpoint": _mark(resume), **_identity(model, config), **_images(train, val)}
 
     on, checkpoint, saved = _agreed(among, lambda: check(among), settings)
     how: Any = (eval_batch_size, config.precision, config.compiled, on.classes)
@@ -1266,6 +1294,7 @@ def finetune(
             )
             _set_random_state(model, generator, saved["random"])
         fresh, saved = saved is None, None  # it may be as large as three networks
+        places = _places(model)
         begin = time.perf_counter() - spent
 
         def write() -> None:
@@ -1304,6 +1333,7 @@ def finetune(
                     batch = run.minibatch(indices, memory)
                     total = objective(batch)  # (5.4), (5.5), (5.3), (5.1),
                     _check_objective(total, memory)
+                    _check_buffers(model, places)
                     share = len(batch.x) / len(indices)
                     (total * share).backward()
                     total = among.total(total.detach() * share)
@@ -1317,6 +1347,7 @@ def finetune(
                 _average_buffers(among, model, buffers)
                 schedule.step()
                 if averaged is not None:
+                    _set_places(averaged.module, _state_of(model))
                     averaged.update_parameters(model)
                 losses.append(total.item())
                 up, due = checkpoint.time_is_up(), checkpoint.is_due()
@@ -2319,7 +2350,7 @@ def _crop_and_flip(x: Tensor, generator: torch.Generator, pad: int = 4) -> Tenso
 # Checkpoints: a run that is stopped at any moment goes on from the last one as if it had never been stopped
 # ---------------------------------------------------------------------------------------------------------------------
 
-CHECKPOINT = b"wdat_core checkpoint 3\n"
+CHECKPOINT = b"wdat_core checkpoint 4\n"
 
 
 @dataclass
@@ -2327,10 +2358,11 @@ class _Checkpoint:
     """The file in which a training run is kept; without a path it keeps nothing."""
 
     path: Path | None
-    identity: dict[str, list[str]]  # what must be the same for the run to go on: the user's words, and how it is named
+    identity: dict[str, str]  # what must be as at an earlier start or at the last checkpoint, by name
     every: float  # seconds
     stop_at: float  # on the clock of time.monotonic
-    now: Callable[[], dict[str, str]] = dict  # the fields as they are named now: an objective may change what it reads
+    now: Callable[[], dict[str, str]] = dict  # what is other by now: an objective may fill a list that it reads
+    earlier: list[dict[str, str]] = field(default_factory=list)
     written: float = field(default_factory=time.monotonic)
 
     def is_due(self) -> bool:
@@ -2339,7 +2371,7 @@ class _Checkpoint:
     def time_is_up(self) -> bool:
         return time.monotonic() >= self.stop_at
 
-    def load(self) -> dict[str, Any] | None:
+    def read(self) -> dict[str, Any] | None:
         """What was saved last, None where nothing was. Nothing in the file is executed."""
         if self.path is None:
             return None
@@ -2353,37 +2385,36 @@ class _Checkpoint:
         try:
             if head != CHECKPOINT + hashlib.sha256(content).digest():
                 raise pickle.UnpicklingError
-            saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            return dict(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
         except (pickle.UnpicklingError, RuntimeError) as error:
             raise WdatError(
                 f"{self.path} is damaged or no checkpoint of this version: give resume another file, or put back a copy"
             ) from error
-        for name, (value,) in self.identity.items():
-            there = known = saved["identity"].get(name, ["not there"])
+
+    def load(self) -> dict[str, Any] | None:
+        """What was saved last of this run, None where nothing was."""
+        saved = self.read()
+        if saved is None:
+            return None
+        self.earlier = saved["identity"]
+        for name in dict.fromkeys(name for named in (self.identity, *saved["identity"]) for name in named):
+            there = [named.get(name, "nothing") for named in saved["identity"]]
+            here = self.identity.get(name, "nothing")
             if name == NETWORK:  # also as a stop or the end left it
-                known = [*there, _digest_of(saved["model"]), _digest_of(saved["best_state"])]
-            if value not in known:
-                why = f": there it was {there[0]}, here it is {value}" if len(value) < 60 else ""
-                code = f"the code of {name}"
-                if name == NETWORK:
-                    why = ", which must be as it was before the run began"
-                elif name == LAYERS:
-                    why = ": their kinds, settings or code"
-                elif code in self.identity and value.split()[0] == there[0].split()[0]:
-                    same = self.identity[code][0] in saved["identity"].get(code, [])
-                    why = ", in a value that it reads, such as a list that it fills" if same else ", in its code"
+                there += [_digest_of(saved["model"]), _digest_of(saved["best_state"])]
+            if here not in there:
+                why = f": there it was {there[0]}, here it is {here}" if max(len(there[0]), len(here)) < 60 else ""
                 raise WdatError(
-                    f"the checkpoint {self.path} belongs to another run, it differs in {name}{why}:"
-                    " give resume another file, or remove this one"
+                    f"the checkpoint {self.path} belongs to another run, it differs in {name}{why}: put that back as it"
+                    " was when the run began, give resume another file, or remove this one"
                 )
-            self.identity[name] = [*dict.fromkeys([*there, value])]
         return saved
 
     def save(self, state: dict[str, Any]) -> None:
         """Whole or not at all: whatever happens meanwhile, the file under this name is the last good one."""
         stream = io.BytesIO()
-        now = {name: [*self.identity[name], value] for name, value in self.now().items()}
-        torch.save(state | {"identity": self.identity | now}, stream)
+        named = [*self.earlier, self.identity, self.identity | self.now()]
+        torch.save(state | {"identity": [one for i, one in enumerate(named) if one not in named[:i]]}, stream)
         content = stream.getbuffer()
         try:
             stream.seek(0)
@@ -2458,8 +2489,7 @@ def _checkpoint(
     if _is_folder(path):
         raise WdatError(f"resume must be the path of a file, and {path} is a folder")
     stop_at = math.inf if stop_after is None else time.monotonic() + stop_after
-    identity = {name: [value] for name, value in (_identity(model, train, val, config) | before).items()}
-    checkpoint = _Checkpoint(path, identity, save_every, stop_at, lambda: _named_now(model, config))
+    checkpoint = _Checkpoint(path, before | _images(train, val), save_every, stop_at, lambda: _named_now(model, config))
     saved = checkpoint.load()
     if writes:  # of many processes the first
         checkpoint.try_to_write()
@@ -2489,90 +2519,204 @@ def _mark(resume: Any) -> str:
 
 
 NETWORK, LAYERS = "the network", "the layers of the network"
+ADDRESS = r" at 0x[0-9a-fA-F]+"
 
 
-def _identity(model: nn.Module, train: Images, val: Images | None, config: FinetuneConfig) -> dict[str, str]:
-    """What decides a run, by name."""
-    now = _named_now(model, config)
-    return {
-        "the code of wdat_core.py": code_digest(),
-        **{name: words for name, words in now.items() if name != LAYERS},
-        NETWORK: _digest_of(_state_of(model)),
-        LAYERS: now[LAYERS],
-        "the training images": _digest(*train),
-        "the validation images": "none" if val is None else _digest(*val),
-    }
+def _identity(model: nn.Module, config: FinetuneConfig) -> dict[str, str]:
+    """What decides a run beside the images, by name."""
+    tensors = {NETWORK: _digest_of(_state_of(model))}
+    return {"the code of wdat_core.py": code_digest(), **tensors, **_named_now(model, config)}
+
+
+def _images(train: Images, val: Images | None) -> dict[str, str]:
+    validation = "none" if val is None else _digest(*val)
+    return {"the training images": _digest(*train), "the validation images": validation}
 
 
 def _named_now(model: nn.Module, config: FinetuneConfig) -> dict[str, str]:
-    """What a training may change by its work, such as a list that an objective fills, as it is now."""
-    known = _parts_of(model)
-    named = {f.name: _named(getattr(config, f.name), known={**known}) for f in fields(config)}
-    code = {f"the code of {name}": _named(getattr(config, name), code_only=True) for name in ("objective", "loss")}
-    return named | code | {LAYERS: _layers(model)}
+    """What decides a run beside the network's tensors and the images, by name, as it is now."""
+    values: dict[tuple[str, ...], Part] = {(f.name,): (getattr(config, f.name), None) for f in fields(config)}
+    values[LAYERS,] = re.sub(ADDRESS, "", repr(model)), None
+    values |= {(name, NETWORK): part for name, part in _inside_module(model).items()}
+    return _named(values, known=[*model.modules(), *model.parameters(), *model.buffers()])
 
 
-def _parts_of(model: nn.Module) -> dict[int, str]:
-    """What a run has anyhow, by name: whoever refers to the model reads no value of his own there."""
-    parts = {**dict(model.named_modules()), **dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {id(part): f"its {name}" for name, part in parts.items()}
+def _named(values: dict[tuple[str, ...], Part], known: Sequence[Any] = ()) -> dict[str, str]:
+    """These values and all that they hold or read, by name, in words that are the same in another process.
+
+    The name of what is in something else is a path, such as "SCALE of helper of objective". What the functions among
+    them change is their own work, such as a counter, and left out. What is `known` is not entered.
+    """
+    todo: list[tuple[tuple[str, ...], Any, Any, int]] = [
+        (path, _call_of(value), owner, -1) for path, (value, owner) in values.items()
+    ]
+    seen: dict[Any, Any] = {id(part): (part, "its own") for part in known}  # held, so that no other gets its number
+    words: list[str] = []
+    changed: set[tuple[int, str]] = set()
+    for at, (path, value, _, _) in enumerate(todo):  # which grows
+        value = getattr(value, "_orig_mod", value) if isinstance(value, nn.Module) else value  # of torch.compile
+        key = (id(value.__func__), id(value.__self__)) if isinstance(value, types.MethodType) else id(value)
+        if key not in seen:
+            said, parts = f"{type(value).__module__}.{type(value).__qualname__}", dict[str, Part]()
+            with suppress(Exception):  # what lets nobody look into it is of its class
+                said, parts = _inside(value, changed)
+            todo += [(_path_to(name, path), *part, at) for name, part in parts.items()]
+            seen[key] = value, said
+        words.append(seen[key][1])
+    found: dict[str, str] = {}
+    own_work: list[bool] = []
+    for (path, _, owner, parent), said in zip(todo, words, strict=True):
+        name = path[0].rpartition(".")[2]
+        owners = () if owner is None else (owner, *type(owner).__mro__)
+        own_work.append((parent >= 0 and own_work[parent]) or any((id(one), name) in changed for one in owners))
+        if not own_work[-1]:
+            found[" of ".join(part.lstrip(".") for part in path)] = said
+    return found
 
 
-def _layers(model: nn.Module) -> str:
-    """A digest of what decides the logits beside the tensors: layers, hooks, the code of their classes, settings."""
-
-    def settings(held: Any) -> Any:
-        if isinstance(held, types.MethodType):
-            return settings(held.__func__)
-        if isinstance(held, types.FunctionType):  # such as an activation; it may be one that torch.compile has wrapped
-            return held.__qualname__, held.__code__, [v for v in _closed(held) if isinstance(v, bool | float | str)]
-        if isinstance(held, tuple):
-            return [settings(part) for part in held]
-        plain = bool | float | str | types.BuiltinFunctionType | functools.partial  # whole numbers may count passes
-        return held if isinstance(held, plain) else None
-
-    known, parts = _parts_of(model), []
-    for name, part in model.named_modules():
-        hooks = [*part._forward_pre_hooks.values(), *part._forward_hooks.values()]
-        held = {key: settings(value) for key, value in _fields_of(part).items()}
-        parts.append((name, held, _named(hooks, code_only=True, known={**known}), *_scripted(part)))
-    kinds = _named(_kinds_in(model), known={**known})
-    words = [re.sub(ADDRESS, "", repr(model)), _named(parts, known={**known}), kinds]
-    return hashlib.sha256("\n".join(words).encode()).hexdigest()
+Part = tuple[Any, Any]  # a value, and the object, the function's globals or the cell in which it stands under its name
 
 
-def _scripted(part: nn.Module) -> list[str]:
-    """The code of a module of TorchScript or of torch.fx, whose class has none."""
-    with suppress(AttributeError, RuntimeError):  # not every part of a scripted module has some
-        return [str(part.code)] if isinstance(part, torch.jit.ScriptModule | torch.fx.GraphModule) else []
-    return []
+def _path_to(name: str, path: tuple[str, ...]) -> tuple[str, ...]:
+    return (path[0] + name, *path[1:]) if name[0] in ".[" else (name, *path)
 
 
-def _kinds_in(model: nn.Module) -> list[Any]:
-    """The code of the classes of a model's parts."""
-    return [_code_of(kind) for kind in dict.fromkeys(type(part) for part in model.modules())]
+def _call_of(value: Any) -> Any:
+    """Of an object that is a function, its call: not all that it holds may count."""
+    if not callable(value) or isinstance(value, type | nn.Module | types.FunctionType | types.MethodType):
+        return value
+    call = getattr_static(type(value), "__call__", None)
+    return types.MethodType(call, value) if isinstance(call, types.FunctionType) and _is_own(call) else value
 
 
-def _code_of(kind: type) -> dict[str, Any]:
-    """The functions and the numbers of a class by name, but for those of installed packages, and its construction."""
-    found: dict[str, Any] = {}
+def _words(value: Any) -> str | None:
+    """Numbers, text, tensors, arrays, code, and containers of numbers and text, in words; what is long digested."""
+    if isinstance(value, Tensor):
+        with suppress(RuntimeError, ValueError):  # one without values has none
+            return _digest(value)
+        return f"{value.dtype} {value.layout} on {value.device}"
+    if isinstance(value, types.CodeType):
+        return hashlib.sha256(repr(_instructions(value)).encode()).hexdigest()
+    if isinstance(value, PLAIN):
+        words = re.sub(ADDRESS, "", repr(value))
+    elif type(value) in (list, tuple, set, frozenset, dict) and _is_plain(value):
+        words = repr(sorted(map(repr, value)) if isinstance(value, set | frozenset) else value)
+    elif hasattr(type(value), "dtype") and hasattr(type(value), "tobytes"):  # numpy's words leave out the middle
+        inside = repr(value.tolist()).encode() if getattr(value.dtype, "hasobject", False) else value.tobytes()
+        return hashlib.sha256(f"{value.dtype} {value.shape} ".encode() + inside).hexdigest()
+    else:
+        return None
+    return words if len(words) < 60 else hashlib.sha256(words.encode()).hexdigest()
+
+
+def _is_plain(value: Any, deep: int = 3) -> bool:
+    """Numbers, text, and containers of them; of sets none inside, whose order each process has its own."""
+    if isinstance(value, PLAIN):
+        return True
+    if not deep or type(value) not in ((list, tuple, dict, set, frozenset) if deep == 3 else (list, tuple, dict)):
+        return False
+    parts = [*value, *value.values()] if isinstance(value, dict) else value
+    return all(_is_plain(part, deep - 1) for part in parts)
+
+
+def _instructions(code: types.CodeType) -> list[Any]:
+    """What a function does. A docstring is no part of it, nor is the order of a set, which each process has its own."""
+
+    def plain(part: Any) -> Any:
+        if isinstance(part, types.CodeType):
+            return _instructions(part)
+        return sorted(map(repr, part)) if isinstance(part, frozenset) else part
+
+    return [(i.opname, plain(i.argval)) for i in _steps(code)]
+
+
+def _steps(code: types.CodeType) -> Iterator[dis.Instruction]:
+    return (i for i in dis.get_instructions(code) if i.opname not in ("EXTENDED_ARG", "NOP"))
+
+
+def _inside(value: Any, changed: set[tuple[int, str]]) -> tuple[str, dict[str, Part]]:
+    """What a value is, and by name what it holds or reads; of what is Python's or an installed package's, no more.
+
+    Args:
+        changed: gets what a function changes when it runs: the number of what holds it, and its name there.
+    """
+    words, kind = _words(value), type(value)
+    if words is not None:
+        return words, {}
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    own = {kind.__qualname__: (kind, None)} if _is_own(kind) else {}
+    if isinstance(value, nn.Module):
+        tensors: dict[str, Any] = {}
+        with suppress(ValueError):  # lazy layers have none yet
+            tensors = {tensor: (held, None) for tensor, held in _state_of(value).items() if isinstance(held, Tensor)}
+        return name, {"layers": (re.sub(ADDRESS, "", repr(value)), None), **tensors, **_inside_module(value)}
+    if isinstance(value, functools.partial):
+        given = {"the function": value.func, **{f"argument {i}": part for i, part in enumerate(value.args, 1)}}
+        return name, {word: (part, None) for word, part in (given | value.keywords).items()}
+    if isinstance(value, list | tuple):
+        return f"{len(value)} of them", own | {f"[{i}]": (part, None) for i, part in enumerate(value)}
+    if isinstance(value, dict):
+        keys = {key: _words(key) or re.sub(ADDRESS, "", repr(key)) for key in value}
+        return f"{len(value)} of them", own | {f"[{keys[key]}]": (part, None) for key, part in value.items()}
+    if isinstance(value, type):
+        return f"{value.__module__}.{value.__qualname__}", _inside_class(value)
+    if isinstance(value, types.FunctionType | types.MethodType):
+        return _inside_function(getattr(value, "__func__", value), getattr(value, "__self__", None), changed)
+    if own or is_dataclass(value) or kind.__name__ in ("Namespace", "SimpleNamespace"):
+        return name, own | {f".{field}": (part, value) for field, part in _fields_of(value).items()}
+    wrapped = getattr(value, "__dict__", {}).get("__wrapped__")  # by functools.cache, for one
+    called = re.sub(ADDRESS, "", repr(value)) if callable(value) else name
+    return called, {} if wrapped is None else {"what it wraps": (wrapped, None)}
+
+
+def _inside_function(function: Any, holder: Any, changed: set[tuple[int, str]]) -> tuple[str, dict[str, Part]]:
+    name = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', function)}"
+    if not isinstance(function, types.FunctionType) or not _is_own(function):
+        held = {"what it wraps": getattr(function, "__wrapped__", None), "its object": holder}
+        return name, {word: (part, None) for word, part in held.items() if part is not None}
+    parts = {"the code": (function.__code__, None), **_reads(function, holder, changed)}
+    if holder is not None and (isinstance(holder, nn.Module) or not function.__code__.co_argcount):
+        parts["its object"] = holder, None
+    return name, parts
+
+
+def _inside_class(kind: type) -> dict[str, Part]:
+    """The functions and the values of a class, but for those of installed packages."""
+    found: dict[str, Part] = {}
     for owner in filter(_is_own, kind.__mro__):
         for name, part in vars(owner).items():
-            if isinstance(part, bool | int | float | tuple) and not name.startswith("__"):
-                found.setdefault(name, part)
-            for inner in ("fget", "__func__", "func", "__wrapped__"):  # of a property, a static method and others
-                if not isinstance(part, types.FunctionType | type):
-                    part = getattr(part, inner, part)
-            if isinstance(part, types.FunctionType) and name != "__init__":
-                found.setdefault(name, part)
+            function = _function_in(part)
+            if isinstance(function, types.FunctionType):  # the class stands for whichever object it is called with
+                function = function if isinstance(part, staticmethod) else types.MethodType(function, kind)
+            elif name.startswith("__"):
+                continue
+            found.setdefault(f".{name}", (function, kind))
+    return found
+
+
+def _inside_module(model: nn.Module) -> dict[str, Part]:
+    """What decides a network's logits beside its tensors and what it prints: settings, hooks, and classes."""
+    found: dict[str, Part] = {}
+    for where, part in model.named_modules():
+        for name, held in _fields_of(part).items():
+            if not any(f"{name}{end}" in part._parameters for end in ("_orig", "_g")):  # computed by spectral_norm
+                found[f"{where}.{name}"] = held, part
+        hooks = [*part._forward_pre_hooks.values(), *part._forward_hooks.values()]
+        found |= {f"hook {i} of {where or 'it'}": (_call_of(hook), None) for i, hook in enumerate(hooks, 1)}
+        found[type(part).__qualname__] = type(part), None
+        with suppress(AttributeError, RuntimeError):  # not every part of a scripted module has code
+            if isinstance(part, torch.jit.ScriptModule | torch.fx.GraphModule):  # whose class has none
+                found[f"the code of {where or 'it'}"] = str(part.code), None
     return found
 
 
 def _is_own(thing: Any) -> bool:
-    """Whether a function or a class is the user's, and not of Python or of an installed package."""
-    name = getattr(thing, "__module__", None) or ""
-    file = getattr(sys.modules.get(name), "__file__", None)
-    return name == "__main__" or (name != "builtins" and not str(file).startswith(_installed()))
+    """Whether a function or a class is the user's, and not of Python, of an installed package or of this file."""
+    if isinstance(thing, types.FunctionType):  # a wrapper says that it is of the module of what it wraps
+        file = thing.__code__.co_filename
+    else:
+        file = str(getattr(sys.modules.get(thing.__module__), "__file__", None))
+    return thing.__module__ != "builtins" and file != __file__ and not file.startswith(_installed())
 
 
 @functools.cache
@@ -2581,118 +2725,119 @@ def _installed() -> tuple[str, ...]:
     return *(paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")), str(Path(torch.__file__).parent)
 
 
-ADDRESS = r" at 0x[0-9a-fA-F]+"
+NOTHING, UNKNOWN = object(), object()
+NONE = type(None)
+PLAIN = (bool, int, float, str, bytes, range, NONE, numbers.Number, os.PathLike, torch.dtype, torch.device, Threat)
+CLOSED = (*PLAIN, list, tuple, dict, set, frozenset, Tensor, nn.Module, types.FunctionType)
+CHANGES = ("append", "extend", "insert", "add", "update", "setdefault", "pop", "popitem", "remove", "clear")
 
 
-def _named(
-    value: Any, code_only: bool = False, inside: tuple[int, ...] = (), known: dict[int, str] | None = None
-) -> str:
-    """A field of a configuration in words that are the same in another process, and others for another value.
-
-    What it is `inside` of is not named again, and what is `known` not twice: of functions that call each other there
-    would be no end. With `code_only` it is the code of the functions in it, without the values that they read.
-    """
-    if id(value) in inside:
-        return "itself"
-    seen = {} if known is None else known
-    if id(value) in seen:
-        return seen[id(value)]
-
-    def named(*parts: Any) -> str:
-        words = [_named(part, code_only, (*inside, id(value)), seen) for part in parts]
-        return ", ".join(filter(None, words) if code_only else words)
-
-    if isinstance(value, types.CodeType):  # constants belong to it, and a docstring is none that it reads
-        return f"code {_short(_named([(i.opname, i.argval) for i in dis.get_instructions(value)]))}"
-    if isinstance(value, functools.partial):
-        return f"partial({named(value.func, value.args, value.keywords)})"
-    if isinstance(value, types.MethodType):
-        owner = value.__self__
-        code = _code_of(owner if isinstance(owner, type) else type(owner))
-        return f"method({named(value.__func__, code, owner)})"
-    if isinstance(value, types.FunctionType):
-        inner = named(value.__code__, value.__defaults__, value.__kwdefaults__, _closed(value), _globals_of(value))
-        seen[id(value)] = f"{value.__module__}.{value.__qualname__} {_short(inner)}"
-        return seen[id(value)]
-    if isinstance(value, type) and _is_own(value):
-        seen[id(value)] = f"{value.__module__}.{value.__qualname__} {_short(named(_code_of(value)))}"
-        return seen[id(value)]
-    if is_dataclass(value) and not isinstance(value, Threat | type | nn.Module):
-        inner = named({f.name: getattr(value, f.name) for f in fields(value)})
-        return inner if code_only else f"{type(value).__qualname__}({inner})"
-    if isinstance(value, nn.Module):
-        value = getattr(value, "_orig_mod", value)  # of torch.compile
-        parts: list[Any] = [(type(part).__qualname__, _fields_of(part), *_scripted(part)) for part in value.modules()]
-        state = "" if code_only else _digest_of(_state_of(value))[:8]
-        return f"{type(value).__qualname__} {state} {_short(named(_kinds_in(value)))} {named(*parts)}"
-    if isinstance(value, (list, tuple)):
-        return named(*value) if code_only else f"[{named(*value)}]"
-    if isinstance(value, dict):
-        inner = named(*(part for pair in value.items() for part in pair))
-        return inner if code_only else f"{{{inner}}}"
-    if isinstance(value, (set, frozenset)):
-        inner = ", ".join(sorted(filter(None, map(named, value))))
-        return inner if code_only else f"{{{inner}}}"
-    if isinstance(value, Tensor):
-        return "" if code_only else f"tensor {_digest(value)[:8]}"
-    if hasattr(value, "dtype") and hasattr(value, "tobytes"):  # an array of numpy, whose words leave out the middle
-        if value.dtype.hasobject:
-            return f"array {named(value.tolist())}"
-        return "" if code_only else f"array {_short(value.tobytes())} {value.dtype} {value.shape}"
-    plain = type(value).__repr__ is object.__repr__  # words that say no more than the class
-    if (callable(value) or (plain and not code_only)) and not isinstance(value, type | types.BuiltinFunctionType):
-        held = _fields_of(value)
-        if not callable(value):  # nothing that a logger has, such as the name of its file: each start has another
-            kept = bool | int | float | Tensor | (list | tuple | dict | set if _is_own(type(value)) else bool)
-            held = {name: part for name, part in held.items() if isinstance(part, kept)}
-        if held or hasattr(value, "__dict__"):  # a function of numpy has neither, and its own words
-            return f"{type(value).__module__}.{type(value).__qualname__}({named(held, _code_of(type(value)))})"
-    return "" if code_only else re.sub(ADDRESS, "", repr(value))
+def _has_parts(value: Any) -> bool:
+    """Whether a value is no more than a holder of others, as modules, classes and objects are."""
+    return not isinstance(value, CLOSED) and (hasattr(value, "__dict__") or hasattr(type(value), "__slots__"))
 
 
-def _short(content: str | bytes) -> str:
-    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()[:8]
+def _reads(function: types.FunctionType, holder: Any, changed: set[tuple[int, str]]) -> dict[str, Part]:
+    """What a function, maybe a method of `holder`, reads by name, such as `a` or `a.b.c`; it is not run to know it."""
+    code = function.__code__
+    cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
+    first = code.co_varnames[0] if holder is not None and code.co_argcount else ""
+    given = code.co_varnames[: code.co_argcount][-len(function.__defaults__ or ()) :]
+    defaults = dict(zip(given, function.__defaults__ or (), strict=False)) | (function.__kwdefaults__ or {})
+    found: dict[str, Part] = {name: (value, None) for name, value in defaults.items()}
+    begins = code.co_name == "__init__"  # what it sets is as it is made, and no change
 
+    def change(owner: Any, name: str) -> None:
+        if owner is not None and not begins:
+            changed.add((id(owner), name))
 
-def _closed(function: types.FunctionType) -> list[Any]:
-    """What a function has closed over; of a name without a value yet there is none."""
-    found = []
-    for cell in function.__closure__ or ():
-        with suppress(ValueError):
-            found.append(cell.cell_contents)
+    def start(i: dis.Instruction, part: types.CodeType) -> tuple[str, Any, Any]:
+        """The name, the value and what holds it, where an instruction loads one from around the function."""
+        name = i.argval[-1] if isinstance(i.argval, tuple) and i.argval else i.argval  # two names may be in one
+        if i.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            return name, function.__globals__.get(name, NOTHING), function.__globals__
+        if name == first and (("LOAD_FAST" in i.opname and part is code) or i.opname.endswith("DEREF")):
+            return name, holder, None
+        if i.opname.endswith("DEREF") and name in cells:
+            with suppress(ValueError):  # a name that has no value yet
+                return name, cells[name].cell_contents, cells[name]
+        return "", NOTHING, None
+
+    def read(part: types.CodeType) -> None:
+        name, value, owner = "", NOTHING, None  # what the instructions so far have loaded by name
+        before: Part = ("", None)  # of the last but one instruction, name and owner
+        latest: Part = ("", None)
+        copied = loads = False
+        for i in _steps(part):
+            adds, copied = copied, i.opname == "COPY" and i.argval == 1  # as in name.attribute += 1
+            if copied:
+                continue
+            if i.opname == "STORE_GLOBAL":
+                change(function.__globals__, i.argval)
+            elif i.opname == "STORE_DEREF":
+                change(cells.get(i.argval), i.argval)
+            elif i.opname in ("STORE_SUBSCR", "DELETE_SUBSCR") or (i.opname == "COPY" and i.argval == 2 and loads):
+                change(before[1], before[0])  # name[index] = 1, and name[index] += 1
+            loads = i.opname.startswith("LOAD")
+            if value is not NOTHING and i.opname in ("LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR"):
+                if i.argval in CHANGES or re.search("[a-z0-9]_$", i.argval):  # torch's own end in _
+                    change(owner, name.rpartition(".")[2])
+                if adds or not loads:
+                    change(value, i.argval)
+                if loads:
+                    try:
+                        inner = _attribute(value, i.argval) if _has_parts(value) else UNKNOWN
+                    except AttributeError:
+                        inner = UNKNOWN
+                    if inner is UNKNOWN and value is not UNKNOWN:
+                        found[name] = value, owner
+                    name, value, owner = f"{name}.{i.argval}", inner, value
+                else:
+                    name, value, owner = "", NOTHING, None
+            else:
+                if value is not NOTHING and value is not UNKNOWN:
+                    found[name] = value, owner
+                name, value, owner = start(i, part)
+            before, latest = latest, (name.rpartition(".")[2], owner)
+        for inner in part.co_consts:
+            if isinstance(inner, types.CodeType):
+                read(inner)
+
+    read(code)
+    if "__class__" in cells:  # it asks the class above it
+        kind = cells["__class__"].cell_contents
+        found |= {kind.__qualname__: (kind, None), "its object": (holder, None)}
     return found
 
 
-def _globals_of(function: types.FunctionType) -> dict[str, Any]:
-    """What a function takes by name, also through a module or a class: values, functions and classes of the user's own.
+def _attribute(value: Any, name: str) -> Any:
+    """An attribute as it is there, without running the code of a property.
 
-    Of other modules it is numbers, words and tensors that it reads there: little else is alike in another process.
+    Raises:
+        AttributeError: it is not there, or is made when it is asked for.
     """
-    held: dict[str, Any] = {}
+    found = getattr_static(value, name)
+    cached = getattr_static(type(value), name, None)
+    found = cached if isinstance(cached, functools.cached_property) else found  # whatever it gave the last time
+    if isinstance(found, types.MemberDescriptorType):  # of __slots__
+        return getattr(value, name)
+    if isinstance(found, classmethod):
+        return types.MethodType(found.__func__, value if isinstance(value, type) else type(value))
+    function = _function_in(found)
+    free = isinstance(value, type | types.ModuleType) or (
+        name in getattr(value, "__dict__", {}) and found is not cached
+    )
+    is_method = isinstance(function, types.FunctionType) and not free and not isinstance(found, staticmethod)
+    return types.MethodType(function, value) if is_method else function
 
-    def read(code: types.CodeType) -> None:
-        name, value = "", None
-        for i in dis.get_instructions(code):
-            if i.opname == "LOAD_GLOBAL":
-                name, value = i.argval, function.__globals__.get(i.argval)
-                counts = not isinstance(value, types.BuiltinFunctionType)
-            elif i.opname in ("LOAD_ATTR", "LOAD_METHOD") and isinstance(value, types.ModuleType | type):
-                plain = bool | int | float | str | Tensor | type | types.ModuleType | types.FunctionType
-                there, name, value = value, f"{name}.{i.argval}", getattr(value, i.argval, None)
-                counts = isinstance(there, type) or isinstance(value, plain)
-            else:
-                value = None
-                continue
-            if isinstance(value, types.FunctionType | type):
-                counts = _is_own(value)
-            if counts and not isinstance(value, types.ModuleType):
-                held[name] = value
-        for part in code.co_consts:
-            if isinstance(part, types.CodeType):
-                read(part)
 
-    read(function.__code__)
-    return dict(sorted(held.items()))
+def _function_in(part: Any) -> Any:
+    """The function of a property or of a static method or the like, as it is in a class."""
+    if isinstance(part, property):
+        return part.fget
+    if isinstance(part, staticmethod | classmethod):
+        return part.__func__
+    return part.func if isinstance(part, functools.cached_property) else part
 
 
 def _fields_of(value: Any) -> dict[str, Any]:
@@ -2703,7 +2848,9 @@ def _fields_of(value: Any) -> dict[str, Any]:
     names = sorted(name for those in slots for name in ((those,) if isinstance(those, str) else those))
     held = {name: getattr(value, name) for name in names if hasattr(value, name) and not name.startswith("__")}
     left_out = vars(nn.Module()).keys() if isinstance(value, nn.Module) else ()
-    return held | {name: part for name, part in getattr(value, "__dict__", {}).items() if name not in left_out}
+    held |= {name: part for name, part in getattr(value, "__dict__", {}).items() if name not in left_out}
+    cached = functools.cached_property
+    return {name: part for name, part in held.items() if not isinstance(getattr_static(type(value), name, 0), cached)}
 
 
 def code_digest(path: str | os.PathLike[str] = __file__) -> str:
@@ -3095,7 +3242,7 @@ def _attacker(
         }
         same |= {"rule": rule, "compiled": compiled, **(also or {})}
         alike = {"images": f"{x.dtype} {tuple(x.shape[1:])}", "the network": _digest_of(_state_of(model))[:16]}
-        return {name: _named(value) for name, value in same.items()} | alike
+        return _named({(name,): (value, None) for name, value in same.items()}) | alike
 
     def check() -> _Attacker:
         ahead()
@@ -3265,7 +3412,14 @@ def _checked_training(
     _check_number("eval_batch_size", eval_batch_size, at_least=1, whole=True)
     before = {}
     if kept[0] is not None:  # a pass may change it, so before any
-        before = {NETWORK: _digest_of(_state_of(model)), LAYERS: _layers(model)}
+        before = _identity(model, config)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.layout == torch.strided and any(
+            n > 1 and not s for n, s in zip(tensor.shape, tensor.stride(), strict=True)
+        ):
+            raise WdatError(
+                f"{name} of the model is expanded, many of its numbers are one: give the model a clone() of it"
+            )
     attacker: Any = (eval_batch_size, config.precision, config.compiled, config.steps, config.step_ratio)
     on = _attacker(model, *train, config.threat, config.loss, *attacker)
     _check_fine(train[0], on)
@@ -3280,6 +3434,9 @@ def _checked_training(
             " before torch.jit.script"
         )
     _check_minibatches(model, train[0], config, among.size)
+    with _prepared(model):
+        few = _plain(train[0])[:32]
+        _check_slope(on, few, not any(_moves(on, images) for images in (few[:1], few, 1 - few, few / 2)))
     return replace(on, among=among), *_checkpoint(*kept, model, train, val, config, among.rank == 0, before)
 
 
@@ -3342,6 +3499,20 @@ def _check_objective(total: Any, memory: dict[str, Any]) -> None:
         raise WdatError(f"the objective must return a scalar tensor, not {shape}")
     if not total.requires_grad:
         raise WdatError("the objective, or the model's output, depends on no parameter that is to be trained")
+
+
+def _places(model: nn.Module) -> set[str]:
+    parts = [(where, part) for where, part in model.named_modules() if isinstance(part._buffers, dict)]  # not scripted
+    return {f"{where}.{name}".lstrip(".") for where, part in parts for name in part._buffers}
+
+
+def _check_buffers(model: nn.Module, places: set[str]) -> None:
+    """One that comes while the model is trained would be in no checkpoint and in no average."""
+    if more := _places(model) - places:
+        raise WdatError(
+            f"the model registered {', '.join(sorted(more))} while it was trained: register it in its __init__, as None"
+            " where it is not known yet"
+        )
 
 
 def _check_function(name: str, value: Any) -> None:

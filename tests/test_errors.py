@@ -3,6 +3,7 @@
 import copy
 import math
 import re
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -1074,27 +1075,78 @@ class Rounded(nn.Module):
 def test_a_network_that_rounds_its_images_is_named_and_does_not_seem_robust(loss):
     model = nn.Sequential(Rounded(), network("conv"))
     y = predict(model, X)
+    config = FinetuneConfig(threat=THREAT, loss=loss, batch_size=5)
     for use in (
         lambda: wpgd(model, X, y, THREAT, loss=loss),
+        lambda: wpgd_budget(model, X, y, THREAT, upsilon=1.0, loss=loss, batch_size=4),
         lambda: sensitivity(model, X, y, THREAT, loss=loss),
         lambda: evaluate(model, X, y, loss=loss),
         lambda: boundary(model, X, y, steps=5),
         lambda: boundary(model, [(X, y)], steps=5, keep=False),
+        lambda: finetune(model, (X, y), None, config),
+        lambda: finetune(model, (X, y), None, replace(config, objective="trades", threat=Threat(p=INF))),
     ):
-        with raises("the gradient of the loss is 0 at every image, though the model tells images apart"):
+        with raises(
+            "is 0 at every image, though the model tells images apart: remove the rounding or the quantisation"
+        ):
             use()
 
 
-def test_a_saturated_loss_is_named_where_no_image_has_a_gradient():
-    class Steep(nn.Module):
-        def forward(self, x):
-            return 1e6 * x
+class Steep(nn.Module):
+    def forward(self, x):
+        return 1e6 * x
 
+
+def test_a_saturated_loss_is_named_where_no_image_has_a_gradient():
     model = nn.Sequential(network("conv"), Steep())
     y = predict(model, X)
-    with raises("or take another loss where this one is saturated"):
-        wpgd(model, X, y, THREAT, loss="ce")
+    for use in (lambda: wpgd(model, X, y, THREAT, loss="ce"), lambda: evaluate(model, X, y)):
+        with raises("the gradient of the loss ce is 0 .*: the loss is saturated, since the logits move: take another"):
+            use()
     assert wpgd(model, X, y, THREAT, loss="dlr").distance > 0
+
+
+def test_a_network_whose_units_are_off_at_the_images_is_not_said_to_round_and_is_trained():
+    model = network("mlp")
+    first = next(part for part in model.modules() if isinstance(part, nn.Linear))
+    with torch.no_grad():
+        first.weight.copy_(-first.weight.abs())
+        first.bias.fill_(1e-3)
+    bright = 0.75 + X / 4  # where each unit is off
+    y = predict(model, bright)
+    with raises("all of the model is off or saturated at these images, as it is not elsewhere: give other images"):
+        wpgd(model, bright, y, THREAT)
+    assert wpgd(model, torch.cat([bright, 1 - bright]), torch.cat([y, y]), THREAT, loss="ce").distance > 0
+    assert finetune(model, (bright, y), None, FinetuneConfig(threat=THREAT, batch_size=5, epochs=1)).finished
+
+
+def test_a_buffer_that_is_many_numbers_in_one_is_named_before_training():
+    model = network("conv")
+    model.register_buffer("scale", torch.ones(1, dtype=torch.float64).expand(4))
+    with raises(r"scale of the model is expanded, many of its numbers are one: give the model a clone\(\) of it"):
+        finetune(model, (X, Y), None, FinetuneConfig(threat=THREAT, batch_size=5, epochs=1))
+
+
+def test_a_buffer_that_grows_is_averaged_too():
+    class Growing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = network("conv")
+            self.register_buffer("means", torch.zeros(0, dtype=torch.float64))
+            self.register_buffer("last", None)
+
+        def forward(self, x):
+            z = self.inner(x)
+            if self.training:
+                self.means, self.last = torch.cat([self.means, z.detach().mean()[None]]), z.detach().mean(0)
+            return z
+
+    model, alone = Growing(), Growing()
+    config = FinetuneConfig(threat=THREAT, batch_size=5, epochs=2)
+    finetune(model, (X, Y), None, replace(config, average=0.5))
+    finetune(alone, (X, Y), None, config)
+    assert len(model.means) == len(alone.means) > 2 and model.last.shape == (4,)
+    assert not torch.equal(model.inner[1].weight, alone.inner[1].weight)
 
 
 def test_a_network_that_says_the_same_of_all_images_is_robust():

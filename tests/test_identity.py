@@ -1,16 +1,25 @@
 """Which run a checkpoint belongs to: the network with its layers, and functions with their code and their values."""
 
 import ast
+import copy
+import functools
 import importlib
 import os
+import pickle
+import re
 import runpy
+import subprocess
 import sys
 import time
+import types
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from tiny import Centre, images, network, seeded
+from tiny import Centre, images, named, network, seeded
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parametrizations
@@ -72,7 +81,7 @@ OTHER_LAYERS = {
 @pytest.mark.parametrize("other", OTHER_LAYERS)
 def test_a_checkpoint_of_other_layers_with_the_same_tensors_is_refused(other, tmp_path):
     begun(tmp_path / "run", network("full"))
-    with pytest.raises(WdatError, match="differs in the layers of the network: their kinds, settings or code: give"):
+    with pytest.raises(WdatError, match="differs in the layers of the network: put that back as it was when"):
         begun(tmp_path / "run", OTHER_LAYERS[other]())
     begun(tmp_path / "run", network("full"))
 
@@ -80,7 +89,7 @@ def test_a_checkpoint_of_other_layers_with_the_same_tensors_is_refused(other, tm
 @pytest.mark.parametrize("other", [{"scale": 2.0}, {"act": torch.tanh}, {"act": lambda x: x}, {"act": steep(0.5)}])
 def test_settings_that_a_network_does_not_print_belong_to_it(other, tmp_path):
     begun(tmp_path / "run", Setting())
-    with pytest.raises(WdatError, match="differs in the layers of the network"):
+    with pytest.raises(WdatError, match=f"differs in {next(iter(other))} of the network: there it was "):
         begun(tmp_path / "run", Setting(**other))
 
 
@@ -88,8 +97,102 @@ def test_a_network_that_counts_its_passes_goes_on(tmp_path):
     model = Setting()
     begun(tmp_path / "run", model)
     assert model.passes
+    model(images(1, model.inner)[0])
     begun(tmp_path / "run", model)
     begun(tmp_path / "run", Setting(passes=7))
+
+
+class Featured(Setting):
+    """Keeps what its layers say, by a hook."""
+
+    def __init__(self):
+        super().__init__()
+        self.features, self.counts = {}, {"passes": 0}
+        self.inner[1].register_forward_hook(self.keep)
+
+    def keep(self, layer, inputs, output):
+        self.features["conv"] = output.detach()
+        self.counts["passes"] += 1
+
+
+def test_a_network_that_keeps_features_goes_on_after_other_passes_and_after_ctrl_c(tmp_path):
+    def stopping(things):
+        yield from list(things)[:1]
+        raise KeyboardInterrupt
+
+    model, data = Featured(), images(20, network("full"))
+    begun(tmp_path / "run", model)
+    model(data[0][:3])
+    begun(tmp_path / "run", model)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(
+            model, images(10, model.inner), images(10, model.inner), small(), resume=tmp_path / "run", progress=stopping
+        )
+    begun(tmp_path / "run", model)
+    assert model.counts["passes"] and model.features["conv"].shape[1] == 4
+
+
+def test_a_network_that_was_saved_whole_and_loaded_again_is_the_same(tmp_path):
+    pair, model = (1, 2), network("full")
+    model[1].held, model[1].alike = [pair, pair], [[pair], [(1, 2)]]
+    start = pickle.dumps(model)
+    begun(tmp_path / "run", model)
+    begun(tmp_path / "run", pickle.loads(start))
+    begun(tmp_path / "run", copy.deepcopy(pickle.loads(start)))
+
+
+SHIFT = 0.0
+
+
+class Times:
+    kind = "times"
+
+    def __init__(self, by):
+        self.by = by
+
+    def __call__(self, x):
+        return self.by * x
+
+
+HELD = {
+    "a whole number": lambda by: by,
+    "a tensor": lambda by: torch.tensor(by),
+    "a list": lambda by: [1, [by]],
+    "a dict": lambda by: {"by": by},
+    "a namespace": lambda by: SimpleNamespace(by=by),
+    "a partial function": lambda by: partial(torch.mul, by),
+    "an object that is called": Times,
+    "a function that closes over another": lambda by: (lambda inner: lambda x: inner(x))(steep(by)),
+}
+
+
+@pytest.mark.parametrize("held", HELD)
+def test_whatever_a_network_holds_belongs_to_it(held, tmp_path):
+    def make(by):
+        model = network("full")
+        model[1].held = HELD[held](by)
+        return model
+
+    begun(tmp_path / "run", make(1))
+    begun(tmp_path / "run", make(1))
+    with pytest.raises(WdatError, match=r"differs in .*1\.held.* of the network"):
+        begun(tmp_path / "run", make(2))
+
+
+def test_what_a_hook_and_a_class_of_a_network_read_belongs_to_it(tmp_path, monkeypatch):
+    def make():
+        model = Setting(act=Times(1.0))
+        model.inner[1].register_forward_hook(lambda module, inputs, output: output + SHIFT)
+        return model
+
+    begun(tmp_path / "run", make())
+    with monkeypatch.context() as patch:
+        patch.setitem(globals(), "SHIFT", 1.0)
+        with pytest.raises(WdatError, match=r"differs in SHIFT of hook 1 of inner\.1 of the network: there"):
+            begun(tmp_path / "run", make())
+    monkeypatch.setattr(Setting, "kind", "other", raising=False)
+    with pytest.raises(WdatError, match=r"differs in Setting\.kind of the network: there it was nothing"):
+        begun(tmp_path / "run", make())
 
 
 def normed(change):
@@ -152,18 +255,21 @@ def module(tmp_path, source, name):
 def test_an_edited_forward_is_another_network_and_an_edited_docstring_is_not(tmp_path):
     begun(tmp_path / "run", module(tmp_path, NET, "Net")(network("full")))
     begun(tmp_path / "run", module(tmp_path, NET.replace("Logits.", "The logits."), "Net")(network("full")))
-    for old, new in (("torch.relu", "torch.tanh"), ("SHIFT = 1.0", "SHIFT = 2.0"), ("power=1", "power=2")):
-        with pytest.raises(WdatError, match="differs in the layers of the network: their kinds, settings or code"):
+    for old, new, what in (
+        ("torch.relu", "torch.tanh", "the code of Net.forward of the network:"),
+        ("SHIFT = 1.0", "SHIFT = 2.0", "SHIFT of Net.forward of the network: there it was 1.0, here it is 2.0:"),
+        ("power=1", "power=2", "power of Net.forward of the network: there it was 1, here it is 2:"),
+        ("scale = 1.0", "scale = 2.0", "Net.scale of the network: there it was 1.0, here it is 2.0:"),
+    ):
+        with pytest.raises(WdatError, match=f"differs in {what}"):
             begun(tmp_path / "run", module(tmp_path, NET.replace(old, new), "Net")(network("full")))
-    with pytest.raises(WdatError, match="differs in the layers of the network"):
-        begun(tmp_path / "run", module(tmp_path, NET.replace("scale = 1.0", "scale = 2.0"), "Net")(network("full")))
 
 
 def test_a_hook_belongs_to_the_network(tmp_path):
     begun(tmp_path / "run", network("full"))
     model = network("full")
     model[1].register_forward_pre_hook(lambda _, inputs: (2 * inputs[0],))
-    with pytest.raises(WdatError, match="differs in the layers of the network"):
+    with pytest.raises(WdatError, match="differs in hook 1 of 1 of the network: put"):
         begun(tmp_path / "run", model)
 
 
@@ -295,17 +401,23 @@ def test_an_adapter_on_another_base_is_another_network(tmp_path):
     finetune(model, data, None, small(), resume=tmp_path / "run", stop_after=0)
     with torch.no_grad():
         model.base[1].weight.add_(1)
-    with pytest.raises(WdatError, match="differs in the network, which must be as it was"):
+    with pytest.raises(WdatError, match="differs in the network: put that back as it was"):
         finetune(model, data, None, small(), resume=tmp_path / "run")
 
 
 # ---------------------------------------------------------------------------------------------------------- functions
 
 OBJECTIVE = '''
+import functools
+from dataclasses import dataclass
+from types import SimpleNamespace
+
 import settings
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
+
+STOP = 1.0
 
 class CFG:
     """What is read."""
@@ -319,6 +431,22 @@ class Inner:
 def helper(z):
     """Helps."""
     return z * 1.0
+
+@functools.cache
+def kept():
+    return 1.0 + 0
+
+@functools.wraps(helper)
+def wrapping(z):
+    return cached() * kept() * torch.no_grad()(without)(z)
+
+def without(z):
+    return z + 0.5
+
+cached = functools.cache(lambda: 1.0 + 1)
+
+def wrapped(batch):
+    return wrapping(1.0) * cross_entropy(batch.net(batch.x), batch.y)
 
 def objective(batch):
     """One value."""
@@ -342,14 +470,27 @@ class Loss(nn.Module):
     def forward(self, logits, y):
         return 1.0 * cross_entropy(logits, y, reduction="none")
 
+@dataclass
+class Options:
+    power: float = 1.0
+
+class Shifting:
+    shift = 0.0
+
 class Owner:
-    """Has a method that is an objective."""
+    """Has a method that is an objective, and counts its calls."""
+
+    def __init__(self):
+        self.how, self.options, self.args = "mean", Options(), SimpleNamespace(deep=1.0, stop_after=STOP)
+        self.inner, self.calls, self.act = Shifting(), 0, lambda z: z + 3.0
 
     def objective(self, batch):
-        return 1 * self.scaled(cross_entropy(batch.net(batch.x), batch.y))
+        self.calls += 1
+        losses = self.act(cross_entropy(batch.net(batch.x), batch.y, reduction="none"))
+        return self.args.deep * self.scaled(getattr(losses, self.how)() ** self.options.power)
 
     def scaled(self, value):
-        return value + 0.0
+        return value + 0.0 + self.inner.shift
 
 class Asked:
     """Is asked by an objective."""
@@ -362,8 +503,35 @@ class Asked:
         return self.factor * value - 0.0
 
 class Made:
+    def __init__(self):
+        self.by = 1.0
+
     def scaled(self, value):
-        return value / 1.0
+        return value / 1.0 * self.by
+
+class Whole:
+    wide = 1.0
+
+whole = Whole()
+
+def by(held, value):
+    return held.wide * value
+
+def passing(batch):
+    return by(whole, cross_entropy(batch.net(batch.x), batch.y))
+
+def configured(batch):
+    return settings.DEPTH[0] * settings.DEEP.a.b * cross_entropy(batch.net(batch.x), batch.y)
+
+class Base:
+    base = 1.0
+
+    def __call__(self, batch):
+        return self.base * cross_entropy(batch.net(batch.x), batch.y)
+
+class Derived(Base):
+    def __call__(self, batch):
+        return 2 * super().__call__(batch)
 
 def asking(batch):
     return asked.shifted(cross_entropy(batch.net(batch.x), batch.y)) * asked.steps[0]
@@ -374,31 +542,50 @@ def making(batch):
 def elsewhere(batch):
     return settings.doubled(cross_entropy(batch.net(batch.x), batch.y))
 
-held, loss, method, asked = Held(), Loss(), Owner().objective, Asked()
+held, loss, method, asked, derived = Held(), Loss(), Owner().objective, Asked(), Derived()
 '''
-VALUE, CODE = ", in a value that it reads, such as a list that it fills: give", ", in its code: give"
 EDITS = {
-    "a setting of a class": ("    weight = 1.0\n    scale", "    weight = 2.0\n    scale", "objective", VALUE),
-    "a list of a class": ("scale = [1.0]", "scale = [2.0]", "objective", VALUE),
-    "a class in a class": ("        weight = 1.0", "        weight = 2.0", "objective", VALUE),
-    "its code": ("CFG.weight * Inner", "CFG.weight + Inner", "objective", CODE),
-    "the code of a function that it calls": ("z * 1.0", "z + 1.0", "objective", CODE),
-    "a call": ("return self.scaled(cross", "return 2 * self.scaled(cross", "held", CODE),
-    "a method that the call takes": ("value * 1.0", "value * 2.0", "held", CODE),
-    "the code of another file": ("", "", "elsewhere", CODE),
-    "a method of an object that it asks": ("value - 0.0", "value - 1.0", "asking", VALUE),
-    "a method of an object that it makes": ("value / 1.0", "value / 2.0", "making", CODE),
-    "a list that an object holds": ("steps = [1, 2]", "steps = [1, 3]", "asking", VALUE),
-    "a number of an object's class": ("factor = 1.0", "factor = 2.0", "asking", VALUE),
-    "a method that a method takes": ("value + 0.0", "value + 1.0", "method", CODE),
-    "the forward of a module": ("1.0 * cross", "2.0 * cross", "loss", CODE),
+    "a setting of a class": ("    weight = 1.0\n    scale", "    weight = 2.0\n    scale", "CFG.weight"),
+    "a list of a class": ("scale = [1.0]", "scale = [2.0]", "CFG.scale"),
+    "a class in a class": ("        weight = 1.0", "        weight = 2.0", "Inner.Deep.weight"),
+    "its code": ("CFG.weight * Inner", "CFG.weight + Inner", "the code"),
+    "the code of a function that it calls": ("z * 1.0", "z + 1.0", "the code of helper"),
+    "a call": ("return self.scaled(cross", "return 2 * self.scaled(cross", "the code", "held"),
+    "a method that the call takes": ("value * 1.0", "value * 2.0", "the code of self.scaled", "held"),
+    "the code of another file": ("", "", "the code of settings.doubled", "elsewhere"),
+    "a method of an object that it asks": ("value - 0.0", "value - 1.0", "the code of asked.shifted", "asking"),
+    "a method of an object that it makes": ("value / 1.0", "value / 2.0", "the code of Made.scaled", "making"),
+    "how an object that it makes begins": ("self.by = 1.0", "self.by = 2.0", "the code of Made.__init__", "making"),
+    "a list that an object holds": ("steps = [1, 2]", "steps = [1, 3]", "asked.steps", "asking"),
+    "a number of an object's class": ("factor = 1.0", "factor = 2.0", "self.factor of asked.shifted", "asking"),
+    "a method that a method takes": ("value + 0.0", "value + 1.0", "the code of self.scaled", "method"),
+    "text that a method's owner has": ('"mean"', '"sum"', "self.how", "method"),
+    "a dataclass that it has": ("power: float = 1.0", "power: float = 2.0", "self.options.power", "method"),
+    "a namespace that it has": ("deep=1.0", "deep=2.0", "self.args.deep", "method"),
+    "a function that it has": ("z + 3.0", "z + 4.0", "the code of self.act", "method"),
+    "an object in an object that it has": ("shift = 0.0", "shift = 1.0", "self.inner.shift of self.scaled", "method"),
+    "what is passed on whole": ("wide = 1.0", "wide = 2.0", "Whole.wide of whole", "passing"),
+    "which of a module's values": ("DEPTH[0]", "DEPTH[1]", "the code", "configured"),
+    "a value of the class above it": ("base = 1.0", "base = 2.0", "Derived.base", "derived"),
+    "a function that is cached": ("1.0 + 0", "2.0 + 0", "the code of what it wraps of kept of wrapping", "wrapped"),
+    "a function in a cache": ("1.0 + 1", "2.0 + 1", "the code of what it wraps of cached of wrapping", "wrapped"),
+    "a function under no_grad": ("z + 0.5", "z + 1.5", "the code of without of wrapping", "wrapped"),
+    "the forward of a module": ("1.0 * cross", "2.0 * cross", "the code of Loss.forward", "loss"),
 }
+
+
+SETTINGS = """
+from types import SimpleNamespace
+WEIGHT, DEPTH, DEEP = 1.0, [1.0, 2.0], SimpleNamespace(a=SimpleNamespace(b=1.0, c=1.0))
+def doubled(x):
+    return 2 * x
+"""
 
 
 @pytest.fixture
 def settings(tmp_path, monkeypatch):
     """A module that an objective reads."""
-    (tmp_path / "settings.py").write_text("WEIGHT = 1.0\ndef doubled(x):\n    return 2 * x\n", encoding="utf-8")
+    (tmp_path / "settings.py").write_text(SETTINGS, encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
     import settings
 
@@ -408,11 +595,12 @@ def settings(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("edit", EDITS)
 def test_an_edited_function_is_refused_and_the_message_says_what_was_edited(edit, tmp_path, settings):
-    old, new, name, words = EDITS[edit]
+    old, new, what, *name = EDITS[edit]
+    name = name[0] if name else "objective"
+    field = "loss" if name == "loss" else "objective"
     assert OBJECTIVE.count(old) == 1 or not old
 
     def go_on(source):
-        field = "loss" if name == "loss" else "objective"
         begun(tmp_path / "run", network("full"), **{field: module(tmp_path, source, name)})
 
     go_on(OBJECTIVE)
@@ -420,20 +608,29 @@ def test_an_edited_function_is_refused_and_the_message_says_what_was_edited(edit
     for node in ast.walk(tree):  # other docstrings are the same code
         if isinstance(node, ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
             node.body[0].value.value = "Other words."
-    go_on(ast.unparse(tree))
+    go_on(ast.unparse(tree).replace("STOP = 1.0", "STOP = 2.0"))  # and nobody reads that one
     if not old:
-        (tmp_path / "settings.py").write_text("WEIGHT = 1.0\ndef doubled(x):\n    return 30 * x\n", encoding="utf-8")
+        (tmp_path / "settings.py").write_text(SETTINGS.replace("2 * x", "30 * x"), encoding="utf-8")
         importlib.reload(settings)
-    with pytest.raises(WdatError, match=f"belongs to another run, it differs in (objective|loss){words}"):
+    with pytest.raises(WdatError, match=f"belongs to another run, it differs in {re.escape(what)} of {field}:"):
         go_on(OBJECTIVE.replace(old, new) if old else OBJECTIVE)
 
 
-def test_a_number_that_an_objective_reads_from_a_module_belongs_to_the_run(tmp_path, settings):
-    objective = module(tmp_path, OBJECTIVE, "objective")
-    begun(tmp_path / "run", network("full"), objective=objective)
-    settings.WEIGHT = 2.0
-    with pytest.raises(WdatError, match=f"differs in objective{VALUE}"):
-        begun(tmp_path / "run", network("full"), objective=objective)
+def test_what_an_objective_reads_from_a_module_belongs_to_the_run_and_nothing_else_there(tmp_path, settings):
+    for name, value in (("objective", "WEIGHT"), ("configured", "DEPTH[1]"), ("configured", "DEEP.a.b")):
+        objective, path = module(tmp_path, OBJECTIVE, name), tmp_path / value
+        begun(path, network("full"), objective=objective)
+        settings.DEEP.a.c += 1  # which nobody reads
+        begun(path, network("full"), objective=objective)
+        if value == "WEIGHT":
+            settings.WEIGHT = 2.0
+        elif value == "DEPTH[1]":
+            settings.DEPTH[1] = 3.0
+        else:
+            settings.DEEP.a.b = 2.0
+        shown = value.removesuffix("[1]")
+        with pytest.raises(WdatError, match=f"differs in settings.{shown} of objective: there it was .*, here it is "):
+            begun(path, network("full"), objective=objective)
 
 
 def test_a_finished_run_whose_objective_asks_the_model_itself_gives_its_end_again(tmp_path):
@@ -456,6 +653,64 @@ def test_a_finished_run_whose_objective_asks_the_model_itself_gives_its_end_agai
         assert all(torch.equal(a, b) for a, b in zip(parameters(again), expected, strict=True))
 
 
+class Angry:
+    """Whoever looks into it by its own ways runs into an error."""
+
+    def __getattr__(self, name):
+        raise RuntimeError("asked")
+
+    @property
+    def weight(self):
+        raise RuntimeError("run")
+
+    def __iter__(self):
+        raise RuntimeError("gone through")
+
+    __eq__ = __bool__ = __len__ = __repr__ = __iter__
+    __hash__ = None
+
+
+class Mute(str):
+    def __repr__(self):
+        raise RuntimeError("asked")
+
+
+def itself():
+    held = []
+    held.append(held)
+    return held
+
+
+STRANGE = {
+    "an angry object": Angry(),
+    "text without words": [Mute("a"), 1],
+    "a list that is in itself": itself(),
+    "a nested tensor": torch.nested.nested_tensor([torch.ones(1), torch.ones(2)], layout=torch.jagged),
+    "a tensor without values": torch.empty(2, device="meta"),
+    "a layer without a size": nn.LazyLinear(2),
+    "a quantised tensor": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.quint8),
+    "a compiled function": torch.compile(lambda x: x, backend="eager"),
+    "a scripted function": torch.jit.script(nn.Linear(1, 1)),
+    "a generic type": dict[str, int],
+    "a method of a class": FinetuneConfig.__post_init__,
+    "arrays": [np.zeros(2, dtype=[("a", "f4")]), np.array([{1: 2}, None], dtype=object)],
+}
+
+
+@pytest.mark.parametrize("strange", STRANGE)
+def test_whatever_an_objective_reads_has_a_name_and_is_not_asked_for_it(strange):
+    value = STRANGE[strange]
+
+    def whole(batch):
+        return value
+
+    def deep(batch):
+        return value.weight.a.b, value.c
+
+    for objective in (value, whole, deep, partial(whole, value)):
+        assert named(objective) == named(objective)
+
+
 def test_a_name_that_has_no_value_yet_stops_nothing(tmp_path):
     def objective(batch):
         if batch.config.seed:
@@ -467,7 +722,7 @@ def test_a_name_that_has_no_value_yet_stops_nothing(tmp_path):
     def later(batch):
         return objective(batch)
 
-    assert wdat_core._named(objective)
+    assert named(objective)
 
 
 # -------------------------------------------------------------------------------------------------------------- files
@@ -531,7 +786,7 @@ def test_a_compiled_teacher_has_one_name(tmp_path):
         teacher(torch.zeros(1, 2, 3, 3, dtype=torch.float64))
         return lambda batch: (batch.net(batch.x) - teacher(batch.x).detach()).square().mean()
 
-    assert wdat_core._named(make()) == wdat_core._named(make())
+    assert named(make()) == named(make())
 
 
 def test_a_checkpoint_in_the_home_folder_is_there(tmp_path, monkeypatch):
@@ -552,7 +807,7 @@ def test_a_checkpoint_stays_where_it_was_when_the_working_folder_changes(tmp_pat
     data = images(10, network("full"))
     finetune(network("full"), data, None, small(), resume=Path("run"), on_epoch=leave)
     assert (tmp_path / "run").is_file() and not [*(tmp_path / "elsewhere").iterdir()]
-    assert len(wdat_core._Checkpoint(tmp_path / "run", {}, 60, 0).load()["rows"]) == 2
+    assert len(wdat_core._Checkpoint(tmp_path / "run", {}, 60, 0).read()["rows"]) == 2
 
 
 def test_files_of_others_beside_a_checkpoint_stay(tmp_path):
@@ -578,3 +833,294 @@ def test_an_objective_that_makes_its_teacher_at_first_use_goes_on(tmp_path):
     assert objective.teacher is not None
     begun(tmp_path / "run", network("full"), objective=objective)
     begun(tmp_path / "run", network("full"), objective=Distilled())
+
+
+class Counting:
+    """Counts in each way that a function can, and closes over the model by way of torch.compile."""
+
+    count = 0
+
+    def __init__(self, model):
+        self.calls, self.model = 0, torch.compile(model, backend="eager")
+
+    def __call__(self, batch):
+        global CALLED
+        CALLED += 1
+        self.calls += 1
+        Counting.count += 1
+        return cross_entropy(self.model(batch.x), batch.y)
+
+
+CALLED = 0
+
+
+def test_an_objective_that_counts_goes_on_after_ctrl_c_in_the_same_process(tmp_path):
+    def stopping(things):
+        yield from (thing for k, thing in enumerate(things) if k < 1)
+        raise KeyboardInterrupt
+
+    model, data = network("mlp"), images(20, network("mlp"))
+    objective = Counting(model)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(model, data, None, small(objective=objective), resume=tmp_path / "run", progress=stopping)
+    assert objective.calls == Counting.count == CALLED == 1
+    assert finetune(model, data, None, small(objective=objective), resume=tmp_path / "run").finished
+
+
+def test_a_list_of_a_million_numbers_is_named_in_a_moment_and_a_tensor_once(monkeypatch):
+    table, tensor, digested = [k / 7 for k in range(1_000_000)], torch.ones(3), []
+    functions = [lambda batch, k=k: (k, table, tensor) for k in range(8)]
+
+    def objective(batch):
+        return [function(batch) for function in functions]
+
+    monkeypatch.setattr(wdat_core, "_digest", lambda *tensors: digested.append(tensors) or "digest")
+    begin = time.perf_counter()
+    names = named(objective)
+    assert time.perf_counter() - begin < 10
+    assert len(names) > 8 and len(digested) == 1
+    table[500_000] = 0.0
+    assert named(objective) != names
+
+
+READ = {
+    "in a chain of comparisons": lambda: lambda x: 0 < EPS < x,
+    "beside another": lambda: lambda x: EPS * (FACTOR or 1),
+    "as an index": lambda: lambda x: x[int(EPS)],
+    "in what is changed": lambda: lambda x: x.append(EPS),
+    "by name and by attribute": lambda: lambda x: EPS.real + x,
+    "in a comprehension": lambda: lambda x: [EPS * part for part in x],
+    "in a class inside": lambda: lambda x: type("Inner", (), {"eps": EPS}),
+    "after a lambda": lambda: lambda x: (lambda z: lambda: z * EPS)(x),
+    "as a default": lambda: lambda x, eps=EPS: x * eps,
+}
+EPS = FACTOR = 1.0
+
+
+@pytest.mark.parametrize("read", READ)
+def test_a_number_is_read_wherever_it_stands(read, monkeypatch):
+    before = named(READ[read]())
+    assert named(READ[read]()) == before
+    monkeypatch.setitem(globals(), "EPS", 2.0)
+    assert named(READ[read]()) != before
+
+
+def test_the_last_of_many_names_is_read_too():
+    many = "\n    ".join(f"name{k}.part" for k in range(700))
+    source = compile(
+        f"def objective(x):\n    {many}\n    HELD.parts.append(x)\n    return CFG.weight", "own.py", "exec"
+    )
+    place = {"CFG": SimpleNamespace(weight=1.0), "HELD": SimpleNamespace(parts=[])}
+    types.FunctionType(source, place)()
+    names = named(place["objective"])
+    assert names["CFG.weight of objective"] == "1.0" and "CFG of objective" not in names
+    assert not any(name.split(" of ")[0] == "HELD.parts" for name in names)
+
+
+CHANGED = {
+    "a global": "global EPS; EPS = EPS + x",
+    "an attribute": "HELD.value = x",
+    "an attribute by more": "HELD.value += x",
+    "a list": "HELD.parts.append(x)",
+    "an index": "HELD.parts[0] = x",
+    "an index by more": "HELD.parts[0] += x",
+    "a dict": "HELD.table.update(a=x)",
+    "a tensor": "HELD.tensor.add_(x)",
+}
+
+
+@pytest.mark.parametrize("what", CHANGED)
+def test_what_a_function_changes_is_its_own_work(what):
+    held = SimpleNamespace(value=0, parts=[0], table={}, tensor=torch.zeros(1))
+    place = {"HELD": held, "EPS": 0, "__name__": "own"}
+    source = compile(
+        f"def objective(x):\n    {CHANGED[what]}\n    return HELD.value, HELD.parts, HELD.table, HELD.tensor, EPS",
+        "own.py",
+        "exec",
+    )
+    types.FunctionType(source, place)()
+    objective = place["objective"]
+    before = named(objective)
+    objective(1)
+    assert named(objective) == before
+    held.value, held.parts[:], held.table["b"], place["EPS"] = 7, [8], 9, 10
+    held.tensor.fill_(11)
+    assert named(objective) != before  # in the other four
+
+
+def weigh(held, batch):
+    return held.lam * cross_entropy(batch.net(batch.x), batch.y)
+
+
+class Passed:
+    """Gives itself to a function, or takes itself in another way."""
+
+    def __init__(self, lam, way):
+        self.lam, self.way = lam, way
+
+    def __call__(self, batch):
+        me = self
+        if self.way == "under another name":
+            return me.lam * cross_entropy(batch.net(batch.x), batch.y)
+        return weigh(self, batch)
+
+
+class Starred:
+    def __init__(self, lam, way):
+        self.lam = lam
+
+    def __call__(*given):
+        return given[0].lam * cross_entropy(given[1].net(given[1].x), given[1].y)
+
+
+@pytest.mark.parametrize("kind, way", [(Passed, "whole"), (Passed, "under another name"), (Starred, "in a tuple")])
+def test_an_object_that_is_passed_on_counts_with_what_it_holds(kind, way, tmp_path):
+    begun(tmp_path / "run", network("full"), objective=kind(1.0, way))
+    begun(tmp_path / "run", network("full"), objective=kind(1.0, way))
+    with pytest.raises(WdatError, match=r"differs in .*lam of objective: there it was 1\.0, here it is 2\.0"):
+        begun(tmp_path / "run", network("full"), objective=kind(2.0, way))
+
+
+steps = 0
+
+
+def counting_steps(batch):
+    global steps
+    steps += 1
+    return cross_entropy(batch.net(batch.x), batch.y)
+
+
+def test_a_counter_that_is_called_like_a_field_hides_no_field(tmp_path):
+    begun(tmp_path / "run", network("full"), objective=counting_steps)
+    begun(tmp_path / "run", network("full"), objective=counting_steps)
+    with pytest.raises(WdatError, match="differs in steps: there it was 1, here it is 3"):
+        begun(tmp_path / "run", network("full"), objective=counting_steps, steps=3)
+
+
+class Meter:
+    def __init__(self):
+        self.lam = 0.0
+
+    def note(self, value):
+        self.lam = value
+
+
+class OwnLayer(nn.Linear):
+    def reset_parameters(self):
+        self.weight = nn.Parameter(torch.full_like(self.weight, 0.5))
+        self.bias = nn.Parameter(torch.zeros_like(self.bias))
+
+
+def test_what_one_object_changes_is_not_changed_in_its_namesakes():
+    meter, settings, teacher = Meter(), SimpleNamespace(lam=1.0), nn.Sequential(OwnLayer(2, 2))
+
+    def objective(batch):
+        meter.note(settings.lam)
+        return teacher(batch.x) * meter.lam
+
+    before = named(objective)
+    objective(SimpleNamespace(x=torch.zeros(1, 2)))
+    assert named(objective) == before
+    settings.lam = 2.0
+    assert named(objective) != before
+    settings.lam = 1.0
+    with torch.no_grad():
+        teacher[0].weight.fill_(2.0)
+    assert named(objective) != before
+
+
+class Cached:
+    def __init__(self):
+        self.by = 2.0
+
+    @functools.cached_property
+    def lam(self):
+        return self.by + 1
+
+    def __call__(self, batch):
+        return self.lam * cross_entropy(batch.net(batch.x), batch.y)
+
+
+def test_what_is_computed_once_is_no_other_value():
+    objective = Cached()
+    before, whole = named(objective), named([objective, Meter()])
+    assert objective.lam == 3.0
+    assert named(objective) == before and named([objective, Meter()]) == whole
+    objective.by = 5.0
+    assert named(objective) != before
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("change", [nn.utils.spectral_norm, nn.utils.weight_norm])
+def test_what_a_hook_computes_is_no_setting_of_the_network(change, tmp_path):
+    model, data = normed(change), images(20, network("full"))
+    begun(tmp_path / "run", model)
+    model(data[0])
+    begun(tmp_path / "run", model)
+
+
+class Table(dict):
+    by = 1.0
+
+    def __missing__(self, key):
+        return self.by
+
+
+OTHERS_INSIDE = {
+    "a set of tuples": (lambda by: {(1, by)}),
+    "a set in a dict": (lambda by: {"a": {1, by}}),
+    "a frozen set as a key": (lambda by: {frozenset({"a", "b", by}): 1}),
+    "a dict of tuples": (lambda by: {k: (k, by) for k in range(200_000)}),
+    "a tuple in tuples": (lambda by: ((((((by,),),),),),)),
+    "a dict of one's own": (lambda by: Table({"a": by})),
+}
+
+
+@pytest.mark.parametrize("inside", OTHERS_INSIDE)
+def test_containers_are_named_by_what_is_in_them_and_at_once(inside):
+    begin = time.perf_counter()
+    names = [named(OTHERS_INSIDE[inside](by)) for by in (1.0, 1.0, 2.0)]
+    assert time.perf_counter() - begin < 20
+    assert names[0] == names[1] != names[2]
+
+
+def test_the_class_of_an_own_dict_counts(monkeypatch):
+    before = named(Table())
+    monkeypatch.setattr(Table, "by", 2.0)
+    assert named(Table()) != before
+
+
+def test_a_frozen_set_as_a_key_has_one_name_in_every_process():
+    code = "import sys; sys.path[:0] = sys.argv[1:]; from tiny import named; "
+    code += "print(named({frozenset('abcdef'): [{'x', 'y'}]}))"
+    here = Path(__file__).parent
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", code, str(here), str(here.parent)],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("average", [0.0, 0.5])
+def test_a_buffer_that_is_registered_during_the_training_is_named_in_the_first_minibatch(average):
+    class Late(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = network("full")
+
+        def forward(self, x):
+            if self.training and not hasattr(self, "seen"):
+                self.register_buffer("seen", torch.zeros(1))
+            return self.inner(x)
+
+    model, data = Late(), images(10, network("full"))
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(WdatError, match="the model registered seen while it was trained: register it in its __init__"):
+        finetune(model, data, None, small(average=average))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))

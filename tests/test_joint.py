@@ -260,3 +260,24 @@ def test_committed_records_are_shown():
     gammas = [r for r in known if isinstance(r, ObjectiveRecord) and r.config.gamma]
     assert {id(r) for r in gammas} <= {id(r) for r in joint.shown(known)}
     assert len(cells(joint.joint_table(known))) >= 3 and len(cells(joint.scratch_table(known))) >= 3
+
+
+def test_the_readme_says_what_the_records_say():
+    readme = " ".join((files.ROOT / "README.md").read_text(encoding="utf-8").split())
+    known = [record for kind in ("objective", "evaluate") for record in read_records(kind=kind)]
+    found = {joint.name_of(line.study[0]): line for line in joint.lines(known) if {0, 6} <= line.points.keys()}
+    lost, kept = found["`small_pgd`"], found["`small_trades`"]
+    assert found.keys() == {"`small_pgd`", "`small_trades`"}
+    without, with_it = (
+        [
+            f"{value.value:+.2f} ± {value.half:.2f}"
+            for value, _ in (joint.moved(line.points[gamma], [line.before], joint.POINTWISE) for line in (lost, kept))
+        ]
+        for gamma in (0, 6)
+    )
+    assert joint._loses(lost) and joint._is_stopped(lost) and not joint._loses(kept)
+    assert f"in the pointwise worst case, {without[0]} points, and with this term it does not, {with_it[0]};" in readme
+    assert f"gains {without[1]} without the term and {with_it[1]} with it" in readme
+    runs = [record for line in found.values() for gamma in (0, 6) for record in line.points[gamma]]
+    assert {record.config.seed for record in runs} == {0}
+    assert {record.data.train for record in runs} == {10_000}
