@@ -263,8 +263,9 @@ def _check_slope(on: _Attacker, x: Tensor, flat: bool) -> None:
         why = "all of the model is off or saturated at these images, as it is not elsewhere: give other images"
     else:
         why = "remove the rounding or the quantisation in the model"
-    name = getattr(on.loss, "__name__", type(on.loss).__name__)
-    raise WdatError(f"the gradient of the loss {name} is 0 at every image, though the model tells images apart: {why}")
+    name = getattr(on.loss, "__name__", "")
+    loss = f"loss {name}" if name.isidentifier() else "loss"  # and no <lambda>
+    raise WdatError(f"the gradient of the {loss} is 0 at every image, though the model tells images apart: {why}")
 
 
 def _moves(on: _Attacker, images: Tensor) -> bool:
@@ -274,7 +275,7 @@ def _moves(on: _Attacker, images: Tensor) -> bool:
     def work(rows: Rows) -> None:
         x = images[rows].detach().to(on.passes.device).requires_grad_()
         logits = on.passes.call(x)
-        total = (logits * torch.arange(1, 1 + on.classes).to(logits)).sum()  # a plain sum may be constant
+        total = (logits * torch.arange(1, 1 + on.classes, device=logits.device)).sum()  # a plain sum may be constant
         slope = torch.autograd.grad(total, x, allow_unused=True)[0] if total.requires_grad else None
         found.append(torch.ones_like(found[0]) if slope is None else slope.any())  # None is named by the attack
 
