@@ -489,8 +489,10 @@ def wpgd(
                 random = torch.rand(x[rows].shape, generator=own, device="cpu")
                 start[rows] = _moved(x[rows], threat, random_start, random.to(x))
         attack = _attack(on, x, y, start=start, progress=progress)
-        flat = rule is None and not any(attack.history["upsilon"])
-        _check_slope(on, x, flat and attack.history["accuracy"][0] > 0)
+        flat = not any(attack.history["upsilon"]) and attack.history["accuracy"][0] > 0
+        if flat and rule is not None:  # it may stay where it is, as its author wants it: the gradient itself counts
+            flat = not _whole_upsilon(replace(on, rule=None), x, y)[1]
+        _check_slope(on, x, flat)
         return attack
 
 
@@ -1841,9 +1843,8 @@ def boundary(
             found = search.found(r)
             assert found is not None
             if found.distance.isinf().any() and not found.distance.nan_to_num(posinf=0.0).any():
-                plainly = replace(on, loss=margin, boxed=False)
-                look = _look(plainly, xb, yb, _blank(plainly, xb, directions=False))
-                _check_slope(on, xb, bool(look.correct.any() and not look.norm.any()))
+                plainly, (few, labels) = replace(on, loss=margin, boxed=False), search.few
+                _check_slope(plainly, few, not _whole_upsilon(plainly, few, labels)[1])
     except BaseException as error:
         error.found = search.found(r)  # type: ignore[attr-defined]
         raise
@@ -1888,6 +1889,7 @@ class _Search:
     images: list[Tensor] = field(default_factory=list)  # the same batches, if they are kept
     queue: list[tuple[Tensor, ...]] = field(default_factory=list)  # which image, it, its label, its rivals
     nearest: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # which image, the nearest, if they are kept
+    few: tuple[Tensor, ...] = ()  # of the images that were right at first, and their labels
 
     @torch.inference_mode(False)  # in which images may come
     def take(self, on: _Attacker, x: Tensor, y: Tensor) -> None:
@@ -1912,6 +1914,7 @@ class _Search:
         while sum(len(places) for places, *_ in self.queue) >= least:
             parts = [torch.cat(parts) for parts in zip(*self.queue, strict=True)]
             places, x, y, rivals = (part[:most] for part in parts)
+            self.few = self.few or (x[:32].clone(), y[:32].clone())
             device = on.passes.device
             distance, nearest = _nearest(on, x.to(device), y.to(device), rivals.to(device))
             if self.keep:
@@ -2362,7 +2365,7 @@ class _Checkpoint:
     identity: dict[str, str]  # what must be as at an earlier start or at the last checkpoint, by name
     every: float  # seconds
     stop_at: float  # on the clock of time.monotonic
-    now: Callable[[], dict[str, str]] = dict  # what is other by now: an objective may fill a list that it reads
+    now: Callable[[], dict[str, str]] = dict  # what is other by now: a teacher that an objective holds may learn
     earlier: list[dict[str, str]] = field(default_factory=list)
     written: float = field(default_factory=time.monotonic)
 
@@ -2539,19 +2542,24 @@ def _named_now(model: nn.Module, config: FinetuneConfig) -> dict[str, str]:
     values: dict[tuple[str, ...], Part] = {(f.name,): (getattr(config, f.name), None) for f in fields(config)}
     values[LAYERS,] = re.sub(ADDRESS, "", repr(model)), None
     values |= {(name, NETWORK): part for name, part in _inside_module(model).items()}
-    return _named(values, known=[*model.modules(), *model.parameters(), *model.buffers()])
+    parts = {**dict(model.named_modules()), **dict(model.named_parameters()), **dict(model.named_buffers())}
+    return _named(values, known=parts)
 
 
-def _named(values: dict[tuple[str, ...], Part], known: Sequence[Any] = ()) -> dict[str, str]:
+Part = tuple[Any, Any]  # a value, and the object, the function's globals or the cell in which it stands under its name
+
+
+def _named(values: dict[tuple[str, ...], Part], known: dict[str, Any] | None = None) -> dict[str, str]:
     """These values and all that they hold or read, by name, in words that are the same in another process.
 
     The name of what is in something else is a path, such as "SCALE of helper of objective". What the functions among
-    them change is their own work, such as a counter, and left out. What is `known` is not entered.
+    them change is their own work, such as a counter, and left out. What is `known` by a name is not entered.
     """
     todo: list[tuple[tuple[str, ...], Any, Any, int]] = [
         (path, _call_of(value), owner, -1) for path, (value, owner) in values.items()
     ]
-    seen: dict[Any, Any] = {id(part): (part, "its own") for part in known}  # held, so that no other gets its number
+    # With the values themselves, so that no other gets the number of one.
+    seen: dict[Any, Any] = {id(part): (part, f"its {name}") for name, part in (known or {}).items()}
     words: list[str] = []
     changed: set[tuple[int, str]] = set()
     for at, (path, value, _, _) in enumerate(todo):  # which grows
@@ -2573,9 +2581,6 @@ def _named(values: dict[tuple[str, ...], Part], known: Sequence[Any] = ()) -> di
         if not own_work[-1]:
             found[" of ".join(part.lstrip(".") for part in path)] = said
     return found
-
-
-Part = tuple[Any, Any]  # a value, and the object, the function's globals or the cell in which it stands under its name
 
 
 def _path_to(name: str, path: tuple[str, ...]) -> tuple[str, ...]:
@@ -2704,7 +2709,9 @@ def _inside_module(model: nn.Module) -> dict[str, Part]:
                 found[f"{where}.{name}"] = held, part
         hooks = [*part._forward_pre_hooks.values(), *part._forward_hooks.values()]
         found |= {f"hook {i} of {where or 'it'}": (_call_of(hook), None) for i, hook in enumerate(hooks, 1)}
-        found[type(part).__qualname__] = type(part), None
+        kind = type(part)
+        if found.setdefault(kind.__qualname__, (kind, None))[0] is not kind:  # another one of that name
+            found[f"{kind.__qualname__} ({where})"] = kind, None
         with suppress(AttributeError, RuntimeError):  # not every part of a scripted module has code
             if isinstance(part, torch.jit.ScriptModule | torch.fx.GraphModule):  # whose class has none
                 found[f"the code of {where or 'it'}"] = str(part.code), None
@@ -2851,7 +2858,9 @@ def _fields_of(value: Any) -> dict[str, Any]:
     left_out = vars(nn.Module()).keys() if isinstance(value, nn.Module) else ()
     held |= {name: part for name, part in getattr(value, "__dict__", {}).items() if name not in left_out}
     cached = functools.cached_property
-    return {name: part for name, part in held.items() if not isinstance(getattr_static(type(value), name, 0), cached)}
+    return {
+        name: part for name, part in held.items() if not isinstance(getattr_static(type(value), name, None), cached)
+    }
 
 
 def code_digest(path: str | os.PathLike[str] = __file__) -> str:

@@ -1078,11 +1078,13 @@ def test_a_network_that_rounds_its_images_is_named_and_does_not_seem_robust(loss
     config = FinetuneConfig(threat=THREAT, loss=loss, batch_size=5)
     for use in (
         lambda: wpgd(model, X, y, THREAT, loss=loss),
+        lambda: wpgd(model, X, y, THREAT, loss=loss, rule=lambda gradient, before: before + gradient),
         lambda: wpgd_budget(model, X, y, THREAT, upsilon=1.0, loss=loss, batch_size=4),
         lambda: sensitivity(model, X, y, THREAT, loss=loss),
         lambda: evaluate(model, X, y, loss=loss),
         lambda: boundary(model, X, y, steps=5),
         lambda: boundary(model, [(X, y)], steps=5, keep=False),
+        lambda: boundary(model, X, torch.cat([y[:4], (y[4:] + 1) % 4]), steps=5, batch_size=2),
         lambda: finetune(model, (X, y), None, config),
         lambda: finetune(model, (X, y), None, replace(config, objective="trades", threat=Threat(p=INF))),
     ):

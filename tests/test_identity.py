@@ -945,7 +945,7 @@ def test_what_a_function_changes_is_its_own_work(what):
     assert named(objective) == before
     held.value, held.parts[:], held.table["b"], place["EPS"] = 7, [8], 9, 10
     held.tensor.fill_(11)
-    assert named(objective) != before  # in the other four
+    assert named(objective) != before  # in the others
 
 
 def weigh(held, batch):
@@ -1124,3 +1124,34 @@ def test_a_buffer_that_is_registered_during_the_training_is_named_in_the_first_m
     with pytest.raises(WdatError, match="the model registered seen while it was trained: register it in its __init__"):
         finetune(model, data, None, small(average=average))
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_which_part_of_the_network_an_objective_reads_belongs_to_the_run(tmp_path):
+    def make(index):
+        model = network("full")
+        parts = [model[index].weight]
+        return model, lambda batch: cross_entropy(batch.net(batch.x), batch.y) + sum(p.square().sum() for p in parts)
+
+    for index in (1, 1):
+        model, objective = make(index)
+        begun(tmp_path / "run", model, objective=objective)
+    model, objective = make(2)
+    with pytest.raises(
+        WdatError, match=r"parts\[0\] of objective: there it was its 1\.weight, here it is its 2\.weight"
+    ):
+        begun(tmp_path / "run", model, objective=objective)
+
+
+def test_classes_of_one_name_are_both_compared(tmp_path):
+    """As two files have them, or a function that makes them."""
+    source = "from torch import nn\nclass Block(nn.Module):\n    def forward(self, x):\n        return x * {}"
+
+    def model(*factors):
+        blocks = [module(tmp_path, source.format(factor), "Block")() for factor in factors]
+        return nn.Sequential(*blocks, network("full"))
+
+    begun(tmp_path / "run", model(1.0, 2.0))
+    begun(tmp_path / "run", model(1.0, 2.0))
+    for factors, which in (((3.0, 2.0), "Block"), ((1.0, 3.0), "Block (1)")):
+        with pytest.raises(WdatError, match=re.escape(f"differs in the code of {which}.forward of the network:")):
+            begun(tmp_path / "run", model(*factors))
