@@ -73,9 +73,11 @@ import sysconfig
 import tempfile
 import time
 import types
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from enum import Enum
 from inspect import getattr_static
 from pathlib import Path
 from typing import Any
@@ -1214,13 +1216,10 @@ def finetune(
             on from it, and ends with the weights and the history of one that was never stopped, bit for bit on the same
             machine. The file is whole whatever stops the process, a kill too, and stays at the end. A checkpoint of
             another run is refused with the name of what differs. To the run belong the configuration, the images, the
-            network with its tensors, and of the network, the objective and the loss their code and what that code
-            reads by name: numbers, text, tensors, networks, functions and classes of the user's own, also in lists,
-            dicts and objects; of Python's own objects and those of installed packages no more than their class. Each
-            is to be as it was when the run was entered or at its last checkpoint: keep out of them what is other at
-            every start, such as a folder with the time in its name. What such code visibly changes, such as a counter
-            or a list that it fills, is its own work and is not compared; it goes on only in `Minibatch.memory`, in
-            parameters and in buffers.
+            network, and the user's own functions and classes in network, objective and loss: their code, and what their
+            code reads by name. Of Python's own objects and those of installed packages it is no more than the class.
+            What changes while the run goes on, such as a counter, is its own work and not compared: it begins anew in a
+            new process, as does any randomness but torch's. Only `Minibatch.memory`, parameters and buffers go on.
         save_every: seconds between two checkpoints, >= 0, which is the most that a stop loses of the training; one
             more is written after every epoch. A validation that was stopped begins anew.
         stop_after: seconds after which the run writes its checkpoint and returns, at the end of a minibatch.
@@ -1242,7 +1241,7 @@ def finetune(
     check = functools.partial(_checked_training, model, train, val, config, eval_batch_size, kept, on_epoch, progress)
 
     def settings() -> dict[str, str]:
-        return {"the checkpoint": _mark(resume), **_identity(model, config), **_images(train, val)}
+        return {"the checkpoint": _mark(resume), **_identity(model), **_settings(model, config), **_images(train, val)}
 
     on, checkpoint, saved = _agreed(among, lambda: check(among), settings)
     how: Any = (eval_batch_size, config.precision, config.compiled, on.classes)
@@ -1296,7 +1295,7 @@ def finetune(
                 saved[name] for name in ("order", "losses", "rows", "best", "best_state", "spent")
             )
             _set_random_state(model, generator, saved["random"])
-        fresh, saved = saved is None, None  # it may be as large as three networks
+        saved = None  # it may be as large as three networks
         places = _places(model)
         begin = time.perf_counter() - spent
 
@@ -1315,8 +1314,6 @@ def finetune(
             upsilons = _floats(memory.get("upsilon", []))
             return History(rows, best, upsilons, time.perf_counter() - begin, finished)
 
-        if fresh:
-            save()  # a folder that cannot be written is better known now
         while len(rows) < config.epochs:  # Algorithm 1: repeat,
             epoch = len(rows) + 1
             order = order or run.draw(len(x)).split(min(config.batch_size, len(x)))
@@ -2354,7 +2351,7 @@ def _crop_and_flip(x: Tensor, generator: torch.Generator, pad: int = 4) -> Tenso
 # Checkpoints: a run that is stopped at any moment goes on from the last one as if it had never been stopped
 # ---------------------------------------------------------------------------------------------------------------------
 
-CHECKPOINT = b"wdat_core checkpoint 4\n"
+CHECKPOINT = b"wdat_core checkpoint 5\n"
 
 
 @dataclass
@@ -2362,12 +2359,14 @@ class _Checkpoint:
     """The file in which a training run is kept; without a path it keeps nothing."""
 
     path: Path | None
-    identity: dict[str, str]  # what must be as at an earlier start or at the last checkpoint, by name
+    fixed: dict[str, str]  # what cannot change while the run goes on, by name: the images, and the network at its start
     every: float  # seconds
     stop_at: float  # on the clock of time.monotonic
-    now: Callable[[], dict[str, str]] = dict  # what is other by now: a teacher that an objective holds may learn
-    earlier: list[dict[str, str]] = field(default_factory=list)
-    written: float = field(default_factory=time.monotonic)
+    settings: Callable[[Collection[str]], dict[str, str]] = lambda own_work: {}  # what else must be the same
+    own_work: Collection[str] = ()  # the names of settings that changed while the run went on
+    begun: dict[str, str] = field(default_factory=dict)  # the other settings
+    entered: list[str] = field(default_factory=list)  # the networks with which the run was begun, or gone on with
+    written: float = -math.inf  # so that the first minibatch shows what is the run's own work
 
     def is_due(self) -> bool:
         return time.monotonic() - self.written >= self.every
@@ -2400,14 +2399,15 @@ class _Checkpoint:
         saved = self.read()
         if saved is None:
             return None
-        self.earlier = saved["identity"]
-        for name in dict.fromkeys(name for named in (self.identity, *saved["identity"]) for name in named):
-            there = [named.get(name, "nothing") for named in saved["identity"]]
-            here = self.identity.get(name, "nothing")
-            if name == NETWORK:  # also as a stop or the end left it
-                there += [_digest_of(saved["model"]), _digest_of(saved["best_state"])]
-            if here not in there:
-                why = f": there it was {there[0]}, here it is {here}" if max(len(there[0]), len(here)) < 60 else ""
+        then, self.own_work, self.entered = saved["identity"], saved["own_work"], saved["entered"]
+        self.begun = self.settings(self.own_work)
+        now = self.fixed | self.begun
+        if now[NETWORK] in (*self.entered, _digest_of(saved["model"]), _digest_of(saved["best_state"])):
+            now[NETWORK] = then[NETWORK]  # as it was, or as a stop or the end left it
+        for name in now | then:
+            there, here = then.get(name, "nothing"), now.get(name, "nothing")
+            if there != here:
+                why = f": there it was {there}, here it is {here}" if max(len(there), len(here)) < 60 else ""
                 raise WdatError(
                     f"the checkpoint {self.path} belongs to another run, it differs in {name}{why}: put that back as it"
                     " was when the run began, give resume another file, or remove this one"
@@ -2416,9 +2416,21 @@ class _Checkpoint:
 
     def save(self, state: dict[str, Any]) -> None:
         """Whole or not at all: whatever happens meanwhile, the file under this name is the last good one."""
+        now = self.settings(self.own_work)
+        changed = [name for name in now | self.begun if now.get(name) != self.begun.get(name)]
+        for name in changed:
+            if name.startswith(TENSOR) and name in now and name in self.begun:
+                raise WdatError(
+                    f"{name} changes while the run goes on, and no checkpoint keeps it: keep it in the memory of the"
+                    " batch, or train without resume"
+                )
+        if changed:
+            self.own_work = [*self.own_work, *changed]
+            self.begun = self.settings(self.own_work)
         stream = io.BytesIO()
-        named = [*self.earlier, self.identity, self.identity | self.now()]
-        torch.save(state | {"identity": [one for i, one in enumerate(named) if one not in named[:i]]}, stream)
+        entered = [*dict.fromkeys((*self.entered, self.fixed[NETWORK]))]
+        state |= {"identity": self.fixed | self.begun, "own_work": [*self.own_work], "entered": entered}
+        torch.save(state, stream)
         content = stream.getbuffer()
         try:
             stream.seek(0)
@@ -2493,8 +2505,11 @@ def _checkpoint(
     if _is_folder(path):
         raise WdatError(f"resume must be the path of a file, and {path} is a folder")
     stop_at = math.inf if stop_after is None else time.monotonic() + stop_after
-    checkpoint = _Checkpoint(path, before | _images(train, val), save_every, stop_at, lambda: _named_now(model, config))
+    settings = functools.partial(_settings, model, config)
+    checkpoint = _Checkpoint(path, before | _images(train, val), save_every, stop_at, settings)
     saved = checkpoint.load()
+    if saved is None:
+        checkpoint.begun = settings()
     if writes:  # of many processes the first
         checkpoint.try_to_write()
     return checkpoint, saved
@@ -2522,14 +2537,15 @@ def _mark(resume: Any) -> str:
     return "not there"
 
 
-NETWORK, LAYERS = "the network", "the layers of the network"
+NETWORK = "the tensors of the network"
+TENSOR = "tensor "  # begins the name of what is in another network, such as a teacher
 ADDRESS = r" at 0x[0-9a-fA-F]+"
+Name = tuple[str, ...]  # a name: "SCALE of helper of objective" is ("SCALE", "helper", "objective")
 
 
-def _identity(model: nn.Module, config: FinetuneConfig) -> dict[str, str]:
-    """What decides a run beside the images, by name."""
-    tensors = {NETWORK: _digest_of(_state_of(model))}
-    return {"the code of wdat_core.py": code_digest(), **tensors, **_named_now(model, config)}
+def _identity(model: nn.Module) -> dict[str, str]:
+    """What cannot change while a run goes on, beside the images."""
+    return {"the code of wdat_core.py": code_digest(), NETWORK: _digest_of(_state_of(model))}
 
 
 def _images(train: Images, val: Images | None) -> dict[str, str]:
@@ -2537,62 +2553,49 @@ def _images(train: Images, val: Images | None) -> dict[str, str]:
     return {"the training images": _digest(*train), "the validation images": validation}
 
 
-def _named_now(model: nn.Module, config: FinetuneConfig) -> dict[str, str]:
-    """What decides a run beside the network's tensors and the images, by name, as it is now."""
-    values: dict[tuple[str, ...], Part] = {(f.name,): (getattr(config, f.name), None) for f in fields(config)}
-    values[LAYERS,] = re.sub(ADDRESS, "", repr(model)), None
-    values |= {(name, NETWORK): part for name, part in _inside_module(model).items()}
-    parts = {**dict(model.named_modules()), **dict(model.named_parameters()), **dict(model.named_buffers())}
-    return _named(values, known=parts)
+def _settings(model: nn.Module, config: FinetuneConfig, own_work: Collection[str] = ()) -> dict[str, str]:
+    """What else decides a run, by name: the configuration, and the network but for its tensors."""
+    values: dict[Name, Any] = {(f.name,): getattr(config, f.name) for f in fields(config)}
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    known = {**dict(model.named_modules()), **dict(model.named_parameters()), **dict(model.named_buffers())}
+    del known[""]
+    return _named(values | {("the network",): model}, known, own_work)
 
 
-Part = tuple[Any, Any]  # a value, and the object, the function's globals or the cell in which it stands under its name
+def _named(
+    values: dict[Name, Any], known: dict[str, Any] | None = None, own_work: Collection[str] = ()
+) -> dict[str, str]:
+    """These values, and all that they hold or their code reads, by name, in words that any process finds alike.
 
-
-def _named(values: dict[tuple[str, ...], Part], known: dict[str, Any] | None = None) -> dict[str, str]:
-    """These values and all that they hold or read, by name, in words that are the same in another process.
-
-    The name of what is in something else is a path, such as "SCALE of helper of objective". What the functions among
-    them change is their own work, such as a counter, and left out. What is `known` by a name is not entered.
+    An attribute counts where its name stands in any of the code, so it is gone through until no new name turns up.
+    What is `known` by a name is not entered, nor what is named in `own_work`.
     """
-    todo: list[tuple[tuple[str, ...], Any, Any, int]] = [
-        (path, _call_of(value), owner, -1) for path, (value, owner) in values.items()
-    ]
-    # With the values themselves, so that no other gets the number of one.
-    seen: dict[Any, Any] = {id(part): (part, f"its {name}") for name, part in (known or {}).items()}
-    words: list[str] = []
-    changed: set[tuple[int, str]] = set()
-    for at, (path, value, _, _) in enumerate(todo):  # which grows
-        value = getattr(value, "_orig_mod", value) if isinstance(value, nn.Module) else value  # of torch.compile
-        key = (id(value.__func__), id(value.__self__)) if isinstance(value, types.MethodType) else id(value)
-        if key not in seen:
-            said, parts = f"{type(value).__module__}.{type(value).__qualname__}", dict[str, Part]()
-            with suppress(Exception):  # what lets nobody look into it is of its class
-                said, parts = _inside(value, changed)
-            todo += [(_path_to(name, path), *part, at) for name, part in parts.items()]
-            seen[key] = value, said
-        words.append(seen[key][1])
-    found: dict[str, str] = {}
-    own_work: list[bool] = []
-    for (path, _, owner, parent), said in zip(todo, words, strict=True):
-        name = path[0].rpartition(".")[2]
-        owners = () if owner is None else (owner, *type(owner).__mro__)
-        own_work.append((parent >= 0 and own_work[parent]) or any((id(one), name) in changed for one in owners))
-        if not own_work[-1]:
-            found[" of ".join(part.lstrip(".") for part in path)] = said
-    return found
-
-
-def _path_to(name: str, path: tuple[str, ...]) -> tuple[str, ...]:
-    return (path[0] + name, *path[1:]) if name[0] in ".[" else (name, *path)
-
-
-def _call_of(value: Any) -> Any:
-    """Of an object that is a function, its call: not all that it holds may count."""
-    if not callable(value) or isinstance(value, type | nn.Module | types.FunctionType | types.MethodType):
-        return value
-    call = getattr_static(type(value), "__call__", None)
-    return types.MethodType(call, value) if isinstance(call, types.FunctionType) and _is_own(call) else value
+    kept: dict[int, tuple[Any, str | None]] = {}  # with the values, so that no other gets the number of one
+    read: set[str] = set()
+    while True:
+        seen: dict[int, tuple[Any, str]] = {id(part): (part, f"its {name}") for name, part in (known or {}).items()}
+        found: dict[str, str] = {}
+        names: set[str] = set()
+        todo = [*values.items()]
+        for path, value in todo:  # which grows
+            value = getattr(value, "_orig_mod", value) if isinstance(value, nn.Module) else value  # of torch.compile
+            name = " of ".join(part.lstrip(".") for part in path)
+            if name in own_work:
+                continue
+            if id(value) not in seen:
+                said, parts = f"{type(value).__module__}.{type(value).__qualname__}", dict[str, Any]()
+                with suppress(Exception):  # what lets nobody look into it is of its class
+                    if id(value) not in kept:
+                        kept[id(value)] = value, _words(value)
+                    words = kept[id(value)][1]
+                    said, parts = (words, parts) if words is not None else _inside(value, read)
+                    names |= _reads(value)[1] if isinstance(value, types.CodeType) else set()
+                seen[id(value)] = value, said
+                todo += [((path[0] + k, *path[1:]) if k[0] in ".[" else (k, *path), part) for k, part in parts.items()]
+            found[name] = seen[id(value)][1]
+        if names <= read:
+            return found
+        read |= names
 
 
 def _words(value: Any) -> str | None:
@@ -2625,6 +2628,90 @@ def _is_plain(value: Any, deep: int = 3) -> bool:
     return all(_is_plain(part, deep - 1) for part in parts)
 
 
+def _inside(value: Any, read: set[str]) -> tuple[str, dict[str, Any]]:
+    """What a value is, and by name what it holds; of what is Python's or an installed package's, no more than that."""
+    kind = type(value)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    if isinstance(value, nn.Module):
+        state = {**dict(value.named_parameters()), **dict(value.named_buffers())}
+        return name, {f"{TENSOR}{place}": tensor for place, tensor in state.items()} | _inside_module(value, read)
+    if isinstance(value, functools.partial):
+        given = {f"argument {i}": part for i, part in enumerate(value.args, 1)}
+        return name, {"the function": value.func, **given, **value.keywords}
+    if isinstance(value, list | tuple | deque):
+        return f"{len(value)} of them", _of_class(kind, read) | {f"[{i}]": part for i, part in enumerate(value)}
+    if isinstance(value, dict):
+        keys = {key: _words(key) or re.sub(ADDRESS, "", repr(key)) for key in value}
+        return f"{len(value)} of them", _of_class(kind, read) | {f"[{keys[key]}]": part for key, part in value.items()}
+    if isinstance(value, types.MethodType):
+        said, parts = _inside(value.__func__, read)
+        return said, parts | {"self": value.__self__}
+    if isinstance(value, types.FunctionType | type):
+        name = f"{value.__module__}.{value.__qualname__}"
+        if isinstance(value, types.FunctionType) and _is_own(value):
+            return name, _of_function(value, read)
+        if isinstance(value, type):
+            parts = _of_class(value, read, "__init__")
+            return name, {field.removeprefix(value.__qualname__): part for field, part in parts.items()}
+    of_class = _of_class(kind, read)
+    is_module = isinstance(value, types.ModuleType) and _is_own(value)
+    if is_module or _is_own(kind) or is_dataclass(value) or kind.__name__ in ("Namespace", "SimpleNamespace"):
+        return name, of_class | {f".{field}": part for field, part in _fields_of(value).items() if field in read}
+    wrapped = getattr(value, "__dict__", {}).get("__wrapped__")  # by functools.cache, for one
+    known = not callable(value) or isinstance(value, types.FunctionType)
+    return name if known else re.sub(ADDRESS, "", repr(value)), {} if wrapped is None else {"what it wraps": wrapped}
+
+
+def _of_function(function: types.FunctionType, read: set[str]) -> dict[str, Any]:
+    """The code of a function, and by name what is around it: defaults, globals, and what it closes over."""
+    code = function.__code__
+    found = {f".{name}": part for name, part in vars(function).items() if name in read}
+    found |= dict(zip(code.co_varnames[: code.co_argcount][::-1], (function.__defaults__ or ())[::-1], strict=False))
+    found |= function.__kwdefaults__ or {}
+    around = {name: function.__globals__.get(name, sys.modules.get(name)) for name in sorted(_reads(code)[0])}
+    found |= {name: part for name, part in around.items() if part is not None}
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        with suppress(ValueError):  # one that has no value yet
+            found[name] = cell.cell_contents
+    return found | {"the code": code}
+
+
+def _of_class(kind: type, read: set[str], *also: str) -> dict[str, Any]:
+    """The functions and the values of a class that may be read, those of the user's classes above it too."""
+    found: dict[str, Any] = {}
+    for owner in filter(_is_own, kind.__mro__):
+        for name, part in vars(owner).items():
+            function = _function_in(part)
+            implicit = name.startswith("__") and isinstance(function, types.FunctionType) and name != "__init__"
+            if implicit or name in read or name in ("forward", *also):
+                found[f"{owner.__qualname__}.{name}"] = function
+    return found
+
+
+def _inside_module(model: nn.Module, read: set[str]) -> dict[str, Any]:
+    """What decides a network's logits beside its tensors: its layers, settings, hooks and classes."""
+    found: dict[str, Any] = {"the layers": re.sub(ADDRESS, "", repr(model))}
+    kinds: dict[str, type] = {}
+    for where, part in model.named_modules():
+        for name, held in _fields_of(part).items():
+            if not any(f"{name}{end}" in part._parameters for end in ("_orig", "_g")):  # computed by spectral_norm
+                found[f"{where}.{name}"] = held
+        kinds_of_hooks = (part._forward_pre_hooks, part._forward_hooks, part._backward_pre_hooks, part._backward_hooks)
+        hooks = [hook for those in kinds_of_hooks for hook in those.values()]
+        found |= {f"hook {i} of {where or 'it'}": hook for i, hook in enumerate(hooks, 1)}
+        kind = type(part)
+        another = f" ({where})" if kinds.setdefault(kind.__qualname__, kind) is not kind else ""  # of that name
+        found |= {f"{name}{another}": held for name, held in _of_class(kind, read).items()}
+        with suppress(AttributeError, RuntimeError):  # not every part of a scripted module has code
+            if isinstance(part, torch.jit.ScriptModule | torch.fx.GraphModule):  # whose class has none
+                found[f"the code of {where or 'it'}"] = str(part.code)
+    return found
+
+
+def _steps(code: types.CodeType) -> Iterator[dis.Instruction]:
+    return (i for i in dis.get_instructions(code) if i.opname not in ("EXTENDED_ARG", "NOP"))
+
+
 def _instructions(code: types.CodeType) -> list[Any]:
     """What a function does. A docstring is no part of it, nor is the order of a set, which each process has its own."""
 
@@ -2636,207 +2723,58 @@ def _instructions(code: types.CodeType) -> list[Any]:
     return [(i.opname, plain(i.argval)) for i in _steps(code)]
 
 
-def _steps(code: types.CodeType) -> Iterator[dis.Instruction]:
-    return (i for i in dis.get_instructions(code) if i.opname not in ("EXTENDED_ARG", "NOP"))
-
-
-def _inside(value: Any, changed: set[tuple[int, str]]) -> tuple[str, dict[str, Part]]:
-    """What a value is, and by name what it holds or reads; of what is Python's or an installed package's, no more.
-
-    Args:
-        changed: gets what a function changes when it runs: the number of what holds it, and its name there.
-    """
-    words, kind = _words(value), type(value)
-    if words is not None:
-        return words, {}
-    name = f"{kind.__module__}.{kind.__qualname__}"
-    own = {kind.__qualname__: (kind, None)} if _is_own(kind) else {}
-    if isinstance(value, nn.Module):
-        tensors: dict[str, Any] = {}
-        with suppress(ValueError):  # lazy layers have none yet
-            tensors = {tensor: (held, None) for tensor, held in _state_of(value).items() if isinstance(held, Tensor)}
-        return name, {"layers": (re.sub(ADDRESS, "", repr(value)), None), **tensors, **_inside_module(value)}
-    if isinstance(value, functools.partial):
-        given = {"the function": value.func, **{f"argument {i}": part for i, part in enumerate(value.args, 1)}}
-        return name, {word: (part, None) for word, part in (given | value.keywords).items()}
-    if isinstance(value, list | tuple):
-        return f"{len(value)} of them", own | {f"[{i}]": (part, None) for i, part in enumerate(value)}
-    if isinstance(value, dict):
-        keys = {key: _words(key) or re.sub(ADDRESS, "", repr(key)) for key in value}
-        return f"{len(value)} of them", own | {f"[{keys[key]}]": (part, None) for key, part in value.items()}
-    if isinstance(value, type):
-        return f"{value.__module__}.{value.__qualname__}", _inside_class(value)
-    if isinstance(value, types.FunctionType | types.MethodType):
-        return _inside_function(getattr(value, "__func__", value), getattr(value, "__self__", None), changed)
-    if own or is_dataclass(value) or kind.__name__ in ("Namespace", "SimpleNamespace"):
-        return name, own | {f".{field}": (part, value) for field, part in _fields_of(value).items()}
-    wrapped = getattr(value, "__dict__", {}).get("__wrapped__")  # by functools.cache, for one
-    called = re.sub(ADDRESS, "", repr(value)) if callable(value) else name
-    return called, {} if wrapped is None else {"what it wraps": (wrapped, None)}
-
-
-def _inside_function(function: Any, holder: Any, changed: set[tuple[int, str]]) -> tuple[str, dict[str, Part]]:
-    name = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', function)}"
-    if not isinstance(function, types.FunctionType) or not _is_own(function):
-        held = {"what it wraps": getattr(function, "__wrapped__", None), "its object": holder}
-        return name, {word: (part, None) for word, part in held.items() if part is not None}
-    parts = {"the code": (function.__code__, None), **_reads(function, holder, changed)}
-    if holder is not None and (isinstance(holder, nn.Module) or not function.__code__.co_argcount):
-        parts["its object"] = holder, None
-    return name, parts
-
-
-def _inside_class(kind: type) -> dict[str, Part]:
-    """The functions and the values of a class, but for those of installed packages."""
-    found: dict[str, Part] = {}
-    for owner in filter(_is_own, kind.__mro__):
-        for name, part in vars(owner).items():
-            function = _function_in(part)
-            if isinstance(function, types.FunctionType):  # the class stands for whichever object it is called with
-                function = function if isinstance(part, staticmethod) else types.MethodType(function, kind)
-            elif name.startswith("__"):
-                continue
-            found.setdefault(f".{name}", (function, kind))
-    return found
-
-
-def _inside_module(model: nn.Module) -> dict[str, Part]:
-    """What decides a network's logits beside its tensors and what it prints: settings, hooks, and classes."""
-    found: dict[str, Part] = {}
-    for where, part in model.named_modules():
-        for name, held in _fields_of(part).items():
-            if not any(f"{name}{end}" in part._parameters for end in ("_orig", "_g")):  # computed by spectral_norm
-                found[f"{where}.{name}"] = held, part
-        hooks = [*part._forward_pre_hooks.values(), *part._forward_hooks.values()]
-        found |= {f"hook {i} of {where or 'it'}": (_call_of(hook), None) for i, hook in enumerate(hooks, 1)}
-        kind = type(part)
-        if found.setdefault(kind.__qualname__, (kind, None))[0] is not kind:  # another one of that name
-            found[f"{kind.__qualname__} ({where})"] = kind, None
-        with suppress(AttributeError, RuntimeError):  # not every part of a scripted module has code
-            if isinstance(part, torch.jit.ScriptModule | torch.fx.GraphModule):  # whose class has none
-                found[f"the code of {where or 'it'}"] = str(part.code), None
-    return found
+def _reads(code: types.CodeType) -> tuple[set[str], set[str]]:
+    """The names of globals, modules too, and of attributes in the code of a function and of functions inside it."""
+    around: set[str] = set()
+    inside: set[str] = set()
+    for i in _steps(code):
+        if i.opname in GLOBALS:
+            around.add(i.argval)
+        elif i.opname in ATTRIBUTES:
+            inside.add(i.argval)
+        for part in i.argval if isinstance(i.argval, tuple) else (i.argval,):
+            if isinstance(part, types.CodeType):
+                more = _reads(part)
+                around, inside = around | more[0], inside | more[1]
+            elif i.opname == "LOAD_CONST" and isinstance(part, str):  # as getattr takes it
+                inside.add(part)
+    return around, inside
 
 
 def _is_own(thing: Any) -> bool:
-    """Whether a function or a class is the user's, and not of Python, of an installed package or of this file."""
+    """Whether a function, a class or a module is the user's, and not of Python, an installed package or this file."""
     if isinstance(thing, types.FunctionType):  # a wrapper says that it is of the module of what it wraps
         file = thing.__code__.co_filename
     else:
-        file = str(getattr(sys.modules.get(thing.__module__), "__file__", None))
-    return thing.__module__ != "builtins" and file != __file__ and not file.startswith(_installed())
+        place = thing if isinstance(thing, types.ModuleType) else sys.modules.get(thing.__module__)
+        file = str(getattr(place, "__file__", None))
+    builtin = getattr(thing, "__module__", thing.__name__) in sys.builtin_module_names
+    return not builtin and file != __file__ and not file.startswith(_installed())
 
 
 @functools.cache
 def _installed() -> tuple[str, ...]:
-    paths = sysconfig.get_paths()
-    return *(paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")), str(Path(torch.__file__).parent)
+    user = sysconfig.get_path("purelib", sysconfig.get_preferred_scheme("user"))
+    paths = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    return *paths, user, str(Path(torch.__file__).parent)
 
 
-NOTHING, UNKNOWN = object(), object()
-NONE = type(None)
-PLAIN = (bool, int, float, str, bytes, range, NONE, numbers.Number, os.PathLike, torch.dtype, torch.device, Threat)
-CLOSED = (*PLAIN, list, tuple, dict, set, frozenset, Tensor, nn.Module, types.FunctionType)
-CHANGES = ("append", "extend", "insert", "add", "update", "setdefault", "pop", "popitem", "remove", "clear")
-
-
-def _has_parts(value: Any) -> bool:
-    """Whether a value is no more than a holder of others, as modules, classes and objects are."""
-    return not isinstance(value, CLOSED) and (hasattr(value, "__dict__") or hasattr(type(value), "__slots__"))
-
-
-def _reads(function: types.FunctionType, holder: Any, changed: set[tuple[int, str]]) -> dict[str, Part]:
-    """What a function, maybe a method of `holder`, reads by name, such as `a` or `a.b.c`; it is not run to know it."""
-    code = function.__code__
-    cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
-    first = code.co_varnames[0] if holder is not None and code.co_argcount else ""
-    given = code.co_varnames[: code.co_argcount][-len(function.__defaults__ or ()) :]
-    defaults = dict(zip(given, function.__defaults__ or (), strict=False)) | (function.__kwdefaults__ or {})
-    found: dict[str, Part] = {name: (value, None) for name, value in defaults.items()}
-    begins = code.co_name == "__init__"  # what it sets is as it is made, and no change
-
-    def change(owner: Any, name: str) -> None:
-        if owner is not None and not begins:
-            changed.add((id(owner), name))
-
-    def start(i: dis.Instruction, part: types.CodeType) -> tuple[str, Any, Any]:
-        """The name, the value and what holds it, where an instruction loads one from around the function."""
-        name = i.argval[-1] if isinstance(i.argval, tuple) and i.argval else i.argval  # two names may be in one
-        if i.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-            return name, function.__globals__.get(name, NOTHING), function.__globals__
-        if name == first and (("LOAD_FAST" in i.opname and part is code) or i.opname.endswith("DEREF")):
-            return name, holder, None
-        if i.opname.endswith("DEREF") and name in cells:
-            with suppress(ValueError):  # a name that has no value yet
-                return name, cells[name].cell_contents, cells[name]
-        return "", NOTHING, None
-
-    def read(part: types.CodeType) -> None:
-        name, value, owner = "", NOTHING, None  # what the instructions so far have loaded by name
-        before: Part = ("", None)  # of the last but one instruction, name and owner
-        latest: Part = ("", None)
-        copied = loads = False
-        for i in _steps(part):
-            adds, copied = copied, i.opname == "COPY" and i.argval == 1  # as in name.attribute += 1
-            if copied:
-                continue
-            if i.opname == "STORE_GLOBAL":
-                change(function.__globals__, i.argval)
-            elif i.opname == "STORE_DEREF":
-                change(cells.get(i.argval), i.argval)
-            elif i.opname in ("STORE_SUBSCR", "DELETE_SUBSCR") or (i.opname == "COPY" and i.argval == 2 and loads):
-                change(before[1], before[0])  # name[index] = 1, and name[index] += 1
-            loads = i.opname.startswith("LOAD")
-            if value is not NOTHING and i.opname in ("LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR"):
-                if i.argval in CHANGES or re.search("[a-z0-9]_$", i.argval):  # torch's own end in _
-                    change(owner, name.rpartition(".")[2])
-                if adds or not loads:
-                    change(value, i.argval)
-                if loads:
-                    try:
-                        inner = _attribute(value, i.argval) if _has_parts(value) else UNKNOWN
-                    except AttributeError:
-                        inner = UNKNOWN
-                    if inner is UNKNOWN and value is not UNKNOWN:
-                        found[name] = value, owner
-                    name, value, owner = f"{name}.{i.argval}", inner, value
-                else:
-                    name, value, owner = "", NOTHING, None
-            else:
-                if value is not NOTHING and value is not UNKNOWN:
-                    found[name] = value, owner
-                name, value, owner = start(i, part)
-            before, latest = latest, (name.rpartition(".")[2], owner)
-        for inner in part.co_consts:
-            if isinstance(inner, types.CodeType):
-                read(inner)
-
-    read(code)
-    if "__class__" in cells:  # it asks the class above it
-        kind = cells["__class__"].cell_contents
-        found |= {kind.__qualname__: (kind, None), "its object": (holder, None)}
-    return found
-
-
-def _attribute(value: Any, name: str) -> Any:
-    """An attribute as it is there, without running the code of a property.
-
-    Raises:
-        AttributeError: it is not there, or is made when it is asked for.
-    """
-    found = getattr_static(value, name)
-    cached = getattr_static(type(value), name, None)
-    found = cached if isinstance(cached, functools.cached_property) else found  # whatever it gave the last time
-    if isinstance(found, types.MemberDescriptorType):  # of __slots__
-        return getattr(value, name)
-    if isinstance(found, classmethod):
-        return types.MethodType(found.__func__, value if isinstance(value, type) else type(value))
-    function = _function_in(found)
-    free = isinstance(value, type | types.ModuleType) or (
-        name in getattr(value, "__dict__", {}) and found is not cached
-    )
-    is_method = isinstance(function, types.FunctionType) and not free and not isinstance(found, staticmethod)
-    return types.MethodType(function, value) if is_method else function
+PLAIN = (
+    int,
+    float,
+    str,
+    bytes,
+    range,
+    type(None),
+    numbers.Number,
+    Enum,
+    os.PathLike,
+    torch.dtype,
+    torch.device,
+    Threat,
+)
+GLOBALS = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS", "IMPORT_NAME")
+ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "IMPORT_FROM")
 
 
 def _function_in(part: Any) -> Any:
@@ -2857,7 +2795,7 @@ def _fields_of(value: Any) -> dict[str, Any]:
     held = {name: getattr(value, name) for name in names if hasattr(value, name) and not name.startswith("__")}
     left_out = vars(nn.Module()).keys() if isinstance(value, nn.Module) else ()
     held |= {name: part for name, part in getattr(value, "__dict__", {}).items() if name not in left_out}
-    cached = functools.cached_property
+    cached = functools.cached_property  # what it gave before is no setting
     return {
         name: part for name, part in held.items() if not isinstance(getattr_static(type(value), name, None), cached)
     }
@@ -3252,7 +3190,7 @@ def _attacker(
         }
         same |= {"rule": rule, "compiled": compiled, **(also or {})}
         alike = {"images": f"{x.dtype} {tuple(x.shape[1:])}", "the network": _digest_of(_state_of(model))[:16]}
-        return _named({(name,): (value, None) for name, value in same.items()}) | alike
+        return _named({(name,): value for name, value in same.items()}) | alike
 
     def check() -> _Attacker:
         ahead()
@@ -3422,7 +3360,7 @@ def _checked_training(
     _check_number("eval_batch_size", eval_batch_size, at_least=1, whole=True)
     before = {}
     if kept[0] is not None:  # a pass may change it, so before any
-        before = _identity(model, config)
+        before = _identity(model)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.layout == torch.strided and any(
             n > 1 and not s for n, s in zip(tensor.shape, tensor.stride(), strict=True)

@@ -26,7 +26,7 @@ from companion.datasets import DATASETS, is_own
 from companion.files import from_root
 from companion.machine import core_digest, device_name, hardware, made_on, pick_device, versions
 from companion.networks import Network, check_fit, load_network
-from companion.records import make_record, parse_record, protocol, record_name, subject, write_record
+from companion.records import check_writable, make_record, parse_record, protocol, record_name, subject, write_record
 from companion.settings import NOTEBOOKS, PAPER_NETWORKS, PARAMETERS, PRESETS, ParameterError, Settings
 from companion.terminal import arguments_of, progress
 from wdat_core import Attack, Boundary, Images, Threat, WdatError
@@ -149,7 +149,13 @@ def recorded(begun: Begun, on: Bench, command: str, measure: Callable[[], dict[s
 
 
 def measured(begun: Begun, on: Bench, command: str, measure: Callable[[], dict[str, Any]]) -> Record:
-    """The record of what `measure` finds, written to runs/; its time is the total, unless `measure` says more."""
+    """The record of what `measure` finds, written to runs/; its time is the total, unless `measure` says more.
+
+    Raises:
+        ParameterError: runs/ cannot be written, which is known before anything is measured.
+    """
+    if processes.is_first():
+        check_writable(files.RUNS)
     begin = time.perf_counter()
     found = measure()
     seconds = {"total": round(time.perf_counter() - begin, 1)}

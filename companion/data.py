@@ -194,12 +194,12 @@ def _fetch(kind: Any, folder: Path) -> None:
     halves and a second process reads them.
     """
     batches, archive = folder / kind.base_folder, folder / kind.filename
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as part:
+    there = next(place for place in (folder, *folder.parents) if place.is_dir())  # a name that is wrong makes no folder
+    with tempfile.TemporaryDirectory(dir=there, prefix=".download-") as part:
         if archive.exists():
             shutil.copy(archive, part)  # where its md5 sum is wrong, it is fetched anew
         kind(part, download=True)
-        batches.mkdir(exist_ok=True)
+        batches.mkdir(parents=True, exist_ok=True)
         for file in (Path(part) / kind.base_folder).iterdir():
             file.replace(batches / file.name)
 

@@ -6,7 +6,9 @@ import dataclasses
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
@@ -111,13 +113,30 @@ def write_record(record: Record | Mapping[str, Any], folder: Path) -> Path:
     """
     record = record if isinstance(record, Record) else make_record(record)
     path = folder / record_name(record)
-    try:
+    with _writing(path):
         write_whole(path, record_bytes(record))
-    except OSError as error:
-        message = f"the record {path} could not be written ({one_line(error)}): make room, or the folder writable"
-        message += ", and run again"
-        raise ParameterError(message) from error
     return path
+
+
+def check_writable(folder: Path) -> None:
+    """Before a record is computed that could not be kept.
+
+    Raises:
+        ParameterError: the folder cannot be written.
+    """
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ParameterError(
+            f"{path} could not be written ({one_line(error)}): make room, or the folder writable, and run again"
+        ) from error
 
 
 def record_name(record: Begun) -> str:

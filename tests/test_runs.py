@@ -48,6 +48,15 @@ def nothing_runs(monkeypatch):
         monkeypatch.setattr(wdat_core, name, fail)
 
 
+def test_a_folder_of_runs_that_cannot_be_written_is_named_before_anything_is_measured(
+    monkeypatch, tmp_path, nothing_runs
+):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(files, "RUNS", tmp_path / "file")
+    with pytest.raises(ParameterError, match=r"file could not be written .*: make room, or the folder writable"):
+        runs.attack_each([ONE], "test", notebook="table2")
+
+
 @pytest.mark.parametrize("part", ["test", "train"])
 def test_attacks_on_a_part_are_of_its_images(folder, part):
     (record,) = runs.attack_each([ONE], part, notebook="table2")

@@ -134,4 +134,4 @@ def reference_wpgd(model, x, y, p, r, delta, loss, steps, ratio):
 
 def named(value):
     """What decides a run in an objective, by name."""
-    return _named({("objective",): (value, None)})
+    return _named({("objective",): value})
