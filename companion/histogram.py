@@ -82,7 +82,7 @@ def accuracy_between(chunks: Iterable[Any], threat: Threat, bins: int = 65536) -
         paid = int(counts[:end].sum())
         if end < bins:
             sub_counts, sub_costs = inside[end]
-            left = budget - costs[:end].sum()
+            left = float(budget - costs[:end].sum())
             last = _end(sub_costs, left)
             paid += int(sub_counts[:last].sum())
             if last < split.size:  # of it as many as are paid for if all are as dear, or as cheap, as any in it
