@@ -177,9 +177,9 @@ def test_a_process_that_is_killed_ends_the_others_and_the_run_goes_on(tmp_path):
     said = [process.communicate(timeout=60)[1] for process in running]
     assert time.monotonic() - begin < 60
     assert running[0].returncode == -9 and running[1].returncode == 1
-    assert (
-        said[1].startswith("another process of the group does not answer or has ended") and "Traceback" not in said[1]
-    )
+    named = "another process of the group does not answer or has ended"
+    lines = said[1].splitlines()  # torch itself warns of a machine that does not know its own name
+    assert any(line.startswith(named) for line in lines) and "Traceback" not in said[1]
     model, history = alone(TRAINING, val=False, resume=path)
     assert history.finished and len(history.epochs) == 3
     one, _ = alone(TRAINING, val=False)
