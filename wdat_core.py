@@ -1218,8 +1218,9 @@ def finetune(
             another run is refused with the name of what differs. To the run belong the configuration, the images, the
             network, and the user's own functions and classes in network, objective and loss: their code, and what their
             code reads by name. Of Python's own objects and those of installed packages it is no more than the class.
-            What changes while the run goes on, such as a counter, is its own work and not compared: it begins anew in a
-            new process, as does any randomness but torch's. Only `Minibatch.memory`, parameters and buffers go on.
+            Keep out of them what is other at every start, such as the time or a folder named after it. What changes
+            while the run goes on, such as a counter, is its own work and not compared: it begins anew in a new process,
+            as does any randomness but torch's. Only `Minibatch.memory`, parameters and buffers go on.
         save_every: seconds between two checkpoints, >= 0, which is the most that a stop loses of the training; one
             more is written after every epoch. A validation that was stopped begins anew.
         stop_after: seconds after which the run writes its checkpoint and returns, at the end of a minibatch.
@@ -2421,8 +2422,8 @@ class _Checkpoint:
         for name in changed:
             if name.startswith(TENSOR) and name in now and name in self.begun:
                 raise WdatError(
-                    f"{name} changes while the run goes on, and no checkpoint keeps it: keep it in the memory of the"
-                    " batch, or train without resume"
+                    f"{name} changes while the run goes on, and no checkpoint keeps it: put that network in eval mode"
+                    " if it is not to learn, keep it in the memory of the batch if it is, or train without resume"
                 )
         if changed:
             self.own_work = [*self.own_work, *changed]
@@ -2668,8 +2669,11 @@ def _of_function(function: types.FunctionType, read: set[str]) -> dict[str, Any]
     found = {f".{name}": part for name, part in vars(function).items() if name in read}
     found |= dict(zip(code.co_varnames[: code.co_argcount][::-1], (function.__defaults__ or ())[::-1], strict=False))
     found |= function.__kwdefaults__ or {}
-    around = {name: function.__globals__.get(name, sys.modules.get(name)) for name in sorted(_reads(code)[0])}
-    found |= {name: part for name, part in around.items() if part is not None}
+    for name in sorted(_reads(code)[0]):
+        place = sys.modules if name.startswith(IMPORT) else function.__globals__
+        part = place.get(name.removeprefix(IMPORT))
+        if part is not None:
+            found[name.removeprefix(IMPORT)] = part
     for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
         with suppress(ValueError):  # one that has no value yet
             found[name] = cell.cell_contents
@@ -2724,12 +2728,14 @@ def _instructions(code: types.CodeType) -> list[Any]:
 
 
 def _reads(code: types.CodeType) -> tuple[set[str], set[str]]:
-    """The names of globals, modules too, and of attributes in the code of a function and of functions inside it."""
+    """The names of globals and modules, and of attributes, in the code of a function and of functions inside it."""
     around: set[str] = set()
     inside: set[str] = set()
     for i in _steps(code):
         if i.opname in GLOBALS:
             around.add(i.argval)
+        elif i.opname == "IMPORT_NAME":
+            around.add(f"{IMPORT}{i.argval}")
         elif i.opname in ATTRIBUTES:
             inside.add(i.argval)
         for part in i.argval if isinstance(i.argval, tuple) else (i.argval,):
@@ -2747,9 +2753,10 @@ def _is_own(thing: Any) -> bool:
         file = thing.__code__.co_filename
     else:
         place = thing if isinstance(thing, types.ModuleType) else sys.modules.get(thing.__module__)
-        file = str(getattr(place, "__file__", None))
-    builtin = getattr(thing, "__module__", thing.__name__) in sys.builtin_module_names
-    return not builtin and file != __file__ and not file.startswith(_installed())
+        file = str(getattr(place, "__file__", None))  # a notebook has none, nor has what is built in
+        if getattr(place, "__name__", "") in sys.builtin_module_names:
+            return False
+    return file != __file__ and not file.startswith(_installed())
 
 
 @functools.cache
@@ -2773,7 +2780,8 @@ PLAIN = (
     torch.device,
     Threat,
 )
-GLOBALS = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS", "IMPORT_NAME")
+GLOBALS = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS")
+IMPORT = "import "  # begins the name of a module in what a function reads
 ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "IMPORT_FROM")
 
 

@@ -1028,6 +1028,25 @@ def test_a_teacher_that_learns_where_no_checkpoint_keeps_it_is_named_in_the_firs
     assert finetune(model, data, None, config).finished
 
 
+def test_a_teacher_in_eval_mode_goes_on_and_one_whose_statistics_move_is_named(tmp_path):
+    def make(training):
+        teacher = network("full").train(training)  # with batch statistics
+        return lambda batch: (batch.net(batch.x) - teacher(batch.x).detach()).square().mean()
+
+    ends, data = [], images(20, network("full"))
+    for stops in (0, 2):
+        for _ in range(stops):
+            finetune(network("full"), data, None, small(objective=make(False)), resume=tmp_path / "run", stop_after=0)
+        model = network("full")
+        finetune(model, data, None, small(objective=make(False)), resume=tmp_path / "run" if stops else None)
+        ends.append([parameter.clone() for parameter in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+    with pytest.raises(
+        WdatError, match=r"running_mean of teacher of objective changes .* put that network in eval mode"
+    ):
+        finetune(network("full"), data, None, small(objective=make(True)), resume=tmp_path / "other")
+
+
 def test_functions_that_all_call_each_other_are_named_at_once(tmp_path):
     names = [f"f{k}" for k in range(12)]
     lines = [f"def {name}(): return {', '.join(names)}, {k}" for k, name in enumerate(names)]

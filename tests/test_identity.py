@@ -12,6 +12,8 @@ import subprocess
 import sys
 import time
 import types
+from collections import deque
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -913,6 +915,122 @@ def test_a_number_is_read_wherever_it_stands(read, monkeypatch):
     assert named(READ[read]()) == before
     monkeypatch.setitem(globals(), "EPS", 2.0)
     assert named(READ[read]()) != before
+
+
+class Hidden(Enum):
+    ONE, TWO = 1.0, 2.0
+
+
+class Modest:
+    __slots__ = ("by",)
+
+    def __init__(self, by):
+        self.by = by
+
+    def __call__(self, x):
+        return self.by * x
+
+
+def with_attribute(by):
+    def objective(x):
+        return objective.by * x
+
+    objective.by = by
+    return objective
+
+
+def under_a_property(by):
+    class Owner:
+        @property
+        def by(self):
+            return by
+
+        def __call__(self, x):
+            return self.by * x
+
+    return Owner()
+
+
+def under_super(by):
+    class Above:
+        def __call__(self, x):
+            return by * x
+
+    class Below(Above):
+        def __call__(self, x):
+            return super().__call__(x)
+
+    return Below()
+
+
+def decorated(by):
+    @functools.wraps(abs)
+    def objective(x):
+        return by * abs(x)
+
+    return objective
+
+
+PLACES = {
+    "in a function's attribute": with_attribute,
+    "in slots": Modest,
+    "under a property": under_a_property,
+    "in the class above": under_super,
+    "in a decorator": decorated,
+    "in an enumeration": lambda by: (lambda how: lambda x: how.value * x)(Hidden(by)),
+    "in a deque": lambda by: (lambda held: lambda x: held[0] * x)(deque([by])),
+    "in an object in a list": lambda by: (lambda held: lambda x: sum(one.by for one in held) * x)([Modest(by)]),
+    "by a name as text": lambda by: (lambda held: lambda x: getattr(held, "by") * x)(SimpleNamespace(by=by)),  # noqa: B009
+    "in a function under its name": lambda by: (lambda held: lambda x: held["ce"](x))({"ce": lambda x: by * x}),
+    "in a generator": lambda by: (lambda many: lambda x: next(many()) * x)(lambda: (yield by)),
+    "in a loss of torch": lambda by: (lambda loss: lambda x: loss(x, x))(nn.CrossEntropyLoss(label_smoothing=by - 1)),
+    "in a tensor of a loss": lambda by: (lambda loss: lambda x: loss(x, x))(nn.CrossEntropyLoss(torch.tensor([by]))),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_number_is_found_wherever_it_is_kept(place):
+    one, again, other = (named(PLACES[place](by)) for by in (1.0, 1.0, 2.0))
+    assert one == again != other
+
+
+def test_what_is_imported_inside_a_function_is_read(settings):
+    def objective(x):
+        from settings import WEIGHT
+
+        return WEIGHT * x
+
+    before = named(objective)
+    settings.DEPTH = [3.0]  # which it does not read
+    assert named(objective) == before
+    settings.WEIGHT = 2.0
+    assert named(objective) != before
+
+
+def test_settings_that_a_method_makes_and_hooks_of_the_gradient_belong_to_the_network(tmp_path):
+    class Set(nn.Module):
+        def __init__(self, by):
+            super().__init__()
+            self.inner = network("full")
+            self.set(by)
+
+        def set(self, by):
+            self.by = by
+
+        def forward(self, x):
+            return self.by * self.inner(x)
+
+    def hooked(by):
+        model = network("full")
+        model[1].register_full_backward_hook(lambda _, into, out: (by * into[0],) if into[0] is not None else None)
+        return model
+
+    for make, what in ((Set, "the network.by"), (hooked, "by of hook 1 of 1 of the network")):
+        path = tmp_path / make.__name__
+        begun(path, make(1.0))
+        begun(path, make(1.0))
+        with pytest.raises(WdatError, match=rf"differs in {what}: there it was 1\.0, here it is 2\.0:"):
+            begun(path, make(2.0))
 
 
 def test_the_last_of_many_names_is_read_too():
