@@ -61,6 +61,7 @@ import dis
 import functools
 import glob
 import hashlib
+import importlib.util
 import io
 import math
 import numbers
@@ -73,7 +74,7 @@ import sysconfig
 import tempfile
 import time
 import types
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -1220,7 +1221,8 @@ def finetune(
             code reads by name. Of Python's own objects and those of installed packages it is no more than the class.
             Keep out of them what is other at every start, such as the time or a folder named after it. What changes
             while the run goes on, such as a counter, is its own work and not compared: it begins anew in a new process,
-            as does any randomness but torch's. Only `Minibatch.memory`, parameters and buffers go on.
+            as does any randomness but torch's own and `Minibatch.generator`. Only `Minibatch.memory`, parameters and
+            buffers go on. A network in the objective that learns is refused: none of these keeps it.
         save_every: seconds between two checkpoints, >= 0, which is the most that a stop loses of the training; one
             more is written after every epoch. A validation that was stopped begins anew.
         stop_after: seconds after which the run writes its checkpoint and returns, at the end of a minibatch.
@@ -1257,6 +1259,7 @@ def finetune(
     losses: list[float] = []
     rows: list[dict[str, float]] = []
     with (
+        checkpoint.left(writes=among.rank == 0),
         _seeded(model, generator),
         _untouched(model),
         torch.inference_mode(False),
@@ -1292,6 +1295,8 @@ def finetune(
             for name, part in parts.items():
                 _set_state(part, saved[name]) if isinstance(part, nn.Module) else part.load_state_dict(saved[name])
             memory = {name: _unpacked(values, on.passes.device) for name, values in saved["memory"].items()}
+            for name, place, gradient in saved["gradients"]:
+                memory[name][place].grad = gradient.to(on.passes.device)
             order, losses, rows, best, best_state, spent = (
                 saved[name] for name in ("order", "losses", "rows", "best", "best_state", "spent")
             )
@@ -1305,7 +1310,10 @@ def finetune(
             state |= {"order": order, "losses": losses, "rows": rows, "best": best, "best_state": best_state}
             random, seconds = _random_state(model, generator), time.perf_counter() - begin
             packed = {name: _packed(values) for name, values in memory.items()}
-            checkpoint.save(state | {"memory": packed, "random": random, "spent": seconds})
+            gradients = [
+                (name, i, v.grad) for name, values in memory.items() for i, v in enumerate(values) if _learns(v)
+            ]
+            checkpoint.save(state | {"memory": packed, "gradients": gradients, "random": random, "spent": seconds})
 
         def save() -> None:
             if checkpoint.path is not None:  # the first process writes, and the file is there before any goes on
@@ -2364,10 +2372,10 @@ class _Checkpoint:
     every: float  # seconds
     stop_at: float  # on the clock of time.monotonic
     settings: Callable[[Collection[str]], dict[str, str]] = lambda own_work: {}  # what else must be the same
-    own_work: Collection[str] = ()  # the names of settings that changed while the run went on
+    own_work: set[str] = field(default_factory=set)  # the names of settings that changed while the run went on
     begun: dict[str, str] = field(default_factory=dict)  # the other settings
     entered: list[str] = field(default_factory=list)  # the networks with which the run was begun, or gone on with
-    written: float = -math.inf  # so that the first minibatch shows what is the run's own work
+    written: float = -math.inf  # the first minibatch is saved, and shows what is the run's own work
 
     def is_due(self) -> bool:
         return time.monotonic() - self.written >= self.every
@@ -2400,7 +2408,7 @@ class _Checkpoint:
         saved = self.read()
         if saved is None:
             return None
-        then, self.own_work, self.entered = saved["identity"], saved["own_work"], saved["entered"]
+        then, self.own_work, self.entered = saved["identity"], {*saved["own_work"]}, saved["entered"]
         self.begun = self.settings(self.own_work)
         now = self.fixed | self.begun
         if now[NETWORK] in (*self.entered, _digest_of(saved["model"]), _digest_of(saved["best_state"])):
@@ -2417,20 +2425,42 @@ class _Checkpoint:
 
     def save(self, state: dict[str, Any]) -> None:
         """Whole or not at all: whatever happens meanwhile, the file under this name is the last good one."""
-        now = self.settings(self.own_work)
-        changed = [name for name in now | self.begun if now.get(name) != self.begun.get(name)]
-        for name in changed:
-            if name.startswith(TENSOR) and name in now and name in self.begun:
+        if self.written < 0:
+            for name in self.look():
                 raise WdatError(
                     f"{name} changes while the run goes on, and no checkpoint keeps it: put that network in eval mode"
-                    " if it is not to learn, keep it in the memory of the batch if it is, or train without resume"
+                    " if only its statistics move, make it anew in each minibatch if it is a copy, keep its tensors in"
+                    " the memory of the batch if they learn, or train without resume"
                 )
-        if changed:
-            self.own_work = [*self.own_work, *changed]
-            self.begun = self.settings(self.own_work)
+        self.write(state)
+        self.written = time.monotonic()
+
+    def look(self) -> list[str]:
+        """Notes what has changed as the run's own work; but for tensors of other networks, whose names it returns."""
+        now = self.settings(self.own_work)
+        changed = [name for name in now | self.begun if now.get(name) != self.begun.get(name)]
+        learned = [name for name in changed if name.startswith(TENSOR) and name in now and name in self.begun]
+        self.own_work = self.own_work.union(changed).difference(learned)
+        self.begun = self.settings(self.own_work) | {name: self.begun[name] for name in learned}
+        return learned
+
+    @contextmanager
+    def left(self, writes: bool) -> Iterator[None]:
+        """What changed since the first minibatch is known at the end, for the same call in the same process."""
+        try:
+            yield
+        finally:
+            before = self.own_work
+            with suppress(Exception):  # the file is good as it is
+                if writes and self.written > 0:
+                    self.look()
+                    if self.own_work != before and (saved := self.read()):
+                        self.write(saved)
+
+    def write(self, state: dict[str, Any]) -> None:
         stream = io.BytesIO()
         entered = [*dict.fromkeys((*self.entered, self.fixed[NETWORK]))]
-        state |= {"identity": self.fixed | self.begun, "own_work": [*self.own_work], "entered": entered}
+        state |= {"identity": self.fixed | self.begun, "own_work": sorted(self.own_work), "entered": entered}
         torch.save(state, stream)
         content = stream.getbuffer()
         try:
@@ -2449,7 +2479,6 @@ class _Checkpoint:
                 os.fsync(file.fileno())
             assert self.path is not None
             part.replace(self.path)
-        self.written = time.monotonic()
 
     def try_to_write(self) -> None:
         """Before a run starts; what kills left behind goes."""
@@ -2557,7 +2586,7 @@ def _images(train: Images, val: Images | None) -> dict[str, str]:
 def _settings(model: nn.Module, config: FinetuneConfig, own_work: Collection[str] = ()) -> dict[str, str]:
     """What else decides a run, by name: the configuration, and the network but for its tensors."""
     values: dict[Name, Any] = {(f.name,): getattr(config, f.name) for f in fields(config)}
-    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    model = _original(model)
     known = {**dict(model.named_modules()), **dict(model.named_parameters()), **dict(model.named_buffers())}
     del known[""]
     return _named(values | {("the network",): model}, known, own_work)
@@ -2579,10 +2608,10 @@ def _named(
         names: set[str] = set()
         todo = [*values.items()]
         for path, value in todo:  # which grows
-            value = getattr(value, "_orig_mod", value) if isinstance(value, nn.Module) else value  # of torch.compile
             name = " of ".join(part.lstrip(".") for part in path)
             if name in own_work:
                 continue
+            value = _original(value)
             if id(value) not in seen:
                 said, parts = f"{type(value).__module__}.{type(value).__qualname__}", dict[str, Any]()
                 with suppress(Exception):  # what lets nobody look into it is of its class
@@ -2599,6 +2628,14 @@ def _named(
         read |= names
 
 
+def _original(value: Any) -> Any:
+    """Of a network that torch.compile made, the one that it was made of."""
+    with suppress(Exception):
+        if isinstance(value, nn.Module) and "_orig_mod" in value._modules:
+            return value._modules["_orig_mod"]
+    return value
+
+
 def _words(value: Any) -> str | None:
     """Numbers, text, tensors, arrays, code, and containers of numbers and text, in words; what is long digested."""
     if isinstance(value, Tensor):
@@ -2607,16 +2644,27 @@ def _words(value: Any) -> str | None:
         return f"{value.dtype} {value.layout} on {value.device}"
     if isinstance(value, types.CodeType):
         return hashlib.sha256(repr(_instructions(value)).encode()).hexdigest()
-    if isinstance(value, PLAIN):
+    if isinstance(value, PLAIN) and (type(value) in PLAIN or not _is_own(type(value))):
         words = re.sub(ADDRESS, "", repr(value))
     elif type(value) in (list, tuple, set, frozenset, dict) and _is_plain(value):
-        words = repr(sorted(map(repr, value)) if isinstance(value, set | frozenset) else value)
+        words = _ordered(value) if isinstance(value, set | frozenset) else repr(value)
     elif hasattr(type(value), "dtype") and hasattr(type(value), "tobytes"):  # numpy's words leave out the middle
-        inside = repr(value.tolist()).encode() if getattr(value.dtype, "hasobject", False) else value.tobytes()
-        return hashlib.sha256(f"{value.dtype} {value.shape} ".encode() + inside).hexdigest()
+        total = hashlib.sha256(f"{value.dtype} {value.shape} ".encode())
+        if getattr(value.dtype, "hasobject", False):
+            total.update(re.sub(ADDRESS, "", repr(value.tolist())).encode())
+        else:
+            total.update(value.data if value.flags.c_contiguous and value.size else value.tobytes())
+        return total.hexdigest()
     else:
         return None
     return words if len(words) < 60 else hashlib.sha256(words.encode()).hexdigest()
+
+
+def _ordered(value: Any) -> str:
+    """As `repr`, with sets in an order that each process finds alike."""
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_ordered, value))})"
+    return f"{{{', '.join(sorted(map(_ordered, value)))}}}" if isinstance(value, set | frozenset) else repr(value)
 
 
 def _is_plain(value: Any, deep: int = 3) -> bool:
@@ -2636,14 +2684,21 @@ def _inside(value: Any, read: set[str]) -> tuple[str, dict[str, Any]]:
     if isinstance(value, nn.Module):
         state = {**dict(value.named_parameters()), **dict(value.named_buffers())}
         return name, {f"{TENSOR}{place}": tensor for place, tensor in state.items()} | _inside_module(value, read)
-    if isinstance(value, functools.partial):
+    if isinstance(value, functools.partial | functools.partialmethod):
         given = {f"argument {i}": part for i, part in enumerate(value.args, 1)}
         return name, {"the function": value.func, **given, **value.keywords}
+    own = _of_class(kind, read)
+    if _is_own(kind) or is_dataclass(value) or kind.__name__ in ("Namespace", "SimpleNamespace"):
+        own |= {f".{field}": part for field, part in _fields_of(value).items() if field in read or EVERY in read}
+    if isinstance(value, Enum):
+        return f"{kind.__qualname__}.{value.name}", own | {".value": value.value}
     if isinstance(value, list | tuple | deque):
-        return f"{len(value)} of them", _of_class(kind, read) | {f"[{i}]": part for i, part in enumerate(value)}
+        return f"{len(value)} of them", own | {f"[{i}]": part for i, part in enumerate(value)}
     if isinstance(value, dict):
-        keys = {key: _words(key) or re.sub(ADDRESS, "", repr(key)) for key in value}
-        return f"{len(value)} of them", _of_class(kind, read) | {f"[{keys[key]}]": part for key, part in value.items()}
+        if isinstance(value, defaultdict):
+            own["its default"] = value.default_factory
+        keys = {key: _words(key) or re.sub(ADDRESS, "", _ordered(key)) for key in value}
+        return f"{len(value)} of them", own | {f"[{keys[key]}]": part for key, part in value.items()}
     if isinstance(value, types.MethodType):
         said, parts = _inside(value.__func__, read)
         return said, parts | {"self": value.__self__}
@@ -2654,10 +2709,12 @@ def _inside(value: Any, read: set[str]) -> tuple[str, dict[str, Any]]:
         if isinstance(value, type):
             parts = _of_class(value, read, "__init__")
             return name, {field.removeprefix(value.__qualname__): part for field, part in parts.items()}
-    of_class = _of_class(kind, read)
-    is_module = isinstance(value, types.ModuleType) and _is_own(value)
-    if is_module or _is_own(kind) or is_dataclass(value) or kind.__name__ in ("Namespace", "SimpleNamespace"):
-        return name, of_class | {f".{field}": part for field, part in _fields_of(value).items() if field in read}
+    if isinstance(value, types.ModuleType) and _is_own(value):
+        return name, {f".{field}": part for field, part in vars(value).items() if field in read}
+    if own:
+        return re.sub(ADDRESS, "", repr(value)) if isinstance(value, PLAIN) else name, own
+    if isinstance(value, torch.jit.ScriptFunction):
+        return name, {"the code": str(value.code)}
     wrapped = getattr(value, "__dict__", {}).get("__wrapped__")  # by functools.cache, for one
     known = not callable(value) or isinstance(value, types.FunctionType)
     return name if known else re.sub(ADDRESS, "", repr(value)), {} if wrapped is None else {"what it wraps": wrapped}
@@ -2670,8 +2727,7 @@ def _of_function(function: types.FunctionType, read: set[str]) -> dict[str, Any]
     found |= dict(zip(code.co_varnames[: code.co_argcount][::-1], (function.__defaults__ or ())[::-1], strict=False))
     found |= function.__kwdefaults__ or {}
     for name in sorted(_reads(code)[0]):
-        place = sys.modules if name.startswith(IMPORT) else function.__globals__
-        part = place.get(name.removeprefix(IMPORT))
+        part = _imported(name, function) if name.startswith(IMPORT) else function.__globals__.get(name)
         if part is not None:
             found[name.removeprefix(IMPORT)] = part
     for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
@@ -2680,15 +2736,28 @@ def _of_function(function: types.FunctionType, read: set[str]) -> dict[str, Any]
     return found | {"the code": code}
 
 
+def _imported(name: str, function: types.FunctionType) -> Any:
+    """A module of the user's own that a function imports when it runs; now, so that each start finds it."""
+    with suppress(Exception):  # the function itself says so where it is not there
+        name = importlib.util.resolve_name(name.removeprefix(IMPORT), function.__globals__.get("__package__"))
+        spec = None if name in sys.modules else importlib.util.find_spec(name)
+        if name in sys.modules or (spec and spec.origin and not spec.origin.startswith(_installed())):
+            return importlib.import_module(name)
+    return None
+
+
 def _of_class(kind: type, read: set[str], *also: str) -> dict[str, Any]:
     """The functions and the values of a class that may be read, those of the user's classes above it too."""
     found: dict[str, Any] = {}
+    above = [owner for owner in kind.__mro__ if not _is_own(owner)]  # such as nn.Module, which calls `forward`
     for owner in filter(_is_own, kind.__mro__):
         for name, part in vars(owner).items():
-            function = _function_in(part)
-            implicit = name.startswith("__") and isinstance(function, types.FunctionType) and name != "__init__"
-            if implicit or name in read or name in ("forward", *also):
-                found[f"{owner.__qualname__}.{name}"] = function
+            functions = _functions_in(part)
+            called = bool(functions) and (name.startswith("__") or any(hasattr(other, name) for other in above))
+            if name in also or name in read or (called and name != "__init__"):
+                for i, function in enumerate(functions or [part]):  # a property has several
+                    key = f"{owner.__qualname__}.{name}{' when set' if i else ''}"
+                    found[key if key not in found else f"{owner.__module__}.{key}"] = function  # one called as above it
     return found
 
 
@@ -2702,6 +2771,12 @@ def _inside_module(model: nn.Module, read: set[str]) -> dict[str, Any]:
                 found[f"{where}.{name}"] = held
         kinds_of_hooks = (part._forward_pre_hooks, part._forward_hooks, part._backward_pre_hooks, part._backward_hooks)
         hooks = [hook for those in kinds_of_hooks for hook in those.values()]
+        hooks += [
+            hook
+            for p in part._parameters.values()
+            for those in (getattr(p, "_backward_hooks", None), getattr(p, "_post_accumulate_grad_hooks", None))
+            for hook in (those or {}).values()
+        ]
         found |= {f"hook {i} of {where or 'it'}": hook for i, hook in enumerate(hooks, 1)}
         kind = type(part)
         another = f" ({where})" if kinds.setdefault(kind.__qualname__, kind) is not kind else ""  # of that name
@@ -2731,17 +2806,25 @@ def _reads(code: types.CodeType) -> tuple[set[str], set[str]]:
     """The names of globals and modules, and of attributes, in the code of a function and of functions inside it."""
     around: set[str] = set()
     inside: set[str] = set()
-    for i in _steps(code):
+    steps = [*_steps(code)]
+    for at, i in enumerate(steps):
         if i.opname in GLOBALS:
             around.add(i.argval)
-        elif i.opname == "IMPORT_NAME":
-            around.add(f"{IMPORT}{i.argval}")
         elif i.opname in ATTRIBUTES:
             inside.add(i.argval)
-        for part in i.argval if isinstance(i.argval, tuple) else (i.argval,):
+        elif i.opname == "IMPORT_NAME":  # after how many packages it goes up, and what it takes from there
+            up, taken = (step.argval for step in steps[at - 2 : at])
+            package = f"{IMPORT}{'.' * up}{i.argval}"
+            around |= {package, *(f"{package}{'.' * bool(i.argval)}{name}" for name in taken or ())}
+        if i.argval in ("vars", "__dict__", "asdict", "astuple"):
+            inside.add(EVERY)
+        parts = [i.argval]
+        for part in parts:  # which grows
             if isinstance(part, types.CodeType):
                 more = _reads(part)
                 around, inside = around | more[0], inside | more[1]
+            elif isinstance(part, tuple | frozenset):
+                parts += part
             elif i.opname == "LOAD_CONST" and isinstance(part, str):  # as getattr takes it
                 inside.add(part)
     return around, inside
@@ -2772,9 +2855,9 @@ PLAIN = (
     str,
     bytes,
     range,
+    slice,
     type(None),
     numbers.Number,
-    Enum,
     os.PathLike,
     torch.dtype,
     torch.device,
@@ -2782,16 +2865,19 @@ PLAIN = (
 )
 GLOBALS = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS")
 IMPORT = "import "  # begins the name of a module in what a function reads
+EVERY = "every attribute"
 ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "IMPORT_FROM")
 
 
-def _function_in(part: Any) -> Any:
-    """The function of a property or of a static method or the like, as it is in a class."""
+def _functions_in(part: Any) -> list[Any]:
+    """The functions of a property, of a static method or the like, as it is in a class."""
     if isinstance(part, property):
-        return part.fget
+        return [function for function in (part.fget, part.fset) if function is not None]
     if isinstance(part, staticmethod | classmethod):
-        return part.__func__
-    return part.func if isinstance(part, functools.cached_property) else part
+        return [part.__func__]
+    if isinstance(part, functools.cached_property):
+        return [part.func]
+    return [part] if isinstance(part, types.FunctionType) else []
 
 
 def _fields_of(value: Any) -> dict[str, Any]:
@@ -2916,6 +3002,10 @@ def _unpacked(values: list[Any] | Tensor, device: torch.device) -> list[Any]:
     if isinstance(values, Tensor):  # each with memory of its own, as it was
         return [v.clone() for v in values.to(device)]
     return [v.detach().to(device).requires_grad_(v.requires_grad) if isinstance(v, Tensor) else v for v in values]
+
+
+def _learns(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_leaf and value.grad is not None
 
 
 def _random_state(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:

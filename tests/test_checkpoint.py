@@ -1028,6 +1028,72 @@ def test_a_teacher_that_learns_where_no_checkpoint_keeps_it_is_named_in_the_firs
     assert finetune(model, data, None, config).finished
 
 
+class Logging:
+    """Changes what it reads for the first time in its third minibatch, and `on_epoch` changes more."""
+
+    def __init__(self):
+        self.calls, self.log, self.epoch, self.weight = 0, [], 0, 1.0
+
+    def __call__(self, batch):
+        self.calls += 1
+        if self.calls % 3 == 0:
+            self.log.append(1.0)
+        return self.weight * ce(batch.net(batch.x), batch.y).mean() + 0 * (len(self.log) + self.epoch)
+
+
+@pytest.mark.parametrize("at", ["a minibatch", "on_epoch"])
+def test_what_changed_first_after_the_last_checkpoint_is_the_runs_own_work_too(at, tmp_path):
+    objective, data, stopped = Logging(), images(20, network("full")), []
+
+    def on_epoch(epoch, model):
+        objective.epoch = epoch
+        if at == "on_epoch" and not stopped:
+            stopped.append(epoch)
+            raise KeyboardInterrupt
+
+    def progress(things):
+        for k, thing in enumerate(things):
+            if k == 3 and at == "a minibatch" and not stopped:
+                stopped.append(k)
+                raise KeyboardInterrupt
+            yield thing
+
+    def go_on(**fields):
+        model = network("full")
+        config = small(objective=objective, **fields)
+        return finetune(model, data, data, config, resume=tmp_path / "run", on_epoch=on_epoch, progress=progress)
+
+    with pytest.raises(KeyboardInterrupt):
+        go_on()
+    assert objective.log and stopped
+    objective.weight = 2.0
+    with pytest.raises(WdatError, match=r"differs in objective\.weight: there it was 1\.0, here it is 2\.0"):
+        go_on()
+    objective.weight = 1.0
+    assert go_on().finished
+
+
+def test_gradients_in_the_memory_go_on(tmp_path):
+    """As those of a weight that the objective itself raises, one minibatch later."""
+
+    def objective(batch):
+        (weight,) = batch.memory.setdefault("weight", [torch.tensor(1.0, dtype=torch.float64, requires_grad=True)])
+        if weight.grad is not None:
+            with torch.no_grad():
+                weight += 0.5 * weight.grad
+            weight.grad = None
+        return weight * ce(batch.net(batch.x), batch.y).mean()
+
+    ends, data = [], images(20, network("full"))
+    for stops in (0, 3):
+        for _ in range(stops):
+            finetune(network("full"), data, None, small(objective=objective), resume=tmp_path / "run", stop_after=0)
+        model = network("full")
+        finetune(model, data, None, small(objective=objective), resume=tmp_path / "run" if stops else None)
+        ends.append([parameter.clone() for parameter in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
 def test_a_teacher_in_eval_mode_goes_on_and_one_whose_statistics_move_is_named(tmp_path):
     def make(training):
         teacher = network("full").train(training)  # with batch statistics

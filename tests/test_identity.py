@@ -12,9 +12,10 @@ import subprocess
 import sys
 import time
 import types
-from collections import deque
+import weakref
+from collections import defaultdict, deque
 from enum import Enum
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -602,7 +603,7 @@ def settings(tmp_path, monkeypatch):
     import settings
 
     yield settings
-    monkeypatch.delitem(sys.modules, "settings")
+    del sys.modules["settings"]
 
 
 @pytest.mark.parametrize("edit", EDITS)
@@ -971,6 +972,61 @@ def decorated(by):
     return objective
 
 
+class Weighty(Enum):
+    ONE = 1
+
+    def weight(self):
+        return EPS
+
+
+class Tabled(dict):
+    scale = 1.0
+
+
+def tabled(by):
+    table = Tabled()
+    table.scale = by
+    return lambda x: table.scale * x
+
+
+def set_by_a_property(by):
+    class Owner:
+        def __init__(self):
+            self.by = 1.0
+
+        @property
+        def by(self):
+            return self.held
+
+        @by.setter
+        def by(self, value):
+            self.held = value * by
+
+        def __call__(self, x):
+            self.by = 2.0
+            return self.by * x
+
+    return Owner()
+
+
+def as_its_parent_is_called(by):
+    class Objective:
+        def weight(self):
+            return 1.0
+
+        def __call__(self, x):
+            return self.weight() * x
+
+    above = Objective
+
+    class Objective(above):
+        def weight(self):
+            return by
+
+    Objective.__qualname__ = above.__qualname__
+    return Objective()
+
+
 PLACES = {
     "in a function's attribute": with_attribute,
     "in slots": Modest,
@@ -984,6 +1040,19 @@ PLACES = {
     "in a function under its name": lambda by: (lambda held: lambda x: held["ce"](x))({"ce": lambda x: by * x}),
     "in a generator": lambda by: (lambda many: lambda x: next(many()) * x)(lambda: (yield by)),
     "in a loss of torch": lambda by: (lambda loss: lambda x: loss(x, x))(nn.CrossEntropyLoss(label_smoothing=by - 1)),
+    "in the default of a dict": lambda by: (lambda held: lambda x: held[x])(defaultdict(lambda: by)),
+    "in an attribute of a dict": tabled,
+    "in a setter": set_by_a_property,
+    "in a class that is called as the one above": as_its_parent_is_called,
+    "in a method of a partial": lambda by: partialmethod(max, by),
+    "in a slice": lambda by: (lambda held: lambda x: x[held])(slice(0, int(by))),
+    "by vars": lambda by: (lambda held: lambda x: dict(**vars(held)))(SimpleNamespace(by=by)),
+    "by a name in tuples": lambda by: (
+        lambda held: lambda x: [getattr(held, name) for name, _ in (("by", 1), ("by", 2))]
+    )(SimpleNamespace(by=by)),
+    "by a name in a set": lambda by: (lambda held: lambda x: [getattr(held, name) for name in {"by", "by"}])(  # noqa: B033
+        SimpleNamespace(by=by)
+    ),
     "in a tensor of a loss": lambda by: (lambda loss: lambda x: loss(x, x))(nn.CrossEntropyLoss(torch.tensor([by]))),
 }
 
@@ -994,17 +1063,123 @@ def test_a_number_is_found_wherever_it_is_kept(place):
     assert one == again != other
 
 
-def test_what_is_imported_inside_a_function_is_read(settings):
-    def objective(x):
-        from settings import WEIGHT
+class Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
 
-        return WEIGHT * x
+    @staticmethod
+    def backward(ctx, gradient):
+        return -EPS * gradient
 
-    before = named(objective)
-    settings.DEPTH = [3.0]  # which it does not read
-    assert named(objective) == before
-    settings.WEIGHT = 2.0
-    assert named(objective) != before
+
+class Standardised(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, EPS * weight, bias)
+
+
+class Frozen(nn.Conv2d):
+    def train(self, mode=True):
+        return super().train(mode and EPS > 0)
+
+
+@torch.jit.script
+def scripted(x):
+    return 2 * x
+
+
+CALLED_BY_OTHERS = {
+    "a gradient of one's own": lambda: lambda x: Reversed.apply(x),
+    "what a layer calls": lambda: Standardised(1, 1, 1),
+    "what a mode calls": lambda: Frozen(1, 1, 1),
+    "a method of an enumeration": lambda: lambda x, how=Weighty.ONE: how.weight() * x,
+}
+
+
+@pytest.mark.parametrize("what", CALLED_BY_OTHERS)
+def test_what_torch_or_python_calls_is_read(what, monkeypatch):
+    with seeded(0):
+        before = named(CALLED_BY_OTHERS[what]())
+    with seeded(0):
+        assert named(CALLED_BY_OTHERS[what]()) == before
+    monkeypatch.setitem(globals(), "EPS", 2.0)
+    with seeded(0):
+        assert named(CALLED_BY_OTHERS[what]()) != before
+
+
+def test_the_code_of_a_scripted_function_is_read():
+    assert "the code of scripted of objective" in named(lambda x: scripted(x))
+
+
+def test_hooks_of_parameters_belong_to_the_network(tmp_path):
+    def hooked(by):
+        model = network("full")
+        model[1].weight.register_hook(lambda gradient: by * gradient)
+        return model
+
+    begun(tmp_path / "run", hooked(1.0))
+    begun(tmp_path / "run", hooked(1.0))
+    with pytest.raises(
+        WdatError, match=r"differs in by of hook 1 of 1 of the network: there it was 1\.0, here it is 0\.0:"
+    ):
+        begun(tmp_path / "run", hooked(0.0))
+
+
+class Shy(nn.Module):
+    """Its attributes are those of what it holds, and there are none of that name."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = network("full")
+
+    def __getattr__(self, name):
+        return self.__dict__["_modules"]["inner"] if name == "inner" else self.__dict__["_parameters"][name]
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def test_what_lets_nobody_look_into_it_stops_no_run(tmp_path):
+    class Gone:
+        pass
+
+    gone = weakref.proxy(Gone())
+    begun(tmp_path / "shy", Shy())
+    begun(tmp_path / "shy", Shy())
+    for _ in range(2):
+        begun(
+            tmp_path / "run",
+            network("full"),
+            objective=lambda batch: cross_entropy(batch.net(batch.x), batch.y) + 0 * len([gone]),
+        )
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize(
+    "line", ["from settings import WEIGHT", "from .settings import WEIGHT", "from . import settings"]
+)
+def test_what_is_imported_inside_a_function_is_read(line, loaded, tmp_path, monkeypatch):
+    """Whether or not somebody has imported it before."""
+    (tmp_path / "pack").mkdir()
+    weight = "settings.WEIGHT" if line.endswith("settings") else "WEIGHT"
+    (tmp_path / "pack" / "own.py").write_text(f"def objective(x):\n    {line}\n    return {weight} * x\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path / "pack"))
+
+    def found(weight, other):
+        (tmp_path / "pack" / "settings.py").write_text(f"WEIGHT, DEPTH = {weight}, {other}  # {'.' * len(names)}")
+        importlib.invalidate_caches()
+        for name in ("settings", "pack", "pack.own", "pack.settings"):
+            sys.modules.pop(name, None)
+        objective = importlib.import_module("pack.own").objective
+        if loaded:
+            objective(1)
+        return named(objective)
+
+    names = []
+    for weight_and_other in ((1.0, 1.0), (1.0, 2.0), (3.0, 1.0)):
+        names.append(found(*weight_and_other))
+    assert names[0] == names[1] != names[2]
 
 
 def test_settings_that_a_method_makes_and_hooks_of_the_gradient_belong_to_the_network(tmp_path):
