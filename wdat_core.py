@@ -1222,7 +1222,7 @@ def finetune(
             Keep out of them what is other at every start, such as the time or a folder named after it. What changes
             while the run goes on, such as a counter, is its own work and not compared: it begins anew in a new process,
             as does any randomness but torch's own and `Minibatch.generator`. Only `Minibatch.memory`, parameters and
-            buffers go on. A network in the objective that learns is refused: none of these keeps it.
+            buffers go on. A network in the objective that learns is refused, since it would begin anew in silence.
         save_every: seconds between two checkpoints, >= 0, which is the most that a stop loses of the training; one
             more is written after every epoch. A validation that was stopped begins anew.
         stop_after: seconds after which the run writes its checkpoint and returns, at the end of a minibatch.
@@ -2424,7 +2424,7 @@ class _Checkpoint:
         return saved
 
     def save(self, state: dict[str, Any]) -> None:
-        """Whole or not at all: whatever happens meanwhile, the file under this name is the last good one."""
+        """Writes the state; the first time, after a minibatch, what has changed by then is known as the run's own."""
         if self.written < 0:
             for name in self.look():
                 raise WdatError(
@@ -2458,6 +2458,7 @@ class _Checkpoint:
                         self.write(saved)
 
     def write(self, state: dict[str, Any]) -> None:
+        """Whole or not at all: whatever happens meanwhile, the file under this name is the last good one."""
         stream = io.BytesIO()
         entered = [*dict.fromkeys((*self.entered, self.fixed[NETWORK]))]
         state |= {"identity": self.fixed | self.begun, "own_work": sorted(self.own_work), "entered": entered}
@@ -3005,6 +3006,7 @@ def _unpacked(values: list[Any] | Tensor, device: torch.device) -> list[Any]:
 
 
 def _learns(value: Any) -> bool:
+    """Whether a value has a gradient of its own, which is not saved with it."""
     return isinstance(value, Tensor) and value.is_leaf and value.grad is not None
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from companion.cards import model_card
-from companion.files import digest, from_root, one_line, write_sums, write_whole
+from companion.files import digest, from_root, one_line, try_to_write, write_sums, write_whole
 from companion.networks import PUBLISHED, load_network, weights_file, zoo
 from companion.records import FinetuneRecord, Record, parse_record, record_bytes, record_stem
 from companion.settings import FINETUNED, STAND_INS, ParameterError
@@ -33,8 +33,7 @@ def check_export(name: str, folder: str | Path, dataset: str = "cifar10", norm: 
         if not isinstance(entry.get("gdrive_id") or None, str):
             raise ParameterError(f"{base} cannot be exported: RobustBench does not keep its weights in one file")
     try:
-        from_root(folder).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryDirectory(dir=from_root(folder)).cleanup()
+        try_to_write(from_root(folder))
     except OSError as error:
         raise ParameterError(f"nothing can be exported to {folder}: give another folder ({one_line(error)})") from error
 

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import re
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,7 @@ from pydantic import ValidationError
 
 from companion import files
 from companion.bases import SCHEMA, Begun, Record
-from companion.files import digest, one_line, write_whole
+from companion.files import digest, one_line, try_to_write, write_whole
 from companion.kinds import KINDS, FinetuneRecord
 from companion.settings import ParameterError
 from companion.values import plain
@@ -125,8 +124,7 @@ def check_writable(folder: Path) -> None:
         ParameterError: the folder cannot be written.
     """
     with _writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        try_to_write(folder)
 
 
 @contextmanager

@@ -1058,10 +1058,9 @@ def test_what_changed_first_after_the_last_checkpoint_is_the_runs_own_work_too(a
                 raise KeyboardInterrupt
             yield thing
 
-    def go_on(**fields):
-        model = network("full")
-        config = small(objective=objective, **fields)
-        return finetune(model, data, data, config, resume=tmp_path / "run", on_epoch=on_epoch, progress=progress)
+    def go_on():
+        config, calls = small(objective=objective), {"on_epoch": on_epoch, "progress": progress}
+        return finetune(network("full"), data, data, config, resume=tmp_path / "run", **calls)
 
     with pytest.raises(KeyboardInterrupt):
         go_on()
